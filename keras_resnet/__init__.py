@@ -1,0 +1,57 @@
+"""Residual networks in Keras 3, from the textbook block to a trained and reported run."""
+
+import importlib
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# name -> module. A module is imported when one of its names is first used.
+_EXPORTS = {
+    "DenseResidualBlock": "blocks",
+    "ResidualBlock": "blocks",
+    "SPECS": "models",
+    "Spec": "models",
+    "build_dense_resnet": "models",
+    "build_resnet": "models",
+    "build_resnet18": "models",
+    "build_resnet34": "models",
+    "count_parameters": "models",
+    "residual_stage": "models",
+    "summarize_shapes": "models",
+    "Augmentation": "preprocessing",
+    "ImagePreprocessing": "preprocessing",
+    "with_preprocessing": "preprocessing",
+    "Dataset": "datasets",
+    "Split": "datasets",
+    "load_dataset": "datasets",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "RECIPES": "recipes",
+    "Recipe": "recipes",
+    "Run": "training",
+    "train": "training",
+    "Predictor": "inference",
+    "load": "inference",
+    "InputError": "errors",
+    "TrainingError": "errors",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_EXPORTS})
+
+
+# `keras.models.load_model` finds our layers once they are registered, so they are imported here.
+# The console script does without: Keras takes seconds, and `keras-resnet --help` needs none of it.
+if Path(sys.argv[0] if sys.argv else "").stem != "keras-resnet":
+    from keras_resnet import preprocessing  # noqa: F401  (imports blocks, too)

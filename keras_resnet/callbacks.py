@@ -1,0 +1,302 @@
+"""Beside `model.fit`: progress, the record of each epoch, and how a run stops early."""
+
+import contextlib
+import math
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import keras
+
+from keras_resnet.archive import save_model
+from keras_resnet.errors import Interrupted, TrainingError
+from keras_resnet.files import replacing
+from keras_resnet.report import write_history
+from keras_resnet.tables import format_duration
+
+
+class StopOnDivergence(keras.callbacks.Callback):
+    """Ends the run with a `TrainingError` at the first step whose loss is not a finite number.
+
+    Keras reports the mean loss of the epoch so far, which turns infinite or NaN with the first
+    such step.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.epoch = 0
+        self.last_finite = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Remembers the epoch, for the message."""
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Looks at the loss."""
+        loss = float(logs["loss"])
+        if math.isfinite(loss):
+            self.last_finite = loss
+            return
+        before = "there was no finite loss before"
+        if self.last_finite is not None:
+            before = f"the last finite mean loss was {self.last_finite:.4g}"
+        raise TrainingError(
+            f"the loss became {loss} in epoch {self.epoch + 1}, step {batch + 1} of "
+            f"{self.params['steps']}; {before}. Try a smaller --learning-rate (a tenth), or "
+            "--precision float32; the checkpoints of the epochs before are kept"
+        )
+
+
+@contextlib.contextmanager
+def catching_stop_signals():
+    """Turns the first Ctrl-C or SIGTERM into a request, so that a run can stop between two steps.
+
+    A second one acts as it always does. Outside the main thread, where Python allows no handlers,
+    signals keep their meaning.
+
+    Yields:
+        A list; it holds the signal's number once one has come.
+    """
+    received = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number, frame):
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopOnRequest(keras.callbacks.Callback):
+    """Raises `Interrupted` at the end of the step during which a stop signal came.
+
+    Args:
+        received: What `catching_stop_signals` yields.
+    """
+
+    def __init__(self, received):
+        super().__init__()
+        self.received = received
+        self.epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Remembers the epoch, for the message."""
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Stops if it was asked for."""
+        if self.received:
+            raise Interrupted(f"in epoch {self.epoch + 1}, after step {batch + 1}")
+
+    def on_test_batch_end(self, batch, logs=None):
+        """Stops if it was asked for."""
+        if self.received:
+            raise Interrupted(f"while epoch {self.epoch + 1} was being measured")
+
+
+class EpochTimer(keras.callbacks.Callback):
+    """Adds an epoch's duration, its training speed and its learning rate to the epoch's logs.
+
+    It stands first in the list of callbacks, so that those behind it find the figures.
+
+    Args:
+        images: Number of training images.
+    """
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+        self.started = self.trained = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts the clock."""
+        self.started = time.perf_counter()
+        self.trained = None
+
+    def on_test_begin(self, logs=None):
+        """Validation begins: training, which the speed counts alone, is over."""
+        if self.trained is None:
+            self.trained = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Adds seconds, images_per_second and learning_rate to `logs`."""
+        now = time.perf_counter()
+        logs["seconds"] = now - self.started
+        logs["images_per_second"] = self.images / ((self.trained or now) - self.started)
+        logs["learning_rate"] = float(
+            keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)
+        )
+
+
+def history_row(epoch, logs):
+    """Returns the row of `history.csv` for an epoch that `EpochTimer` has timed.
+
+    Args:
+        epoch: Counted from 0.
+        logs: Keras's logs at the end of the epoch.
+    """
+    return {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
+
+
+class Recorder(keras.callbacks.Callback):
+    """Writes the checkpoint, `history.csv` and the TensorBoard events at the end of each epoch.
+
+    The checkpoint is one file that holds weights, optimizer, epoch count and history, so that a
+    process that is killed between two files leaves nothing that contradicts itself.
+
+    Args:
+        run_dir: The run folder.
+        card: What every model file of the run says about itself.
+        history: The rows of the epochs before; it grows in place.
+    """
+
+    def __init__(self, run_dir, card, history):
+        super().__init__()
+        self.run_dir = Path(run_dir)
+        self.card = card
+        self.history = history
+        self.events = {
+            name: EventWriter(self.run_dir / "tensorboard" / name)
+            for name in ("train", "validation")
+        }
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Saves the epoch."""
+        row = history_row(epoch, logs)
+        earlier = [past.get("val_accuracy") or 0 for past in self.history]
+        self.history.append(row)
+        checkpoints = self.run_dir / "checkpoints"
+        last = checkpoints / "last.keras"
+        save_model(self.model, last, {**self.card, "history": self.history})
+        if row.get("val_accuracy", 0) > max(earlier, default=-1):
+            with replacing(checkpoints / "best.keras") as temporary:
+                shutil.copyfile(last, temporary)
+        write_history(self.run_dir / "history.csv", self.history)
+        self._write_events(row)
+
+    def _write_events(self, row):
+        scalars = {"train": {}, "validation": {}}
+        for name, value in row.items():
+            if name != "epoch":
+                side = "validation" if name.startswith("val_") else "train"
+                scalars[side][f"epoch_{name.removeprefix('val_')}"] = value
+        for side, values in scalars.items():
+            if values:
+                self.events[side].add(row["epoch"], values)
+
+
+class EventWriter:
+    """Writes scalars that TensorBoard shows, without TensorFlow: on every Keras backend.
+
+    Keras's own callback of this kind imports TensorFlow whatever the backend.
+
+    Args:
+        folder: Where the event file goes; it is made with the first scalar.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.path = None
+
+    def add(self, step, scalars):
+        """Appends `scalars`, a dict of name to number, at `step`."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        if self.path is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            now = f"{time.time():.6f}"
+            self.path = self.folder / f"events.out.tfevents.{now}.{socket.gethostname()}"
+            self._append(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        values = [
+            summary_pb2.Summary.Value(tag=name, simple_value=value)
+            for name, value in scalars.items()
+        ]
+        summary = summary_pb2.Summary(value=values)
+        self._append(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _append(self, event):
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with open(self.path, "ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
+
+
+class Progress(keras.callbacks.Callback):
+    """A bar with images a second, loss, accuracy and time left on a terminal; a line per epoch.
+
+    Args:
+        images: Number of training images.
+        batch_size: Images a step.
+        epochs: Number of epochs of the whole run.
+        stream: Where to write; standard output by default.
+    """
+
+    def __init__(self, images, batch_size, epochs, stream=None):
+        super().__init__()
+        self.images = images
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.stream = stream or sys.stdout
+        self.bar = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Opens the bar."""
+        from tqdm import tqdm
+
+        # `leave=False`: the line that on_epoch_end prints takes the bar's place.
+        self.bar = tqdm(
+            total=self.images,
+            desc=f"epoch {epoch + 1}/{self.epochs}",
+            unit=" images",
+            file=self.stream,
+            leave=False,
+            disable=not self.stream.isatty(),
+        )
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Moves the bar by a batch; the epoch's last may be short."""
+        if not self.bar.disable:
+            shown = {name: f"{float(logs[name]):.4f}" for name in ("loss", "accuracy")}
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(min(self.batch_size, self.images - self.bar.n))
+
+    def on_test_begin(self, logs=None):
+        """Takes the bar away."""
+        self.close()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Prints the epoch's line."""
+        self.close()
+        figures = [
+            f"{name} {float(logs[name]):.4f}"
+            for name in ("loss", "accuracy", "val_loss", "val_accuracy")
+            if name in logs
+        ]
+        print(
+            f"epoch {epoch + 1}/{self.epochs}",
+            *figures,
+            f"{logs['images_per_second']:.0f} images/s",
+            format_duration(logs["seconds"]),
+            sep="  ",
+            file=self.stream,
+            flush=True,
+        )
+
+    def close(self):
+        """Takes the bar away if there is one; also after a run that failed."""
+        if self.bar is not None:
+            self.bar.close()

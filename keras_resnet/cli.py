@@ -1,0 +1,277 @@
+"""`keras-resnet`: parses, calls, prints. No logic, and nothing heavy imported before it is needed.
+
+Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+import tempfile
+
+from keras_resnet import __version__
+from keras_resnet.errors import InputError, Interrupted, TrainingError
+from keras_resnet.recipes import RECIPES
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+def _positive(kind):
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    # argparse names the type in "invalid … value".
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _share(text):
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+# option -> arguments of add_argument. What `training.train` takes under the same name.
+_DATA_OPTIONS = {
+    "--dataset": {
+        "metavar": "NAME",
+        "help": "fashion_mnist (default), folder:PATH (one sub-folder a class) or tfds:NAME",
+    },
+    "--data-dir": {"metavar": "DIR", "help": "where the data set lies, if not in a usual place"},
+    "--validation-share": {
+        "type": _share,
+        "metavar": "SHARE",
+        "help": "share of the images held out where the set has no test split (default: 0.1)",
+    },
+    "--skip-bad": {
+        "action": "store_true",
+        "default": None,
+        "help": "leave out unreadable images of a folder instead of stopping",
+    },
+}
+
+_TRAIN_OPTIONS = {
+    "--model": {"metavar": "NAME", "help": "resnet18 (default) or resnet34"},
+    **_DATA_OPTIONS,
+    "--recipe": {"choices": tuple(RECIPES), "help": "how to train (default: quick); see below"},
+    "--epochs": {"type": _positive(int), "metavar": "N", "help": "instead of the recipe's"},
+    "--batch-size": {"type": _positive(int), "metavar": "N", "help": "instead of the recipe's"},
+    "--image-size": {
+        "type": _positive(int),
+        "metavar": "PIXELS",
+        "help": "height and width that the network sees, instead of the recipe's",
+    },
+    "--learning-rate": {
+        "type": _positive(float),
+        "metavar": "RATE",
+        "help": "instead of the recipe's",
+    },
+    "--precision": {
+        "choices": PRECISIONS,
+        "help": "what to compute in; auto (default) takes bfloat16 where the machine has it",
+    },
+    "--seed": {"type": int, "metavar": "N", "help": "first weights, order of images (default: 0)"},
+    "--run-dir": {
+        "metavar": "DIR",
+        "help": "the run folder (default: runs/MODEL-RECIPE-TIME)",
+    },
+    "--resume": {
+        "action": "store_true",
+        "help": "go on with the run in --run-dir, from its last finished epoch",
+    },
+}
+
+_JSON_OPTION = {"--json": {"action": "store_true", "help": "print JSON instead of a table"}}
+
+
+def _add_options(parser, options):
+    for name, arguments in options.items():
+        parser.add_argument(name, **arguments)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="keras-resnet", description="Residual networks in Keras 3: train, evaluate, predict."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    recipes = "\n".join(f"  {name}: {recipe.description}" for name, recipe in RECIPES.items())
+    train = commands.add_parser(
+        "train",
+        help="train a network and write a run folder",
+        description="Train a network with model.fit and write a run folder.",
+        epilog=f"recipes:\n{recipes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_options(train, _TRAIN_OPTIONS)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a trained model",
+        description="Measure a trained model on the split that a data set holds for that.",
+    )
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder or a .keras file")
+    _add_options(evaluate, {**_DATA_OPTIONS, **_JSON_OPTION})
+
+    predict = commands.add_parser(
+        "predict",
+        help="name what is on images",
+        description="Name what is on images of any size, colour or grey.",
+    )
+    predict.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder or a .keras file")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
+    predict.add_argument(
+        "--top", type=_positive(int), default=3, metavar="K", help="labels an image (default: 3)"
+    )
+    predict.add_argument(
+        "--invert",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="swap light and dark; auto (default) does where the image's border is light and the "
+        "training images' is dark, or the other way round",
+    )
+    _add_options(predict, _JSON_OPTION)
+
+    summary = commands.add_parser(
+        "summary",
+        help="walk an input's shape through a network",
+        description="Print each module of a network with its output shape and parameters.",
+    )
+    summary.add_argument("model", metavar="MODEL", help="resnet18, resnet34 or dense_resnet")
+    summary.add_argument(
+        "--input-shape",
+        type=_positive(int),
+        nargs="+",
+        metavar="N",
+        help="height, width and channels (default: 224 224 1), or features (default: 12)",
+    )
+    summary.add_argument(
+        "--num-classes", type=_positive(int), metavar="N", help="number of outputs"
+    )
+    return parser
+
+
+def _train(args):
+    from keras_resnet.report import format_run
+    from keras_resnet.training import train
+
+    options = [name.lstrip("-").replace("-", "_") for name in _TRAIN_OPTIONS]
+    command = shlex.join(["keras-resnet", *sys.argv[1:]])
+    run = train(**{name: getattr(args, name) for name in options}, command=command)
+    print(format_run(run.run_dir, run.report))
+
+
+def _evaluate(args):
+    from keras_resnet.inference import evaluate_file
+    from keras_resnet.report import format_evaluation
+
+    options = {
+        name: getattr(args, name)
+        for name in ("dataset", "data_dir", "validation_share", "skip_bad")
+        if getattr(args, name) is not None
+    }
+    evaluation = evaluate_file(args.model, **options)
+    print(json.dumps(evaluation.to_dict()) if args.json else format_evaluation(evaluation))
+
+
+def _predict(args):
+    from keras_resnet.inference import predict_files
+    from keras_resnet.tables import Column, format_table
+
+    rows = predict_files(args.model, args.images, top=args.top, invert=args.invert)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    lines = [
+        {"image": row["image"] if rank == 0 else "", "inverted": row["inverted"], **label}
+        for row in rows
+        for rank, label in enumerate(row["labels"])
+    ]
+    print(format_table(lines, ["image", "label", Column("probability", spec=".4f")]))
+
+
+def _summary(args):
+    from keras_resnet.models import build_named, summarize_shapes
+    from keras_resnet.tables import Column, format_table
+
+    model, input_shape = build_named(args.model, args.input_shape, args.num_classes)
+    rows = summarize_shapes(model, (1, *input_shape))
+    total = {"module": "total", "parameters": sum(row["parameters"] for row in rows)}
+    for row in rows:
+        row["output_shape"] = "×".join(str(size) for size in row["output_shape"])
+    columns = ["module", Column("output_shape", "output shape"), Column("parameters", spec=",")]
+    print(format_table([*rows, {**total, "output_shape": ""}], columns))
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "summary": _summary}
+
+
+@contextlib.contextmanager
+def _stderr_kept_back():
+    """Keeps back what is written to standard error, and shows it only if the block fails."""
+    with tempfile.TemporaryFile() as kept:
+        sys.stderr.flush()
+        own = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(own, kept.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+
+
+def _import_keras():
+    """Imports Keras without the lines about the machine that TensorFlow puts before any answer.
+
+    Most come from C++ before its log is set up, and no setting reaches them (TensorFlow 2.21).
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _stderr_kept_back():
+        import keras  # noqa: F401
+
+
+# error -> exit status.
+_STATUS = {InputError: 2, Interrupted: 130, TrainingError: 1}
+
+
+def main(arguments=None):
+    """Runs the command line.
+
+    Args:
+        arguments: What stands behind the command's name; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit status.
+    """
+    args = _parser().parse_args(arguments)
+    try:
+        _import_keras()
+        _COMMANDS[args.command](args)
+    except tuple(_STATUS) as error:
+        status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
+        print(f"keras-resnet: {' '.join(str(error).split())}", file=sys.stderr)
+        return status
+    except KeyboardInterrupt:
+        print("keras-resnet: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `keras-resnet … | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

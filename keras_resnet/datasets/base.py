@@ -1,0 +1,111 @@
+"""The one type every data set has, whatever its source."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from keras_resnet.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split: images that can be indexed, and their labels.
+
+    Attributes:
+        images: uint8, [count, height, width, channels]. A NumPy array, or anything with `shape`,
+            `len()` and `images[indices]` that gives such an array for an array of indices, so
+            that files can stay on disk until a batch needs them.
+        labels: int64, [count], each in `range(number of classes)`.
+    """
+
+    images: Any
+    labels: np.ndarray
+
+    def __post_init__(self):
+        if len(self.images) != len(self.labels):
+            raise InputError(
+                "a split needs one label for each image, "
+                f"got {len(self.images)} images and {len(self.labels)} labels"
+            )
+
+    def __len__(self):
+        return len(self.labels)
+
+    def num_batches(self, batch_size):
+        """Returns how many batches of at most `batch_size` the split has; the last may be short."""
+        return math.ceil(len(self) / batch_size)
+
+    def order(self, seed, epoch):
+        """Returns the shuffled order of one epoch, a function of `seed` and `epoch` alone.
+
+        So a run that is interrupted and resumed sees the images that an unbroken run sees.
+        """
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+    def batches(self, batch_size):
+        """Yields (images, labels) of at most `batch_size`, in the split's own order."""
+        for start in range(0, len(self), batch_size):
+            indices = np.arange(start, min(start + batch_size, len(self)))
+            yield self.images[indices], self.labels[indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Labelled images in named splits.
+
+    Attributes:
+        name: What the user called it: "fashion_mnist", "folder:PATH", "tfds:NAME".
+        class_names: One name for each label.
+        splits: "train" and the split that measures: "test" or "validation".
+        source: One line that says where it was found.
+        fingerprint: sha256 (hex) of what it holds; see `fingerprint_arrays`.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: Mapping[str, Split]
+    source: str
+    fingerprint: str
+
+    @property
+    def image_shape(self):
+        """(height, width, channels) of every image."""
+        return tuple(self.splits["train"].images.shape[1:])
+
+    @property
+    def evaluation_split(self):
+        """The name of the split that measures: "test" where there is one, else "validation"."""
+        return "test" if "test" in self.splits else "validation"
+
+
+def fingerprint_arrays(*splits):
+    """Returns the sha256 (hex) of the splits' images and labels, whatever their order.
+
+    A prepared TFDS folder keeps its examples shuffled and the IDX files do not; both hold the
+    same data, so both have the same fingerprint.
+
+    Args:
+        *splits: `Split`s that hold NumPy arrays.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> images = np.arange(8, dtype="uint8").reshape(2, 2, 2, 1)
+        >>> a = Split(images, np.array([0, 1]))
+        >>> b = Split(images[::-1], np.array([1, 0]))
+        >>> fingerprint_arrays(a) == fingerprint_arrays(b)
+        True
+    """
+    whole = hashlib.sha256()
+    for split in splits:
+        labels = np.asarray(split.labels, dtype="<u4").reshape(-1, 1).view("uint8")
+        rows = np.hstack([labels, np.asarray(split.images).reshape(len(split), -1)])
+        whole.update(repr((len(split), *split.images.shape[1:])).encode())
+        # As raw bytes a row is one item, and items sort.
+        whole.update(np.sort(np.ascontiguousarray(rows).view(f"V{rows.shape[1]}").ravel()))
+    return whole.hexdigest()

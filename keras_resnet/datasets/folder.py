@@ -1,0 +1,212 @@
+"""A folder of images, one sub-folder a class."""
+
+import collections
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from keras_resnet.datasets.base import Dataset, Split
+from keras_resnet.datasets.images import (
+    GREY_MODES,
+    ImageFiles,
+    bombs_not_warned_of,
+    check_channels,
+    check_image_size,
+    map_threads,
+    one_line,
+    open_upright,
+    printable,
+)
+from keras_resnet.datasets.sharing import stratified_share
+from keras_resnet.errors import InputError
+
+_LISTED = 10
+
+# What one look at a file tells: its (height, width), whether it is grey, the sha256 of its bytes.
+_Look = collections.namedtuple("_Look", "size grey sha256")
+
+
+def load_folder(
+    path, *, image_size=None, channels=None, validation_share=0.1, skip_bad=False, seed=0
+):
+    """Loads a folder of images: `path/class name/image file`.
+
+    The sub-folders' names, sorted, are the classes; hidden ones and files beside them are
+    ignored. Inside a class every file that is not hidden counts, and must be an image. All files
+    are decoded once to check them; afterwards they stay on disk until a batch needs them.
+
+    Args:
+        path: The folder.
+        image_size: (height, width) or one number, for images of varying sizes and for larger
+            ones. Images of one size that is no larger keep it, since the model's own graph
+            resizes them.
+        channels: 1 or 3; None for 1 if all images are grey, else 3.
+        validation_share: The share of each class that validates; see `stratified_share`.
+        skip_bad: Leaves out files that cannot be read, where they are otherwise an error.
+        seed: Of the choice of validation images.
+
+    Returns:
+        A `Dataset` with the splits "train" and "validation", whose images are `ImageFiles`. Its
+        fingerprint is the sha256 of the sorted relative paths and the sha256 of each file.
+
+    Raises:
+        InputError: The folder has another form, or files cannot be read.
+    """
+    root = Path(path).expanduser()
+    if channels is not None:
+        check_channels(channels)
+    if image_size is not None:
+        image_size = check_image_size(image_size)
+    class_names = _class_names(root)
+    files = [file for name in class_names for file in _class_files(root / name)]
+    looks, bad = _look_at_all(files)
+    if bad and not skip_bad:
+        raise InputError(_bad_files_message(root, bad))
+    files = list(looks)
+    labels = np.array([class_names.index(file.parent.name) for file in files], np.int64)
+    _check_counts(root, class_names, labels)
+    image_size = _reading_size(looks, image_size)
+    if channels is None:
+        channels = 1 if all(look.grey for look in looks.values()) else 3
+    parts = stratified_share(labels, validation_share, seed)
+    splits = {
+        name: Split(ImageFiles([files[i] for i in part], image_size, channels), labels[part])
+        for name, part in zip(("train", "validation"), parts, strict=True)
+    }
+    skipped = f", {len(bad)} unreadable files skipped" if bad else ""
+    return Dataset(
+        name=f"folder:{path}",
+        class_names=tuple(class_names),
+        splits=splits,
+        source=(
+            f"image folder {printable(root)}: {len(files)} images, "
+            f"{len(class_names)} classes{skipped}"
+        ),
+        fingerprint=_fingerprint(root, looks),
+    )
+
+
+def _entries(folder):
+    """Returns what is in `folder` and not hidden, sorted by name."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"{printable(folder)}: the folder cannot be read: {error.strerror}"
+        ) from None
+    return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _class_names(root):
+    names = [entry.name for entry in _entries(root) if entry.is_dir()]
+    if len(names) < 2:
+        raise InputError(
+            f"{printable(root)}: must hold one sub-folder for each class, at least 2, "
+            f"found {len(names)}"
+        )
+    for name in names:
+        if name != printable(name):
+            raise InputError(f"{printable(root / name)}: a class name must be valid UTF-8")
+    return names
+
+
+def _class_files(folder):
+    entries = _entries(folder)
+    nested = next((entry for entry in entries if entry.is_dir()), None)
+    if nested:
+        raise InputError(
+            f"{printable(nested)}: a class folder must hold images only, found a folder; "
+            f"if {printable(folder.name)} is no class, give folder:{printable(folder)}"
+        )
+    if not entries:
+        raise InputError(f"{printable(folder)}: the class folder is empty; add images or remove it")
+    return entries
+
+
+def _look_at(file):
+    """Returns a `_Look` at a file, or the exception that reading it raised."""
+    try:
+        # Reading a named pipe would wait for ever.
+        if not file.is_file():
+            raise OSError("not a regular file, or a broken link")
+        raw = file.read_bytes()
+        image = open_upright(raw)
+    except Exception as error:  # See `open_upright`.
+        return error
+    size = (image.height, image.width)
+    return _Look(size, image.mode in GREY_MODES, hashlib.sha256(raw).hexdigest())
+
+
+def _look_at_all(files):
+    """Returns {file: look} of the readable files and {file: exception} of the others."""
+    looks, bad = {}, {}
+    with bombs_not_warned_of():
+        # `disable=None` shows the bar on a terminal only.
+        found = tqdm(
+            map_threads(_look_at, files),
+            "checking images",
+            len(files),
+            disable=None,
+            unit="image",
+            leave=False,
+        )
+        for file, look in zip(files, found, strict=True):
+            (bad if isinstance(look, Exception) else looks)[file] = look
+    return looks, bad
+
+
+def _bad_files_message(root, bad):
+    listed = (
+        f"{printable(file.relative_to(root))} ({_reason(bad[file])})"
+        for file in list(bad)[:_LISTED]
+    )
+    more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+    return (
+        f"{printable(root)}: {len(bad)} files cannot be read as images: {', '.join(listed)}{more}; "
+        "remove them, or skip them with --skip-bad (`skip_bad=True`)"
+    )
+
+
+def _reason(error):
+    # Pillow's sentence names the bytes in memory, not the file.
+    unknown = type(error).__name__ == "UnidentifiedImageError"
+    return "not an image" if unknown else one_line(error)
+
+
+def _check_counts(root, class_names, labels):
+    counts = np.bincount(labels, minlength=len(class_names))
+    for name, count in zip(class_names, counts, strict=True):
+        if count < 2:
+            raise InputError(
+                f"{printable(root / name)}: a class needs at least 2 readable images, one to train "
+                f"and one to validate, found {count}"
+            )
+
+
+def _reading_size(looks, image_size):
+    """Returns the (height, width) to decode at: the images' own where it is one, and no larger."""
+    examples = {}
+    for file, look in looks.items():
+        examples.setdefault(look.size, file)
+    (first, a), *others = examples.items()
+    if not others and (image_size is None or np.all(np.less_equal(first, image_size))):
+        return first
+    if image_size is None:
+        second, b = others[0]
+        raise InputError(
+            f"images of {len(examples)} sizes ({printable(a)} is {first[1]}×{first[0]}, "
+            f"{printable(b)} is {second[1]}×{second[0]}): choose one with --image-size "
+            "(`image_size`)"
+        )
+    return image_size
+
+
+def _fingerprint(root, looks):
+    whole = hashlib.sha256()
+    for file in sorted(looks):
+        whole.update(os.fsencode(file.relative_to(root).as_posix()))
+        whole.update(f"\0{looks[file].sha256}\n".encode())
+    return whole.hexdigest()

@@ -1,0 +1,198 @@
+"""Encoded images (files, or bytes in memory) that are decoded when a batch needs them."""
+
+import contextlib
+import io
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from keras_resnet.errors import InputError
+
+# Modes whose pixels are one grey value. A palette counts as colour, whatever its colours are.
+GREY_MODES = frozenset({"1", "L", "LA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+_COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+# Pillow's own conversion of these to 8 bits clips at 255: a 16-bit image comes out white.
+_SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
+_MODES = {1: "L", 3: "RGB"}
+# Pillow lets go of the interpreter lock while it decodes.
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+def check_channels(channels):
+    """Raises an `InputError` unless `channels` is 1 or 3."""
+    if channels not in _MODES:
+        raise InputError(f"`channels` must be 1 (grey) or 3 (colour), got {channels}")
+
+
+def check_image_size(image_size):
+    """Returns `image_size`, a positive whole number or a pair of them, as (height, width).
+
+    Example:
+        >>> check_image_size(32), check_image_size([24, 32])
+        ((32, 32), (24, 32))
+    """
+    pair = np.atleast_1d(np.asarray(image_size))
+    if pair.dtype.kind not in "iu" or pair.shape not in {(1,), (2,)} or pair.min() < 1:
+        raise InputError(
+            f"`image_size` must be a positive whole number or (height, width), got {image_size}"
+        )
+    return int(pair[0]), int(pair[-1])
+
+
+def open_upright(source):
+    """Returns a decoded Pillow image, turned as its EXIF orientation says.
+
+    Args:
+        source: A path, or the bytes of a file. Of an animation the first frame is taken.
+
+    Raises:
+        Exception: Pillow raises many kinds on a damaged file (OSError, SyntaxError, ValueError,
+            struct.error and more); callers treat all of them as "unreadable".
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        # Pillow only warns between one and two times its limit, and warnings can be off.
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+            raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels")
+        # Pillow opens others, such as LAB, and cannot convert them.
+        if image.mode not in GREY_MODES | _COLOUR_MODES:
+            raise OSError(f"pixels in the mode {image.mode} are not supported")
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def decode_image(source, image_size, channels):
+    """Decodes one image.
+
+    16-bit grey images keep their upper 8 bits; transparent pixels are laid on white; palettes,
+    CMYK and other colour spaces become RGB. Grey is the luma of ITU-R 601-2.
+
+    Args:
+        source: A path, or the bytes of a file.
+        image_size: (height, width) of the result, reached by bilinear resizing.
+        channels: 1 or 3.
+
+    Returns:
+        A uint8 array, [height, width, channels].
+    """
+    image = _to_eight_bits(open_upright(source))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(_MODES[channels])
+    height, width = image_size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(height, width, channels)
+
+
+def _to_eight_bits(image):
+    """Returns `image` in a mode of 8 bits a channel or fewer."""
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
+    if image.mode == "F":
+        return Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype("uint8"))
+    return image
+
+
+@contextlib.contextmanager
+def bombs_not_warned_of():
+    """Silences Pillow's warning of very large images, which `open_upright` refuses itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def map_threads(function, items):
+    """Yields `function(item)` for each item, in order, computed by a few threads.
+
+    The threads end with the call: a pool that was kept would be dead in a forked process.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(function, items)
+
+
+def border_level(images):
+    """Returns the median of the outermost pixels, which tells what the background is.
+
+    Args:
+        images: uint8, [count, height, width, channels].
+
+    Returns:
+        A number in 0 … 255; 0 is black.
+
+    Example:
+        >>> images = np.full((1, 5, 5, 1), 255, "uint8")
+        >>> images[:, 1:-1, 1:-1] = 0
+        >>> border_level(images)
+        255.0
+    """
+    sides = (images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1])
+    return float(np.median(np.concatenate([side.reshape(-1) for side in sides])))
+
+
+class ImageFiles:
+    """Encoded images that look like a uint8 array [count, height, width, channels].
+
+    Indexing decodes; nothing decoded is kept.
+
+    Attributes:
+        sources: A tuple of paths, or of the bytes of files.
+        shape: (count, height, width, channels).
+
+    Args:
+        sources: Paths, or the bytes of files.
+        image_size: (height, width), or one number for a square.
+        channels: 1 or 3.
+
+    Raises:
+        InputError: A bad argument; or, when indexed, an image that cannot be decoded.
+
+    Example:
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (6, 4), "red").save(file, "png")
+        >>> images = ImageFiles([file.getvalue()] * 3, image_size=(2, 3), channels=3)
+        >>> images.shape, images[np.array([2, 0])].shape, images[1][0, 0].tolist()
+        ((3, 2, 3, 3), (2, 2, 3, 3), [255, 0, 0])
+    """
+
+    dtype = np.dtype("uint8")
+
+    def __init__(self, sources, image_size, channels):
+        check_channels(channels)
+        self.sources = tuple(sources)
+        self.shape = (len(self.sources), *check_image_size(image_size), channels)
+
+    def __len__(self):
+        return len(self.sources)
+
+    def __getitem__(self, indices):
+        """Returns the images that `indices` picks, as indexing an array's first axis does."""
+        picked = np.arange(len(self))[indices]
+        if picked.ndim == 0:
+            return self._decode(picked)
+        batch = np.empty((len(picked), *self.shape[1:]), self.dtype)
+        for place, image in enumerate(map_threads(self._decode, picked)):
+            batch[place] = image
+        return batch
+
+    def _decode(self, index):
+        source = self.sources[index]
+        try:
+            return decode_image(source, self.shape[1:3], self.shape[3])
+        except Exception as error:  # See `open_upright`.
+            name = f"image {index}" if isinstance(source, bytes) else printable(source)
+            raise InputError(f"{name}: cannot be decoded: {one_line(error)}") from error
+
+
+def printable(path):
+    """Returns `path` as text that can always be printed, even if its bytes are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def one_line(error):
+    """Returns the first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,62 @@
+"""Files that are never half-written: written beside the target, then renamed onto it."""
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path beside `path`; on success renames it onto `path`.
+
+    A process that is killed leaves the old file or the new one. An exception inside the block
+    removes the temporary file and leaves the target as it was.
+
+    Args:
+        path: The file to write. Its folder must exist.
+
+    Yields:
+        A `pathlib.Path` in the same folder with the same suffix, for the block to write.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> with replacing(target) as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> target.read_text(), [p.name for p in target.parent.iterdir()]
+        ('whole', ['note.txt'])
+    """
+    path = Path(path)
+    # The suffix stays last: Keras and Matplotlib choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    try:
+        yield temporary
+        # Without this a power cut can leave the new name on an empty file.
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_partials(folder):
+    """Removes what killed writers left in `folder` (files that `replacing` had not renamed yet).
+
+    Args:
+        folder: The folder; it may be missing.
+    """
+    for partial in Path(folder).glob(".*.partial*"):
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Writes `text` to `path` in UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    """Writes `value` to `path` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

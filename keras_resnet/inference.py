@@ -1,0 +1,231 @@
+"""One way to ask a trained model, whatever file it came from."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_resnet import archive
+from keras_resnet.datasets import Split, load_dataset
+from keras_resnet.datasets.images import (
+    ImageFiles,
+    border_level,
+    decode_image,
+    one_line,
+    open_upright,
+    printable,
+)
+from keras_resnet.errors import InputError
+from keras_resnet.evaluation import evaluate
+
+
+class Predictor:
+    """A trained model that answers with probabilities.
+
+    Args:
+        model: A Keras model: images to logits.
+        card: What the model's file says about itself: "class_names"; "background" ("dark",
+            "light" or None) of the images it was trained on; "data", how to load them again.
+        path: The file it came from, for messages.
+
+    Attributes:
+        class_names: One name for each output.
+        image_shape: (height, width, channels) that the model takes; None is any size.
+    """
+
+    def __init__(self, model, card=None, path=None):
+        self.model = model
+        self.card = card or {}
+        self.path = path
+        self.image_shape = tuple(model.input_shape[1:])
+        if len(self.image_shape) != 3 or len(model.output_shape) != 2:
+            raise InputError(
+                f"{path or model.name}: the model must take images and give logits, but it takes "
+                f"{model.input_shape} and gives {model.output_shape}"
+            )
+        outputs = model.output_shape[-1]
+        self.class_names = tuple(
+            self.card.get("class_names") or (f"class {i}" for i in range(outputs))
+        )
+        if len(self.class_names) != outputs:
+            raise InputError(
+                f"{path or model.name}: the model has {outputs} outputs and its card "
+                f"{len(self.class_names)} class names"
+            )
+
+    def __call__(self, images):
+        """Returns the probability of each class for each image.
+
+        Args:
+            images: uint8, [count, height, width, channels], of the model's `image_shape`.
+
+        Returns:
+            float32, [count, classes]; each row sums to 1.
+        """
+        logits = keras.ops.convert_to_numpy(self.model.predict_on_batch(images))
+        # In float64, so that rows sum to 1 also where the model computes in half precision.
+        logits = logits.astype("float64")
+        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return (powers / powers.sum(axis=-1, keepdims=True)).astype("float32")
+
+
+def resolve_model_path(path):
+    """Returns the model file that `path` means: itself, or the model of a run folder.
+
+    Args:
+        path: A .keras file, or a run folder.
+
+    Raises:
+        InputError: If the run folder has no finished model.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    model = path / "model.keras"
+    if model.is_file():
+        return model
+    last = path / "checkpoints" / "last.keras"
+    hint = "it is not a run folder"
+    if last.is_file():
+        hint = f"the run has not finished; name {last}, or finish it with train --resume"
+    raise InputError(f"{path}: no model.keras there: {hint}")
+
+
+def load(path):
+    """Loads a model for inference; never runs code from a file.
+
+    Args:
+        path: A .keras file, or the folder of a finished run.
+
+    Returns:
+        A `Predictor`.
+
+    Raises:
+        InputError: If there is no model there, it is damaged, or of a kind that is refused: HDF5
+            models, Lambda layers.
+
+    Example:
+        >>> import tempfile
+        >>> from keras_resnet import Spec, build_resnet, with_preprocessing
+        >>> network = build_resnet(Spec((1,), (4,)), (8, 8, 1), 3)
+        >>> path = Path(tempfile.mkdtemp()) / "small.keras"
+        >>> archive.save_model(with_preprocessing(network, (8, 8, 1)), path, {})
+        >>> probabilities = load(path)(np.zeros((2, 8, 8, 1), "uint8"))
+        >>> probabilities.shape, probabilities.sum(axis=1).round(3).tolist()
+        ((2, 3), [1.0, 1.0])
+    """
+    path = resolve_model_path(path)
+    card = archive.read_card(path)
+    return Predictor(archive.load_model(path), card, path)
+
+
+def evaluate_file(path, dataset=None, **options):
+    """Measures a trained model on the split that a data set holds for that.
+
+    Args:
+        path: A .keras file, or the folder of a finished run.
+        dataset: The data set's name; by default the one it was trained on, split as it was then.
+        **options: What `load_dataset` takes.
+
+    Returns:
+        An `Evaluation`.
+
+    Raises:
+        InputError: If model and data do not fit each other, or one of them cannot be loaded.
+    """
+    predictor = load(path)
+    known = dict(predictor.card.get("data", {}))
+    trained_on = known.pop("dataset", None)
+    if dataset is None and trained_on is None:
+        raise InputError(f"{path}: the file does not say what it was trained on: name --dataset")
+    if dataset in (None, trained_on):
+        dataset, options = trained_on, {**known, **options}
+    height, width, channels = predictor.image_shape
+    size = {"image_size": (height, width)} if height and width else {}
+    data = load_dataset(dataset, **size, **options)
+    split = data.splits[data.evaluation_split]
+    if isinstance(split.images, ImageFiles) and height and width:
+        # Decoded as the model takes them, whatever the files are.
+        images = ImageFiles(split.images.sources, (height, width), channels)
+        split = Split(images, split.labels)
+    _check_fit(predictor, data, split)
+    return evaluate(predictor, split, data.class_names)
+
+
+def _check_fit(predictor, data, split):
+    shape = tuple(split.images.shape[1:])
+    fits = all(a in (None, b) for a, b in zip(predictor.image_shape, shape, strict=True))
+    if not fits:
+        raise InputError(
+            f"{predictor.path}: the model takes images of shape {predictor.image_shape}, and "
+            f"those of {data.name} are {shape}"
+        )
+    known = predictor.card.get("class_names")
+    if known and known != list(data.class_names):
+        raise InputError(
+            f"{predictor.path}: the model knows the classes {_some(known)}, and {data.name} has "
+            f"{_some(data.class_names)}"
+        )
+    if len(predictor.class_names) != len(data.class_names):
+        raise InputError(
+            f"{predictor.path}: the model has {len(predictor.class_names)} outputs, and "
+            f"{data.name} has {len(data.class_names)} classes"
+        )
+
+
+def _some(names, most=3):
+    shown = ", ".join(names[:most])
+    return f"{shown} … ({len(names)})" if len(names) > most else shown
+
+
+def predict_files(path, images, *, top=3, invert="auto"):
+    """Names what is on image files.
+
+    Args:
+        path: A .keras file, or the folder of a finished run.
+        images: Paths of images: any size, colour or grey, any format that Pillow reads. Each is
+            resized to what the model takes and converted to grey or colour.
+        top: How many labels an image, the most probable first.
+        invert: "yes", "no", or "auto": light and dark are swapped where the image's border is on
+            the other side of mid-grey than that of the images the model was trained on.
+
+    Returns:
+        One dict an image: "image" (the path), "inverted" (a bool), "labels" (a list of dicts
+        with "label" and "probability").
+
+    Raises:
+        InputError: If the model or an image cannot be loaded.
+    """
+    predictor = load(path)
+    rows = []
+    for image in images:
+        pixels = _read_image(image, predictor.image_shape)
+        inverted = _is_inverted(pixels, invert, predictor.card.get("background"))
+        probabilities = predictor(255 - pixels if inverted else pixels)[0]
+        best = np.argsort(-probabilities, kind="stable")[:top]
+        labels = [
+            {"label": predictor.class_names[i], "probability": float(probabilities[i])}
+            for i in best
+        ]
+        rows.append({"image": printable(image), "inverted": inverted, "labels": labels})
+    return rows
+
+
+def _read_image(path, image_shape):
+    """Returns an image file as a batch of one, uint8, [1, height, width, channels]."""
+    height, width, channels = image_shape
+    try:
+        own = open_upright(path).size
+        return decode_image(path, (height or own[1], width or own[0]), channels)[None]
+    except FileNotFoundError:
+        raise InputError(f"{printable(path)}: no such image file") from None
+    except Exception as error:  # Pillow raises many kinds on a damaged file
+        raise InputError(f"{printable(path)}: cannot be read: {one_line(error)}") from error
+
+
+def _is_inverted(pixels, invert, background):
+    if invert != "auto":
+        return invert == "yes"
+    return background in ("dark", "light") and background != (
+        "dark" if border_level(pixels) < 128 else "light"
+    )

@@ -1,0 +1,188 @@
+"""From a raw uint8 image to what a network takes, as layers inside the graph.
+
+Training, evaluation and every exported file hold the same layers, so that no caller has to
+repeat a resize or a normalisation, and none can get it wrong. Pure Keras 3: any backend.
+"""
+
+import keras
+from keras import ops
+
+from keras_resnet.blocks import PACKAGE
+from keras_resnet.errors import InputError
+from keras_resnet.models import look_up
+
+# ITU-R BT.601 luma, which Pillow's convert("L") uses too.
+LUMA = (0.299, 0.587, 0.114)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class ImagePreprocessing(keras.layers.Layer):
+    """Resizes raw images, converts between grey and colour, scales to [0, 1] and normalises.
+
+    It works in float32 whatever the policy (bfloat16 would round the 256 grey levels once they
+    are scaled) and hands over in the policy's compute dtype.
+
+    Keras's own `Resizing` layer would do the resizing, but up to Keras 3.15 it makes the
+    BatchNormalization layers behind it believe that they are training.
+
+    Args:
+        image_size: Height and width of the result, in pixels.
+        channels: Number of channels of the result, 1 or 3. Grey becomes colour by repetition,
+            colour becomes grey by its luma (ITU-R BT.601).
+        mean: What is taken off, on the scale [0, 1]; a number, or one for each channel.
+        std: What it is divided by then; a number, or one for each channel.
+        **kwargs: What `keras.layers.Layer` takes.
+
+    Input shape:
+        (batch, height, width, 1 or 3), uint8 or any number in 0 … 255; batch, height and width
+        may be unknown.
+
+    Output shape:
+        (batch, image_size, image_size, channels).
+
+    Raises:
+        InputError: If `channels`, or the input's number of channels, is neither 1 nor 3.
+
+    Example:
+        >>> images = ops.full((2, 28, 28, 1), 255, dtype="uint8")
+        >>> result = ImagePreprocessing(96)(images)
+        >>> tuple(result.shape), float(ops.max(result))
+        ((2, 96, 96, 1), 1.0)
+    """
+
+    def __init__(self, image_size, channels=1, mean=0.0, std=1.0, **kwargs):
+        super().__init__(**kwargs)
+        if not isinstance(image_size, int) or image_size < 1:
+            raise InputError(f"`image_size` must be a whole number of pixels, got {image_size!r}")
+        if channels not in (1, 3):
+            raise InputError(f"`channels` must be 1 or 3, got {channels!r}")
+        self.image_size = image_size
+        self.channels = channels
+        self.mean = mean
+        self.std = std
+
+    def build(self, input_shape):
+        """Checks `input_shape`; there are no weights."""
+        if len(input_shape) != 4 or input_shape[-1] not in (1, 3):
+            raise InputError(
+                f"{self.name} takes (batch, height, width, 1 or 3), got {tuple(input_shape)}"
+            )
+
+    def compute_output_shape(self, input_shape):
+        """Returns the output's shape for images of `input_shape`."""
+        return (input_shape[0], self.image_size, self.image_size, self.channels)
+
+    def call(self, images):
+        """Returns `images` as the network takes them."""
+        x = ops.cast(images, self.variable_dtype)
+        if x.shape[-1] > self.channels:
+            luma = ops.cast(ops.array(LUMA), self.variable_dtype)
+            x = ops.sum(x * luma, axis=-1, keepdims=True)
+        size = (self.image_size, self.image_size)
+        if tuple(x.shape[1:3]) != size:
+            x = ops.image.resize(x, size, interpolation="bilinear", data_format="channels_last")
+        if x.shape[-1] < self.channels:
+            x = ops.repeat(x, self.channels, axis=-1)
+        mean, std = (ops.cast(ops.array(v), self.variable_dtype) for v in (self.mean, self.std))
+        x = (x / 255 - mean) / std
+        return ops.cast(x, self.compute_dtype)
+
+    def get_config(self):
+        """Returns the arguments that make this layer again."""
+        names = ("image_size", "channels", "mean", "std")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+# Each row makes a layer that changes training images at random.
+AUGMENTATIONS = {
+    "flip": lambda: keras.layers.RandomFlip("horizontal", data_format="channels_last"),
+    "shift": lambda: keras.layers.RandomTranslation(
+        0.1, 0.1, fill_mode="constant", data_format="channels_last"
+    ),
+    "erase": lambda: keras.layers.RandomErasing(
+        scale=(0.02, 0.25), fill_value=0.0, value_range=(0, 1), data_format="channels_last"
+    ),
+}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Augmentation(keras.layers.Layer):
+    """Changes images at random in training; otherwise returns them as they are.
+
+    Keras's random layers are called only when training is asked for: like `Resizing`, they would
+    otherwise switch the layers behind them to training as well.
+
+    Args:
+        names: Rows of `AUGMENTATIONS`, applied in this order: "flip", "shift", "erase".
+        **kwargs: What `keras.layers.Layer` takes.
+
+    Input shape:
+        (batch, height, width, channels), scaled to [0, 1].
+
+    Output shape:
+        That of the input.
+
+    Raises:
+        InputError: If a name is no row of `AUGMENTATIONS`.
+
+    Example:
+        >>> images = keras.random.uniform((2, 8, 8, 1))
+        >>> bool(ops.all(Augmentation(["flip"])(images) == images))
+        True
+    """
+
+    def __init__(self, names=(), **kwargs):
+        super().__init__(**kwargs)
+        self.names = tuple(names)
+        self.steps = [look_up(AUGMENTATIONS, name, "augmentation")() for name in self.names]
+
+    def build(self, input_shape):
+        """Builds each step; there are no weights."""
+        for step in self.steps:
+            step.build(input_shape)
+
+    def compute_output_shape(self, input_shape):
+        """Returns `input_shape`: augmentation keeps it."""
+        return input_shape
+
+    def call(self, images, training=False):
+        """Returns `images`, changed at random if `training`."""
+        if training:
+            for step in self.steps:
+                images = step(images, training=True)
+        return images
+
+    def get_config(self):
+        """Returns the arguments that make this layer again."""
+        return {**super().get_config(), "names": list(self.names)}
+
+
+def with_preprocessing(network, image_shape, augmentation=(), mean=0.0, std=1.0):
+    """Puts preprocessing and augmentation before a network.
+
+    Args:
+        network: A Keras model that takes (batch, size, size, 1 or 3) and gives logits.
+        image_shape: (height, width, channels) of raw images; height and width may be None.
+        augmentation: Rows of `AUGMENTATIONS`, active in training only.
+        mean: See `ImagePreprocessing`.
+        std: See `ImagePreprocessing`.
+
+    Returns:
+        A Keras model: input "image", uint8, (batch, *image_shape), to the network's logits. Its
+        layers are "preprocessing", "augmentation" and the network under its own name.
+
+    Example:
+        >>> from keras_resnet.models import build_resnet18
+        >>> model = with_preprocessing(build_resnet18((96, 96, 1)), (28, 28, 1))
+        >>> model.input.dtype, model.input_shape, model.output_shape
+        ('uint8', (None, 28, 28, 1), (None, 10))
+    """
+    _, height, width, channels = network.input_shape
+    if height is None or height != width:
+        raise InputError(
+            f"the network must take square images of a known size, got {height}x{width}"
+        )
+    inputs = keras.Input(tuple(image_shape), dtype="uint8", name="image")
+    x = ImagePreprocessing(height, channels, mean, std, name="preprocessing")(inputs)
+    x = Augmentation(augmentation, name="augmentation")(x)
+    return keras.Model(inputs, network(x), name=f"{network.name}_classifier")

@@ -1,0 +1,219 @@
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_resnet.datasets import load_dataset
+from keras_resnet.datasets.images import ImageFiles
+from keras_resnet.errors import InputError
+
+COLOURS = {"bag": (250, 0, 0), "coat": (0, 250, 0), "ärmel": (0, 0, 250)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of 10 images, 8×6, each nearly the colour of its class."""
+    root = tmp_path / "pictures"
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            shade = tuple(max(value - i, 0) for value in colour)
+            Image.new("RGB", (8, 6), shade).save(root / name / f"{i}.png")
+    return root
+
+
+def load(folder, **options):
+    return load_dataset(f"folder:{folder}", **options)
+
+
+def error_of(folder, **options):
+    with pytest.raises(InputError) as caught:
+        load(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_classes_splits_and_pixels(folder):
+    (folder / ".cache").mkdir()
+    (folder / "bag" / ".DS_Store").write_bytes(b"hidden")
+    (folder / "README.txt").write_text("beside the classes")
+    dataset = load(folder, validation_share=0.2)
+    assert dataset.class_names == ("bag", "coat", "ärmel")
+    assert dataset.name == f"folder:{folder}"
+    assert dataset.source == f"image folder {folder}: 30 images, 3 classes"
+    assert dataset.evaluation_split == "validation"
+    assert dataset.image_shape == (6, 8, 3)
+    assert {name: len(split) for name, split in dataset.splits.items()} == {
+        "train": 24,
+        "validation": 6,
+    }
+    for split in dataset.splits.values():
+        assert isinstance(split.images, ImageFiles)
+        images, labels = next(split.batches(batch_size=100))
+        # The brightest channel of an image tells its class.
+        np.testing.assert_array_equal(images[:, 0, 0].argmax(axis=1), labels)
+        assert labels.dtype == np.int64
+
+
+def test_validation_images_are_a_function_of_the_seed(folder):
+    def chosen(**options):
+        return [path.name for path in load(folder, **options).splits["validation"].images.sources]
+
+    assert chosen() == chosen()
+    assert chosen(validation_share=0.5, seed=1) != chosen(validation_share=0.5)
+    parts = load(folder).splits
+    assert not set(parts["train"].images.sources) & set(parts["validation"].images.sources)
+
+
+def test_fingerprint_is_of_names_and_contents(folder, tmp_path):
+    before = load(folder).fingerprint
+    moved = tmp_path / "elsewhere"
+    folder.rename(moved)
+    assert load(moved, seed=3, image_size=4, channels=1).fingerprint == before
+    (moved / "bag" / "0.png").rename(moved / "bag" / "renamed.png")
+    renamed = load(moved).fingerprint
+    assert renamed != before
+    Image.new("RGB", (8, 6), "white").save(moved / "bag" / "renamed.png")
+    assert load(moved).fingerprint not in {before, renamed}
+
+
+def test_grey_images_have_one_channel(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i, mode in enumerate(("L", "1", "LA", "I;16")):
+            Image.new(mode, (4, 4)).save(tmp_path / name / f"{i}.png")
+    assert load(tmp_path).image_shape == (4, 4, 1)
+    assert load(tmp_path, channels=3).image_shape == (4, 4, 3)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "colour.png")
+    assert load(tmp_path).image_shape == (4, 4, 3)
+    assert load(tmp_path, channels=1).image_shape == (4, 4, 1)
+
+
+def test_sizes_that_differ_need_one(folder):
+    Image.new("RGB", (20, 10)).save(folder / "coat" / "other.bmp")
+    message = error_of(folder)
+    assert "2 sizes" in message
+    assert "0.png is 8×6" in message
+    assert "other.bmp is 20×10" in message
+    assert "--image-size" in message
+    dataset = load(folder, image_size=(5, 7))
+    assert dataset.image_shape == (5, 7, 3)
+    assert dataset.splits["train"].images[np.arange(3)].shape == (3, 5, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "shape"),
+    [(None, (6, 8, 3)), (8, (6, 8, 3)), (7, (7, 7, 3)), ((6, 8), (6, 8, 3)), ((5, 8), (5, 8, 3))],
+)
+def test_images_of_one_size_are_only_made_smaller(folder, image_size, shape):
+    assert load(folder, image_size=image_size).image_shape == shape
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        sum_ = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", sum_)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def spoil(folder):
+    """Adds one unreadable file of each kind; returns their names and the reasons given."""
+    Image.effect_noise((90, 90), 50).save(folder / "bag" / "cut.jpg")
+    whole = (folder / "bag" / "cut.jpg").read_bytes()
+    (folder / "bag" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "bag" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (folder / "bag" / "notes.txt").write_text("not an image")
+    (folder / "bag" / "empty.png").touch()
+    # Between Pillow's limit, where it only warns, and twice the limit, where it refuses.
+    (folder / "coat" / "large.png").write_bytes(png_header(10_000, 10_000))
+    (folder / "coat" / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    (folder / "coat" / "link.png").symlink_to("nowhere.png")
+    Image.new("LAB", (8, 6)).save(folder / "coat" / "lab.tif")
+    os.mkfifo(folder / "coat" / "pipe.png")
+    return {
+        "bag/cut.jpg": "runcated",
+        "bag/Thumbs.db": "not an image",
+        "bag/notes.txt": "not an image",
+        "bag/empty.png": "not an image",
+        "coat/large.png": "10000×10000 pixels",
+        "coat/bomb.png": "3600000000 pixels",
+        "coat/link.png": "not a regular file",
+        "coat/lab.tif": "mode LAB",
+        "coat/pipe.png": "not a regular file",
+    }
+
+
+@pytest.mark.filterwarnings("error")
+def test_unreadable_files_are_all_named(folder):
+    spoiled = spoil(folder)
+    message = error_of(folder)
+    assert f"{len(spoiled)} files cannot be read" in message
+    assert "--skip-bad" in message
+    for name, reason in spoiled.items():
+        assert name in message
+        assert reason in message.partition(name)[2].partition(")")[0]
+
+
+def test_unreadable_files_can_be_skipped(folder):
+    clean = load(folder)
+    spoiled = spoil(folder)
+    dataset = load(folder, skip_bad=True)
+    assert dataset.source.endswith(f"30 images, 3 classes, {len(spoiled)} unreadable files skipped")
+    assert dataset.fingerprint == clean.fingerprint
+    assert sum(map(len, dataset.splits.values())) == 30
+
+
+def test_ten_unreadable_files_are_listed(folder):
+    for i in range(13):
+        (folder / "bag" / f"note{i:02}.txt").write_text("no")
+    message = error_of(folder)
+    assert "13 files cannot be read" in message
+    assert "note09.txt" in message
+    assert "note10.txt" not in message
+    assert "and 3 more" in message
+
+
+def test_a_class_that_skipping_leaves_too_small(folder):
+    for i in range(1, 10):
+        (folder / "coat" / f"{i}.png").write_bytes(b"spoiled")
+    message = error_of(folder, skip_bad=True)
+    assert "coat: a class needs at least 2 readable images" in message
+    assert "found 1" in message
+
+
+def test_missing_and_empty_folders(tmp_path):
+    assert "nowhere: the folder cannot be read: No such file" in error_of(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert "Not a directory" in error_of(tmp_path / "file")
+    assert "at least 2, found 0" in error_of(tmp_path)
+    (tmp_path / "one").mkdir()
+    assert "at least 2, found 1" in error_of(tmp_path)
+    (tmp_path / "two").mkdir()
+    assert "one: the class folder is empty" in error_of(tmp_path)
+
+
+def test_a_folder_of_splits_is_not_taken_for_classes(folder, tmp_path):
+    folder.rename(tmp_path / "train")
+    (tmp_path / "val" / "bag").mkdir(parents=True)
+    assert f"give folder:{tmp_path / 'train'}" in error_of(tmp_path)
+
+
+def test_names_that_are_not_utf8(folder):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (folder / "bag" / name).write_text("no")
+    assert "caf\ufffd.txt" in error_of(folder)
+    (folder / os.fsdecode(b"caf\xe9")).mkdir()
+    assert "must be valid UTF-8" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"channels": 2}, {"image_size": 0}, {"validation_share": 0}, {"validation_share": 1}],
+)
+def test_bad_options(folder, options):
+    assert next(iter(options)) in error_of(folder, **options)

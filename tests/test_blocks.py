@@ -1,0 +1,329 @@
+"""The residual layers: their shapes, their numbers, their errors, and that they can be saved."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_resnet.blocks import DenseResidualBlock, PaddedConv2D, ResidualBlock
+from keras_resnet.errors import InputError
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def moving_statistics(layer):
+    return [ops.convert_to_numpy(w) for w in layer.non_trainable_variables if "moving" in w.path]
+
+
+@pytest.fixture
+def policy():
+    """Sets the dtype policy for one test."""
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy("float32")
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "expected"),
+    [
+        # The textbook prints these two, channels first: (4, 3, 6, 6) and (4, 6, 3, 3).
+        (ResidualBlock(3), (4, 6, 6, 3), (4, 6, 6, 3)),
+        (ResidualBlock(6, strides=2, use_1x1conv=True), (4, 6, 6, 3), (4, 3, 3, 6)),
+        (ResidualBlock(6, use_1x1conv=True), (4, 6, 6, 3), (4, 6, 6, 6)),
+        (DenseResidualBlock(24), (4, 24), (4, 24)),
+    ],
+)
+def test_output_shape(block, shape, expected):
+    assert tuple(block(normal(*shape)).shape) == expected
+    assert block.compute_output_shape(shape) == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 17),
+    width=st.integers(1, 17),
+    channels=st.integers(1, 4),
+    filters=st.integers(1, 4),
+    strides=st.integers(1, 3),
+)
+def test_computed_shape_is_the_real_one(height, width, channels, filters, strides):
+    shape = (2, height, width, channels)
+    block = ResidualBlock(filters, strides, use_1x1conv=True)
+    computed = block.compute_output_shape(shape)
+    assert computed == tuple(block(np.ones(shape, "float32")).shape)
+    assert computed == (2, -(-height // strides), -(-width // strides), filters)
+    assert block.compute_output_shape((None, None, None, channels)) == (None, None, None, filters)
+
+
+def test_one_model_takes_any_batch_height_and_width():
+    inputs = keras.Input((None, None, 3))
+    x = ResidualBlock(4, strides=2, use_1x1conv=True)(inputs)
+    model = keras.Model(inputs, ResidualBlock(4)(x))
+    assert model.output_shape == (None, None, None, 4)
+    for batch, height, width in ((1, 8, 8), (3, 7, 10), (2, 1, 1)):
+        expected = (batch, (height + 1) // 2, (width + 1) // 2, 4)
+        assert model(normal(batch, height, width, 3)).shape == expected
+        assert model.predict(normal(batch, height, width, 3), verbose=0).shape == expected
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_blocks_are_channels_last_whatever_the_configuration(strides):
+    keras.config.set_image_data_format("channels_first")
+    try:
+        block = ResidualBlock(5, strides, use_1x1conv=True)
+        assert block(normal(2, 6, 4, 3)).shape == (2, 6 // strides, 4 // strides, 5)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("zero", ["the last gamma, as it starts", "every convolution's weights"])
+def test_block_with_a_zero_branch_is_the_identity_on_what_a_relu_gives(zero, training):
+    """Answers the textbook's exercise 4: a block contains the identity if x comes out of a ReLU.
+
+    With its branch at zero the block computes relu(0 + x). That is x, exactly, where x >= 0, as
+    any output of a ReLU is, and so the input of every block in the network: it follows the stem's
+    ReLU or another block's. A negative number it cannot pass on.
+    """
+    x = np.abs(normal(4, 6, 6, 3))
+    block = ResidualBlock(3, zero_init_residual=zero.startswith("the last gamma"))
+    block.build(x.shape)
+    if zero.startswith("every convolution"):
+        assert np.abs(block(x) - x).max() > 0.1  # a block that starts as usual is no identity
+        for conv in (block.conv1, block.conv2):
+            conv.set_weights([np.zeros_like(w) for w in conv.get_weights()])
+    np.testing.assert_array_equal(block(x, training=training), x)
+    np.testing.assert_array_equal(block(-x, training=training), np.zeros_like(x))
+
+
+def test_new_dense_block_is_the_identity_on_what_a_relu_gives():
+    x = np.abs(normal(4, 24))
+    np.testing.assert_array_equal(DenseResidualBlock(24)(x), x)
+
+
+def test_training_argument():
+    block, x = ResidualBlock(3), 3 * normal(8, 6, 6, 3) + 1
+    block.build(x.shape)
+    fresh = moving_statistics(block)
+    assert len(fresh) == 4
+    inferred = np.array(block(x, training=False))
+    np.testing.assert_array_equal(block(x), inferred)  # a bare call is inference
+    np.testing.assert_equal(moving_statistics(block), fresh)
+
+    trained = np.array(block(x, training=True))
+    assert np.abs(trained - inferred).max() > 0.1
+    for before, after in zip(fresh, moving_statistics(block), strict=True):
+        assert np.abs(after - before).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "compute", "variable"),
+    [("mixed_bfloat16", "bfloat16", "float32"), ("float64", "float64", "float64")],
+)
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda **kwargs: ResidualBlock(6, 2, use_1x1conv=True, **kwargs), (4, 6, 6, 3)),
+        (lambda **kwargs: DenseResidualBlock(24, **kwargs), (4, 24)),
+    ],
+    ids=["ResidualBlock", "DenseResidualBlock"],
+)
+@pytest.mark.parametrize("how", ["global policy", "dtype argument"])
+def test_dtype_policy(policy, make, shape, name, compute, variable, how):
+    if how == "global policy":
+        policy(name)
+        block = make()
+    else:
+        block = make(dtype=name)
+    output = block(normal(*shape))
+    assert keras.backend.standardize_dtype(output.dtype) == compute
+    assert {w.dtype for w in block.weights} == {variable}
+
+
+def test_no_two_kernels_start_with_the_same_numbers():
+    block = ResidualBlock(4, use_1x1conv=True)
+    block.build((1, 6, 6, 4))
+    twin = ResidualBlock(4)
+    twin.build((1, 6, 6, 4))
+    convs = [block.conv1, block.conv2, block.shortcut_conv, twin.conv1, twin.conv2]
+    starts = [ops.convert_to_numpy(conv.kernel).ravel()[:16] for conv in convs]
+    for i, first in enumerate(starts):
+        for second in starts[:i]:
+            assert np.abs(first - second).max() > 1e-3
+
+
+def test_kernels_start_with_the_variance_of_pytorch():
+    """PyTorch's default is uniform in ±1/sqrt(fan_in), the variance of which is 1/(3 fan_in)."""
+    block = ResidualBlock(64, use_1x1conv=True)
+    block.build((1, 6, 6, 64))
+    for conv, fan_in in ((block.conv1, 576), (block.conv2, 576), (block.shortcut_conv, 64)):
+        kernel = ops.convert_to_numpy(conv.kernel)
+        assert np.abs(kernel).max() <= fan_in**-0.5 * (1 + 1e-6)
+        # 4,096 uniform numbers or more: the standard error of their variance is 1.4 % or less.
+        assert kernel.var() == pytest.approx(1 / (3 * fan_in), rel=0.07)
+        assert kernel.mean() == pytest.approx(0, abs=0.06 * fan_in**-0.5)
+
+
+def test_batch_norm_has_the_constants_of_pytorch():
+    block = ResidualBlock(3)
+    assert {(bn.epsilon, bn.momentum) for bn in (block.bn1, block.bn2)} == {(1e-5, 0.9)}
+
+
+# Saving
+
+EVERY_ARGUMENT = [
+    ResidualBlock(
+        6,
+        strides=2,
+        use_1x1conv=True,
+        use_bias=False,
+        shortcut_norm=True,
+        zero_init_residual=True,
+        kernel_initializer="he_normal",
+        name="all",
+        dtype="mixed_bfloat16",
+        trainable=False,
+    ),
+    ResidualBlock(3),
+    DenseResidualBlock(3, use_bias=False, name="dense", dtype="float64", trainable=False),
+    PaddedConv2D(4, 5, strides=3, use_bias=False, activation="relu", name="conv"),
+]
+
+
+@pytest.mark.parametrize("layer", EVERY_ARGUMENT, ids=lambda layer: layer.name)
+def test_config_makes_the_same_layer(layer):
+    config = layer.get_config()
+    again = type(layer).from_config(config)
+    assert again.get_config() == config
+    restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert type(restored) is type(layer)
+    assert restored.get_config() == config
+
+
+def test_config_holds_every_argument():
+    config = EVERY_ARGUMENT[0].get_config()
+    initializer = config.pop("kernel_initializer")
+    assert initializer["class_name"] == "HeNormal"
+    assert config.pop("dtype")["config"] == {"name": "mixed_bfloat16"}
+    assert config == {
+        "name": "all",
+        "trainable": False,
+        "filters": 6,
+        "strides": 2,
+        "use_1x1conv": True,
+        "use_bias": False,
+        "shortcut_norm": True,
+        "zero_init_residual": True,
+    }
+
+
+LOAD = """
+import sys, keras, numpy as np
+import keras_resnet
+model = keras.models.load_model(sys.argv[1])
+np.save(sys.argv[2], model(np.load(sys.argv[2])))
+"""
+
+
+def test_saved_model_gives_the_same_numbers_in_a_new_process(tmp_path):
+    inputs = keras.Input((6, 6, 3))
+    x = ResidualBlock(6, 2, True, shortcut_norm=True, use_bias=False)(inputs)
+    x = keras.layers.Flatten()(ResidualBlock(6, zero_init_residual=True)(x))
+    model = keras.Model(inputs, DenseResidualBlock(54)(x))
+    model.compile("sgd", "mse")
+    model.fit(normal(8, 6, 6, 3), normal(8, 54), verbose=0)  # no weight stays as it starts
+    model.save(tmp_path / "model.keras")
+
+    x = normal(4, 6, 6, 3, seed=1)
+    expected = np.array(model(x))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(x), expected)
+    for layer, again in zip(model.layers, loaded.layers, strict=True):
+        assert again.get_config() == layer.get_config()
+
+    # The new process imports keras_resnet and touches nothing in it.
+    np.save(tmp_path / "x.npy", x)
+    subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path / "model.keras", tmp_path / "x.npy"], check=True
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, rtol=1e-6, atol=1e-6)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape", "shapes"),
+    [
+        ({"filters": 6}, (4, 6, 6, 3), ["(4, 6, 6, 6)", "(4, 6, 6, 3)"]),
+        ({"filters": 3, "strides": 2}, (4, 6, 6, 3), ["(4, 3, 3, 3)", "(4, 6, 6, 3)"]),
+        # These would broadcast in silence, the branch over the channels, then over the pixels.
+        ({"filters": 1}, (4, 6, 6, 3), ["(4, 6, 6, 1)", "(4, 6, 6, 3)"]),
+        ({"filters": 3, "strides": 2}, (4, 2, 2, 3), ["(4, 1, 1, 3)", "(4, 2, 2, 3)"]),
+        # With unknown sizes both shapes read the same; the stride tells that they cannot be.
+        ({"filters": 3, "strides": 2}, (None, None, None, 3), ["(None, None, None, 3)"]),
+        ({"filters": 3, "strides": 2}, (None, None, 6, 3), ["(None, None, 3, 3)"]),
+        ({"filters": 6}, (None, None, None, 3), ["(None, None, None, 6)", "(None, None, None, 3)"]),
+    ],
+)
+def test_paths_that_do_not_fit_are_an_error_with_both_shapes(arguments, shape, shapes):
+    with pytest.raises(InputError) as error:
+        ResidualBlock(**arguments).build(shape)
+    for part in (*shapes, "use_1x1conv"):
+        assert part in str(error.value)
+    assert ResidualBlock(**arguments, use_1x1conv=True).compute_output_shape(shape)
+
+
+def test_paths_that_do_not_fit_are_an_error_in_a_call_and_in_a_functional_model():
+    for x in (normal(4, 6, 6, 3), keras.Input((None, None, 3))):
+        with pytest.raises(ValueError, match="use_1x1conv"):
+            ResidualBlock(6)(x)
+
+
+@pytest.mark.parametrize("width", [1, 12, 25])
+def test_dense_block_refuses_another_width(width):
+    with pytest.raises(ValueError, match=rf"24\).*{width}\).*units"):
+        DenseResidualBlock(24)(normal(4, width))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 6), (4, 6, 6, 6, 3)])
+def test_wrong_rank_is_an_error_with_the_shape(shape):
+    with pytest.raises(InputError) as error:
+        ResidualBlock(shape[-1])(normal(*shape))
+    assert str(shape) in str(error.value)
+
+
+def test_unknown_channels_are_an_error():
+    with pytest.raises(InputError, match="must be known"):
+        ResidualBlock(3).build((None, 6, 6, None))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "2", None, True, (2, 2)])
+@pytest.mark.parametrize("argument", ["filters", "strides"])
+def test_bad_counts_are_an_error_with_rule_and_value(argument, value):
+    with pytest.raises(InputError) as error:
+        ResidualBlock(**{"filters": 3, argument: value})
+    assert f"`{argument}` must be a whole number of at least 1, got {value!r}" == str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_bad_units_are_an_error(value):
+    with pytest.raises(InputError, match="`units` must be a whole number"):
+        DenseResidualBlock(value)
+
+
+def test_even_kernels_are_an_error():
+    with pytest.raises(InputError, match="`kernel_size` must be odd, got 2"):
+        PaddedConv2D(3, 2)

@@ -1,0 +1,301 @@
+"""The networks: the textbook's shapes, parameter counts, names, errors, and the dense network."""
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import ops
+from torch_reference import ResNet18, dense_resnet
+
+from keras_resnet.blocks import DenseResidualBlock, ResidualBlock
+from keras_resnet.errors import InputError
+from keras_resnet.models import (
+    SPECS,
+    Spec,
+    build_dense_resnet,
+    build_resnet,
+    build_resnet18,
+    build_resnet34,
+    count_parameters,
+    residual_stage,
+    summarize_shapes,
+)
+
+TINY = Spec((1, 1), (4, 8))
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    return build_resnet18((None, None, 1))
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(224, (56, 56, 28, 14, 7)), (96, (24, 24, 12, 6, 3)), (28, (7, 7, 4, 2, 1))]
+)
+def test_walk_through_resnet18_has_the_shapes_that_the_textbook_prints(resnet18, size, sizes):
+    modules = ("stem", "stage1", "stage2", "stage3", "stage4")
+    walk = [
+        (module, (1, side, side, filters))
+        for module, side, filters in zip(modules, sizes, (64, 64, 128, 256, 512), strict=True)
+    ]
+    walk += [("global_avg_pool", (1, 512)), ("logits", (1, 10))]
+    rows = summarize_shapes(resnet18, (1, size, size, 1))
+    assert [(row["module"], row["output_shape"]) for row in rows] == walk
+    counts = [row["parameters"] for row in rows]
+    assert counts == [3328, 148224, 525952, 2100480, 8395264, 0, 5130]
+
+
+def test_summary_shapes_are_those_of_a_real_image(resnet18):
+    rows = {
+        row["module"]: row["output_shape"] for row in summarize_shapes(resnet18, (2, 33, 50, 1))
+    }
+    for module, layer in (("stem", "stem_pool"), ("stage3", "stage3_block2"), ("logits", "logits")):
+        part = keras.Model(resnet18.input, resnet18.get_layer(layer).output)
+        assert tuple(part(np.zeros((2, 33, 50, 1), "float32")).shape) == rows[module]
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 224, 224, 3), (224, 224, 1), (1, 0, 224, 1), (1, None, 224, 1), (1, 9.5, 9, 1)]
+)
+def test_summary_refuses_a_shape_that_does_not_fit(resnet18, shape):
+    with pytest.raises(InputError) as error:
+        summarize_shapes(resnet18, shape)
+    assert str(shape) in str(error.value)
+
+
+def test_small_stem_keeps_the_size():
+    model = build_resnet18((32, 32, 3), stem="small")
+    rows = {row["module"]: row["output_shape"] for row in summarize_shapes(model, (1, 32, 32, 3))}
+    assert rows["stem"] == rows["stage1"] == (1, 32, 32, 64)
+    assert rows["stage4"] == (1, 4, 4, 512)
+
+
+# Counts and names
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "count"),
+    [
+        (build_resnet18, {}, 11_178_378),
+        # Published weights' counts, of torchvision's resnet18 and resnet34.
+        (build_resnet18, {"input_shape": (64, 64, 3), "num_classes": 1000}, 11_689_512),
+        (build_resnet34, {"input_shape": (64, 64, 3), "num_classes": 1000}, 21_797_672),
+    ],
+)
+def test_parameter_count(build, arguments, count):
+    if arguments:
+        arguments = {**arguments, "variant": "torchvision"}
+    model = build(**arguments)
+    assert count_parameters(model) == count
+    assert sum(
+        row["parameters"] for row in summarize_shapes(model, (1, *model.input_shape[1:]))
+    ) == (count)
+
+
+def test_parameter_count_is_what_pytorch_counts():
+    counted = sum(
+        parameter.numel() for parameter in ResNet18().parameters() if parameter.requires_grad
+    )
+    assert counted == 11_178_378
+
+
+def test_layers_are_named_like_the_chapter():
+    model = build_resnet18()
+    assert model.name == "resnet18"
+    assert [layer.name for layer in model.layers] == [
+        "features",
+        *(f"stem_{part}" for part in ("conv", "bn", "relu", "pad", "pool")),
+        *(f"stage{stage}_block{block}" for stage in (1, 2, 3, 4) for block in (1, 2)),
+        "global_avg_pool",
+        "logits",
+    ]
+    names = [layer.name for layer in build_resnet34().layers]
+    stages = [sum(name.startswith(f"stage{stage}_") for name in names) for stage in (1, 2, 3, 4)]
+    assert stages == [3, 4, 6, 3]
+
+
+def test_a_variant_reaches_every_block():
+    model = build_resnet(TINY, (16, 16, 3), variant="torchvision", zero_init_residual=True)
+    blocks = [layer for layer in model.layers if isinstance(layer, ResidualBlock)]
+    assert len(blocks) == 2
+    assert not [weight.path for weight in model.weights if "conv/bias" in weight.path]
+    for block in blocks:
+        assert not block.use_bias
+        assert block.shortcut_norm
+        np.testing.assert_array_equal(block.bn2.gamma, 0)
+    assert blocks[1].shortcut_bn is not None
+
+
+def test_a_network_that_starts_with_identities_is_its_stem_and_its_shortcuts():
+    """With the residual branches at zero only stem and shortcuts are left, as one can compute."""
+    model = build_resnet(TINY, (16, 16, 1), zero_init_residual=True)
+    x = np.random.default_rng(0).normal(size=(2, 16, 16, 1)).astype("float32")
+    stem = keras.Model(model.input, model.get_layer("stem_pool").output)(x)
+    shortcut = ops.relu(model.get_layer("stage2_block1").shortcut_conv(stem))
+    expected = model.get_layer("logits")(ops.mean(shortcut, axis=(1, 2)))
+    np.testing.assert_allclose(model(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "logits"),
+    [("float32", "float32"), ("mixed_bfloat16", "float32"), ("float64", "float64")],
+)
+def test_logits_are_never_in_half_precision(policy, logits):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = build_resnet(TINY, (16, 16, 1))
+        dense = build_dense_resnet(num_blocks=1)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    output = model(np.ones((1, 16, 16, 1)))
+    assert keras.backend.standardize_dtype(output.dtype) == logits
+    assert model.get_layer("stage1_block1").compute_dtype == policy.removeprefix("mixed_")
+    assert {weight.dtype for weight in model.weights} == {logits}
+    assert {weight.dtype for weight in dense.weights} == {logits}
+
+
+def test_specs_are_data():
+    assert {
+        name: spec.blocks for name, spec in SPECS.items() if name in ("resnet18", "resnet34")
+    } == {
+        "resnet18": (2, 2, 2, 2),
+        "resnet34": (3, 4, 6, 3),
+    }
+    with pytest.raises(InputError, match="one number a stage"):
+        Spec((2, 2), (64,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spec": "resnet19"}, "`spec` must be one of resnet18, .*got 'resnet19'"),
+        ({"spec": ["resnet18"]}, "`spec` must be one of"),
+        ({"variant": "v9"}, "`variant` must be one of d2l, torchvision.*got 'v9'"),
+        ({"stem": "big"}, "`stem` must be one of imagenet, small, got 'big'"),
+        ({"input_shape": (224, 224)}, r"`input_shape` must be .*got \(224, 224\)"),
+        ({"input_shape": (1, 224, 224, 1)}, r"got \(1, 224, 224, 1\)"),
+        ({"input_shape": (0, 224, 1)}, r"got \(0, 224, 1\)"),
+        ({"input_shape": (224, -1, 1)}, r"got \(224, -1, 1\)"),
+        ({"input_shape": (224, 224.0, 1)}, r"got \(224, 224.0, 1\)"),
+        ({"input_shape": (224, 224, None)}, r"got \(224, 224, None\)"),
+        ({"input_shape": 224}, "`input_shape` must be .*got 224"),
+        ({"num_classes": 0}, "`num_classes` must be a whole number of at least 1, got 0"),
+        ({"num_classes": 2.5}, "`num_classes` .*got 2.5"),
+        ({"num_classes": True}, "`num_classes` .*got True"),
+    ],
+)
+def test_bad_arguments_are_errors_with_rule_and_value(arguments, message):
+    with pytest.raises(InputError, match=message):
+        build_resnet(**{"spec": "resnet18", **arguments})
+
+
+def test_stage_without_blocks_and_first_stage_of_another_width_are_errors():
+    x = keras.Input((8, 8, 3))
+    with pytest.raises(InputError, match=r"`num_blocks` .*got 0"):
+        residual_stage(x, 3, 0)
+    with pytest.raises(InputError, match="use_1x1conv"):
+        residual_stage(x, 4, 1, first_stage=True)
+
+
+# The dense network
+
+
+@pytest.mark.parametrize(("num_blocks", "seeds"), [(10, 20), (100, 3)])
+def test_dense_network_keeps_the_scale_of_its_input(num_blocks, seeds):
+    x = np.arange(1.0, 13.0, dtype="float32")[None]  # the textbook's example
+    for seed in range(seeds):
+        keras.utils.set_random_seed(seed)
+        model = build_dense_resnet(num_blocks=num_blocks)
+        for scale in (1e-3, 1.0, 1e3):
+            largest = np.abs(model(scale * x)).max() / (scale * np.abs(x).max())
+            assert 0.1 < largest < 10, f"seed {seed}, scale {scale}"
+
+
+def test_the_dense_network_of_unit_variance_explodes_and_ours_does_not_because_of_its_start():
+    """The textbook sees 1e24, with weights of its own. PyTorch's smaller ones do not explode.
+
+    Measured at ten blocks, over 20 seeds: 1 to 6 with PyTorch's weights, and at 100 blocks 11 to
+    106; with weights of unit variance, 8e11 to 3e13 at ten blocks and an overflow at 100.
+    """
+    x = torch.arange(1.0, 13.0)[None]
+    torch.manual_seed(0)
+    net = dense_resnet(num_blocks=10)
+    with torch.no_grad():
+        assert net(x).abs().max() < 120
+        for name, weight in net.named_parameters():
+            if name.endswith("weight"):
+                weight.normal_()
+        assert net(x).abs().max() > 12e3
+
+    # The same weights but for the last layers of the branches, which start at zero.
+    model = build_dense_resnet(num_blocks=10)
+    explosive = keras.initializers.RandomNormal(stddev=1.0)
+    for block in model.layers:
+        if isinstance(block, DenseResidualBlock):
+            block.fc1.kernel.assign(explosive(block.fc1.kernel.shape))
+    assert np.abs(model(x.numpy())).max() < 120
+
+
+def test_dense_network_has_the_default_widths_and_count_of_the_chapter():
+    model = build_dense_resnet()
+    assert model.input_shape == (None, 12)
+    assert model.output_shape == (None, 8)
+    assert count_parameters(model) == sum(p.numel() for p in dense_resnet().parameters()) == 12_512
+    names = [layer.name for layer in model.layers]
+    assert names == ["features", "initial_fc", *(f"block{i + 1}" for i in range(10)), "final_fc"]
+
+
+def test_training_moves_the_branches_away_from_zero():
+    """At the start `fc2` is zero and lets no gradient through to `fc1`; after one step it does."""
+    keras.utils.set_random_seed(0)
+    model = build_dense_resnet(num_blocks=3)
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 12)).astype("float32"), rng.normal(size=(64, 8)).astype("float32")
+
+    def kernels(name):
+        return [
+            ops.convert_to_numpy(getattr(model.get_layer(f"block{i}"), name).kernel)
+            for i in (1, 2, 3)
+        ]
+
+    start = kernels("fc1")
+    first_loss = model.train_on_batch(x, y)
+    assert all(np.abs(kernel).max() > 0 for kernel in kernels("fc2"))
+    np.testing.assert_equal(kernels("fc1"), start)
+    model.train_on_batch(x, y)
+    for before, after in zip(start, kernels("fc1"), strict=True):
+        assert np.abs(after - before).max() > 0
+    for _ in range(20):
+        model.train_on_batch(x, y)
+    assert model.evaluate(x, y, verbose=0) < first_loss
+
+
+def test_dense_network_refuses_another_number_of_features():
+    model = build_dense_resnet()
+    with pytest.raises(ValueError, match="12"):
+        model(np.ones((1, 11), "float32"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("input_features", 0),
+        ("hidden_features", 2.0),
+        ("output_features", None),
+        ("num_blocks", -1),
+        ("num_blocks", 1.5),
+        ("num_blocks", False),
+        ("num_blocks", 0.0),
+    ],
+)
+def test_dense_network_refuses_what_is_no_count(argument, value):
+    with pytest.raises(InputError, match=f"`{argument}` must be .*got {value}"):
+        build_dense_resnet(**{argument: value})
+
+
+def test_dense_network_may_have_no_blocks():
+    assert build_dense_resnet(num_blocks=0).output_shape == (None, 8)
