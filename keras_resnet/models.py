@@ -100,6 +100,11 @@ def _check_input_shape(shape):
         )
 
 
+def _features(shape):
+    """Begins a network: its input, in the precision of its weights (Keras's own is float32)."""
+    return keras.Input(shape, dtype=keras.config.dtype_policy().variable_dtype, name="features")
+
+
 def _logits(x, num_classes):
     """Ends a network: logits in float32 (or float64), also where it computes in half precision.
 
@@ -229,7 +234,7 @@ def build_resnet(
     blocks = look_up(VARIANTS, variant, "variant")
     stem = look_up(STEMS, stem, "stem")
 
-    inputs = keras.Input(tuple(input_shape), name="features")
+    inputs = _features(tuple(input_shape))
     stem_args = {key: blocks[key] for key in ("use_bias", "kernel_initializer")}
     x = _stem(inputs, spec.filters[0], **stem, **stem_args)
     for index, (num_blocks, filters) in enumerate(zip(spec.blocks, spec.filters, strict=True)):
@@ -322,7 +327,7 @@ def build_dense_resnet(input_features=12, hidden_features=24, output_features=8,
     ):
         _check_count(argument, value)
     _check_count("num_blocks", num_blocks, least=0)
-    inputs = keras.Input((input_features,), name="features")
+    inputs = _features((input_features,))
     x = keras.layers.Dense(hidden_features, name="initial_fc")(inputs)
     for index in range(num_blocks):
         x = DenseResidualBlock(hidden_features, name=f"block{index + 1}")(x)

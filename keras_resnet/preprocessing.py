@@ -41,7 +41,8 @@ class ImagePreprocessing(keras.layers.Layer):
         (batch, image_size, image_size, channels).
 
     Raises:
-        InputError: If `channels`, or the input's number of channels, is neither 1 nor 3.
+        InputError: If `channels`, or the input's number of channels, is neither 1 nor 3, or the
+            length of `mean` or `std` is not `channels`.
 
     Example:
         >>> images = ops.full((2, 28, 28, 1), 255, dtype="uint8")
@@ -52,10 +53,18 @@ class ImagePreprocessing(keras.layers.Layer):
 
     def __init__(self, image_size, channels=1, mean=0.0, std=1.0, **kwargs):
         super().__init__(**kwargs)
-        if not isinstance(image_size, int) or image_size < 1:
+        whole = isinstance(image_size, int) and not isinstance(image_size, bool)
+        if not whole or image_size < 1:
             raise InputError(f"`image_size` must be a whole number of pixels, got {image_size!r}")
         if channels not in (1, 3):
             raise InputError(f"`channels` must be 1 or 3, got {channels!r}")
+        for argument, value in (("mean", mean), ("std", std)):
+            # Any other length would broadcast the image to more channels.
+            if isinstance(value, (list, tuple)) and len(value) != channels:
+                raise InputError(
+                    f"`{argument}` must be a number, or one for each of {channels} channels, "
+                    f"got {value!r}"
+                )
         self.image_size = image_size
         self.channels = channels
         self.mean = mean
@@ -133,6 +142,8 @@ class Augmentation(keras.layers.Layer):
 
     def __init__(self, names=(), **kwargs):
         super().__init__(**kwargs)
+        if isinstance(names, str):
+            raise InputError(f"`names` must be a list of names, got {names!r}")
         self.names = tuple(names)
         self.steps = [look_up(AUGMENTATIONS, name, "augmentation")() for name in self.names]
 

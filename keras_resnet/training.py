@@ -260,23 +260,17 @@ class Batches(keras.utils.PyDataset):
     Args:
         split: A `datasets.Split`.
         batch_size: Images a batch; the last may be short.
-        seed: Shuffles each epoch if given; see `Split.order`.
-        epoch: The first epoch, counted from 0.
     """
 
-    def __init__(self, split, batch_size, seed=None, epoch=0):
+    def __init__(self, split, batch_size):
         super().__init__()
         self.split = split
         self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-        self._shuffle()
+        self.order = np.arange(len(split))
 
-    def _shuffle(self):
-        if self.seed is None:
-            self.order = np.arange(len(self.split))
-        else:
-            self.order = self.split.order(self.seed, self.epoch)
+    def shuffle(self, seed, epoch):
+        """Puts the images in the order of an epoch, counted from 0; see `Split.order`."""
+        self.order = self.split.order(seed, epoch)
 
     def __len__(self):
         return self.split.num_batches(self.batch_size)
@@ -284,11 +278,6 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         return self.split.images[chosen], self.split.labels[chosen]
-
-    def on_epoch_end(self):
-        """Shuffles for the next epoch."""
-        self.epoch += 1
-        self._shuffle()
 
 
 def _build_classifier(settings, recipe, dataset, policy):
@@ -343,10 +332,16 @@ def _fit(model, recipe, dataset, run_dir, card, history, seed, verbose):
     """Runs `model.fit` from the epoch after `history`, which grows with each epoch."""
     train, evaluation = dataset.splits["train"], dataset.splits[dataset.evaluation_split]
     done = len(history)
+    batches = Batches(train, recipe.batch_size)
+    # Not PyDataset's own on_epoch_end: Keras calls that once more while it builds the model.
+    shuffler = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: batches.shuffle(seed, epoch)
+    )
     progress = callbacks.Progress(len(train), recipe.batch_size, recipe.epochs)
     # Progress stands last: an epoch that has its line has its checkpoint.
     with callbacks.catching_stop_signals() as received:
         watchers = [
+            shuffler,
             callbacks.EpochTimer(len(train)),
             callbacks.StopOnDivergence(),
             callbacks.StopOnRequest(received),
@@ -355,11 +350,11 @@ def _fit(model, recipe, dataset, run_dir, card, history, seed, verbose):
         ]
         try:
             model.fit(
-                Batches(train, recipe.batch_size, seed, done),
+                batches,
                 validation_data=Batches(evaluation, recipe.batch_size),
                 initial_epoch=done,
                 epochs=recipe.epochs,
-                shuffle=False,  # Batches has shuffled
+                shuffle=False,  # the batches are shuffled already
                 verbose=0,
                 callbacks=watchers,
             )

@@ -1,8 +1,49 @@
 """Fixtures that more than one test module uses."""
 
-import pytest
+import dataclasses
+import os
+import subprocess
+import sys
 
-from keras_resnet.datasets import fashion_mnist
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_resnet.datasets import Split, fashion_mnist, load_dataset
+
+# The command line with one more row in the table of depths: a network that trains in seconds.
+TINY_COMMAND = """
+import sys
+from keras_resnet import models
+models.SPECS["tiny"] = models.Spec((1, 1), (8, 16))
+from keras_resnet.cli import main
+sys.exit(main())
+"""
+
+
+def command(*arguments):
+    """Returns the words that run the command line, knowing the network "tiny", in a process."""
+    return [sys.executable, "-c", TINY_COMMAND, *map(str, arguments)]
+
+
+def run_command(*arguments, timeout=300, **environment):
+    """Runs the command line in a process of its own; returns what `subprocess.run` does."""
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes "tiny" a row of SPECS in this process."""
+    from keras_resnet import models
+
+    monkeypatch.setitem(models.SPECS, "tiny", models.Spec((1, 1), (8, 16)))
+    return "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +52,45 @@ def idx_folder():
     if not fashion_mnist.DEBIAN_FOLDER.is_dir():
         pytest.skip("needs Debian's package dataset-fashion-mnist")
     return fashion_mnist.DEBIAN_FOLDER
+
+
+@pytest.fixture(scope="session")
+def fashion(idx_folder):
+    """The first 1,200 training and 400 test images of Fashion-MNIST, in memory."""
+    whole = load_dataset("fashion_mnist", data_dir=idx_folder)
+    parts = {"train": 1200, "test": 400}
+    return dataclasses.replace(
+        whole,
+        splits={
+            name: Split(split.images[: parts[name]], split.labels[: parts[name]])
+            for name, split in whole.splits.items()
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def fashion_folder(idx_folder, tmp_path_factory):
+    """A folder of 250 real images of each of four classes, as PNG files."""
+    whole = load_dataset("fashion_mnist", data_dir=idx_folder)
+    split = whole.splits["train"]
+    folder = tmp_path_factory.mktemp("fashion")
+    for label in (1, 5, 7, 8):
+        name = folder / whole.class_names[label]
+        name.mkdir()
+        for index in np.flatnonzero(split.labels == label)[:250]:
+            Image.fromarray(split.images[index, :, :, 0]).save(name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(fashion_folder, tmp_path_factory):
+    """The folder of a finished run of three epochs, trained from the command line."""
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    done = run_command(
+        *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
+        *("--run-dir", run_dir, "--image-size", 28, "--batch-size", 32, "--epochs", 3),
+        *("--precision", "float32"),
+    )
+    assert done.returncode == 0, done.stderr
+    (run_dir / "stdout.txt").write_text(done.stdout)
+    return run_dir

@@ -7,7 +7,6 @@ between the two networks is a table of six words.
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 # Keras's word -> PyTorch's, for each part of a path like "stage2_block1/shortcut_conv/kernel".
 NAMES = {
@@ -27,13 +26,15 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, stride=strides)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(in_channels, channels, 1, stride=strides) if use_1x1conv else None
+        self.relu2 = nn.ReLU()
 
     def forward(self, x):
-        branch = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
-        return functional.relu(branch + (x if self.conv3 is None else self.conv3(x)))
+        branch = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return self.relu2(branch + (x if self.conv3 is None else self.conv3(x)))
 
 
 class ResNet18(nn.Sequential):
@@ -66,7 +67,7 @@ class DenseResidual(nn.Module):
         self.fc2 = nn.Linear(features, features)
 
     def forward(self, x):
-        return functional.relu(self.fc2(functional.relu(self.fc1(x))) + x)
+        return torch.relu(self.fc2(torch.relu(self.fc1(x))) + x)
 
 
 def dense_resnet(features=12, hidden=24, outputs=8, num_blocks=10):
@@ -75,15 +76,15 @@ def dense_resnet(features=12, hidden=24, outputs=8, num_blocks=10):
     return nn.Sequential(nn.Linear(features, hidden), *blocks, nn.Linear(hidden, outputs))
 
 
-def randomize_batch_norm(net, generator):
-    """Gives every BatchNorm statistics and factors as after training: none is left at 0 or 1."""
+def randomize_batch_norm(net):
+    """Gives every BatchNorm factors and statistics as after training: none is left at 0 or 1."""
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5, generator=generator)
-                module.bias.uniform_(-0.5, 0.5, generator=generator)
-                module.running_mean.uniform_(-0.5, 0.5, generator=generator)
-                module.running_var.uniform_(0.5, 1.5, generator=generator)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 1.5)
 
 
 def torch_name(path):

@@ -1,0 +1,63 @@
+# make demo: from an empty machine to a trained, measured ResNet-18.
+# make test: from an empty machine to a tested checkout.
+# Both leave `. .venv/bin/activate` usable; run again, they install nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/demo
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+IDX := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
+TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
+
+.PHONY: demo test data lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed data
+	@rm -rf $(RUN_DIR)
+	$(BIN)/keras-resnet train --recipe quick --run-dir $(RUN_DIR)
+	$(BIN)/keras-resnet evaluate $(RUN_DIR)
+
+test: $(VENV)/installed-test data
+	$(BIN)/python -m pytest
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Fashion-MNIST: what is there already, else Debian's package where it may be installed.
+data:
+	@if [ -e "$(IDX)" ] || [ -e "$(TFDS)" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends dataset-fashion-mnist >/dev/null; \
+	else \
+		echo "Fashion-MNIST is not here. Where apt-get works: sudo apt-get install" \
+			"dataset-fashion-mnist. Otherwise TensorFlow Datasets will try to download it."; \
+	fi
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "keras_resnet needs Python 3.10 or newer: make PYTHON=python3.11 …" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "no venv: on Debian and Ubuntu, apt-get install python3-venv" >&2; \
+		  rm -rf $(VENV); exit 2; }
+	@touch $@
+
+$(VENV)/installed: setup.cfg constraints.txt | $(VENV)/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-test: setup.cfg constraints.txt | $(VENV)/python
+	$(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

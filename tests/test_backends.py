@@ -1,0 +1,112 @@
+"""The blocks, models and preprocessing on TensorFlow, JAX and PyTorch, and what an import costs.
+
+Keras chooses its backend when it is imported, so that each backend needs a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_resnet.models import Spec, build_resnet
+from keras_resnet.preprocessing import with_preprocessing
+
+
+def run_python(code, *arguments, backend="tensorflow"):
+    """Returns what `code` prints in a new process with Keras on `backend`."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# The model comes from TensorFlow; `import keras_resnet` is all it takes to load it. It must not
+# matter that the layers' class names were never mentioned.
+LOAD_AND_TRAIN = """
+import sys
+import keras
+import keras_resnet
+import numpy as np
+
+folder = sys.argv[1]
+images, labels = np.load(f"{folder}/images.npy"), np.load(f"{folder}/labels.npy")
+model = keras.models.load_model(f"{folder}/model.keras")
+logits = keras.ops.convert_to_numpy(model(images))
+again = keras.ops.convert_to_numpy(model(images, training=False))
+np.testing.assert_array_equal(logits, again)
+np.save(f"{folder}/{keras.config.backend()}.npy", logits)
+
+before = [keras.ops.convert_to_numpy(w) for w in model.weights]
+model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+assert np.isfinite(model.train_on_batch(images, labels))
+for old, weight in zip(before, model.weights):
+    # A bias in front of a BatchNormalization has no gradient: the mean takes it off again.
+    if not weight.path.endswith("bias") and "seed" not in weight.path:
+        change = np.abs(keras.ops.convert_to_numpy(weight) - old).max()
+        assert change > 0, f"{weight.path} did not move"
+
+dense = keras_resnet.build_dense_resnet(num_blocks=3)
+dense.compile("sgd", "mse")
+x = np.ones((4, 12), "float32")
+losses = [dense.train_on_batch(x, np.ones((4, 8), "float32")) for _ in range(3)]
+assert losses[-1] < losses[0], losses
+assert dense(x).shape == (4, 8)
+
+assert "tensorflow" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a saved classifier, images, and TensorFlow's logits for them."""
+    folder = tmp_path_factory.mktemp("backends")
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    network = build_resnet(Spec((1, 1), (4, 8)), (24, 24, 1))
+    model = with_preprocessing(network, (None, None, 1), ["flip", "shift", "erase"], 0.3, 0.4)
+    for weight in network.weights:  # as after training: moving statistics are not 0 and 1
+        weight.assign(weight + rng.uniform(0, 0.3, weight.shape))
+    images = rng.integers(0, 256, size=(6, 28, 28, 1)).astype("uint8")
+    model.save(folder / "model.keras")
+    np.save(folder / "images.npy", images)
+    np.save(folder / "labels.npy", np.arange(6))
+    np.save(folder / "tensorflow.npy", model(images))
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_one_file_gives_the_same_logits_and_trains_without_tensorflow(folder, backend):
+    pytest.importorskip(backend)
+    run_python(LOAD_AND_TRAIN, folder, backend=backend)
+    expected, logits = np.load(folder / "tensorflow.npy"), np.load(folder / f"{backend}.npy")
+    assert np.abs(expected).max() > 1e-2
+    assert np.abs(logits - expected).max() / np.abs(expected).max() < 1e-5
+
+
+IMPORT_TIME = """
+import time
+import keras
+start = time.perf_counter()
+import keras_resnet
+print(1000 * (time.perf_counter() - start))
+"""
+
+
+def test_import_costs_no_more_than_that_of_keras():
+    # Whatever else the machine does only adds time, so the least of a few is the nearest.
+    times = []
+    while len(times) < 3 and min(times, default=100) > 50:
+        times.append(float(run_python(IMPORT_TIME, backend="jax")))
+    assert min(times) < 50, f"milliseconds: {times}"
+
+
+def test_command_line_costs_no_keras():
+    code = "import sys; sys.argv = ['bin/keras-resnet']; import keras_resnet"
+    assert run_python(f"{code}; print('keras' in sys.modules)").strip() == "False"

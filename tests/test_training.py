@@ -1,0 +1,379 @@
+"""Runs: what they leave, and how they end early and go on."""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import time
+
+import keras
+import numpy as np
+import pytest
+from conftest import command, run_command
+
+import keras_resnet
+from keras_resnet import training
+from keras_resnet.archive import load_model, read_card
+from keras_resnet.errors import InputError, Interrupted, TrainingError
+from keras_resnet.report import read_history
+from keras_resnet.training import Batches, train
+
+SMALL = {"image_size": 28, "batch_size": 64, "precision": "float32", "verbose": False}
+
+
+def test_a_run_folder_holds_everything(trained_run):
+    names = {path.relative_to(trained_run).as_posix() for path in trained_run.rglob("*")}
+    assert names >= {
+        *("config.json", "history.csv", "model.keras", "report.json", "report.md"),
+        *("checkpoints/last.keras", "checkpoints/best.keras"),
+        *("learning_curves.png", "confusion_matrix.png", "confused_pairs.png", "predictions.png"),
+    }
+    assert not [name for name in names if "partial" in name]
+
+
+def test_config_says_what_was_run(trained_run, fashion_folder):
+    config = json.loads((trained_run / "config.json").read_text())
+    assert config["settings"]["dataset"] == f"folder:{fashion_folder}"
+    assert config["dataset"]["class_names"] == ["Bag", "Sandal", "Sneaker", "Trouser"]
+    assert config["dataset"]["splits"] == {"train": 900, "validation": 100}
+    assert re.fullmatch("[0-9a-f]{64}", config["dataset"]["fingerprint"])
+    assert config["versions"]["keras"] == keras.__version__
+    assert config["recipe"]["epochs"] == 3 and config["recipe"]["image_size"] == 28
+    assert (config["seed"], config["precision"]) == (0, "float32")
+    assert config["git_commit"] is None or re.match("[0-9a-f]{40}", config["git_commit"])
+
+
+def test_report_agrees_with_history_and_model(trained_run):
+    history = read_history(trained_run / "history.csv")
+    report = json.loads((trained_run / "report.json").read_text())
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    # model.keras is the last epoch's network, in the precision it was trained in here.
+    assert report["accuracy"] == pytest.approx(history[-1]["val_accuracy"], abs=1e-6)
+    assert report["accuracy"] > 0.5  # four classes; a network that learned nothing has 0.25
+    assert report["loss"] == pytest.approx(history[-1]["val_loss"], rel=1e-3)
+    assert report["wall_seconds"] == pytest.approx(sum(row["seconds"] for row in history))
+    assert np.sum(report["confusion_matrix"]) == 100
+
+
+def test_output_has_one_line_an_epoch(trained_run):
+    lines = (trained_run / "stdout.txt").read_text().splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [line.split()[1] for line in epochs] == ["1/3", "2/3", "3/3"]
+    assert all("images/s" in line and "val_accuracy" in line for line in epochs)
+    assert any(line.startswith("data: image folder") for line in lines)
+    assert any(line.startswith("precision: float32") for line in lines)
+
+
+def test_tensorboard_events_can_be_read(trained_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = read_history(trained_run / "history.csv")
+    for side, prefix in (("train", ""), ("validation", "val_")):
+        events = EventAccumulator(str(trained_run / "tensorboard" / side)).Reload()
+        found = [(event.step, event.value) for event in events.Scalars("epoch_loss")]
+        assert [step for step, _ in found] == [1, 2, 3]
+        expected = [row[f"{prefix}loss"] for row in history]
+        np.testing.assert_allclose([value for _, value in found], expected, rtol=1e-6)
+
+
+def test_the_model_takes_raw_images(trained_run):
+    model = load_model(trained_run / "model.keras")
+    assert (model.input.dtype, model.input_shape) == ("uint8", (None, 28, 28, 1))
+    assert {layer.dtype_policy.name for layer in model.layers[1:]} == {"float32"}
+    card = read_card(trained_run / "model.keras")
+    assert card["class_names"] == ["Bag", "Sandal", "Sneaker", "Trouser"]
+    assert card["background"] == "dark"
+
+
+def test_best_checkpoint_is_the_best_epoch(tmp_path, tiny, fashion):
+    run = train(tiny, fashion, epochs=4, run_dir=tmp_path / "run", **SMALL)
+    accuracies = [row["val_accuracy"] for row in run.history]
+    card = read_card(tmp_path / "run" / "checkpoints" / "best.keras")
+    # The first of the best, where epochs tie.
+    assert len(card["history"]) == 1 + accuracies.index(max(accuracies))
+    assert len(read_card(tmp_path / "run" / "checkpoints" / "last.keras")["history"]) == 4
+
+
+def test_precision_reaches_the_layers_and_the_artifact_is_float32(tmp_path, tiny, fashion):
+    before = keras.config.dtype_policy().name
+    settings = {**SMALL, "precision": "bfloat16"}
+    run = train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **settings)
+    trained = load_model(tmp_path / "run" / "checkpoints" / "last.keras")
+    assert trained.get_layer("tiny").get_layer("stem_conv").compute_dtype == "bfloat16"
+    assert run.model.get_layer("tiny").get_layer("stem_conv").compute_dtype == "float32"
+    for a, b in zip(trained.get_weights(), run.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert keras.config.dtype_policy().name == before
+
+
+def test_float16_trains_with_loss_scaling(tmp_path, tiny, fashion):
+    settings = {**SMALL, "precision": "float16"}
+    run = train(tiny, fashion, epochs=2, run_dir=tmp_path / "run", **settings)
+    assert run.history[1]["loss"] < run.history[0]["loss"]
+
+
+def test_schedules_and_optimizers_are_rows(tmp_path, tiny, fashion, monkeypatch):
+    recipe = dataclasses.replace(
+        training.RECIPES["quick"], optimizer="sgd", augmentation=("flip", "shift", "erase")
+    )
+    monkeypatch.setitem(training.RECIPES, "other", recipe)
+    settings = {**SMALL, "learning_rate": 0.05}
+    run = train(tiny, fashion, "other", epochs=2, run_dir=tmp_path / "run", **settings)
+    rates = [row["learning_rate"] for row in run.history]
+    assert 0.05 > rates[0] > rates[1] == pytest.approx(0, abs=1e-9)  # the cosine ends at zero
+    assert run.history[1]["loss"] < run.history[0]["loss"]
+
+
+# ----------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_every_image_once_an_epoch(fashion):
+    split = fashion.splits["test"]
+    batches = Batches(split, 64)
+    assert len(batches) == 7
+    for epoch in range(2):
+        batches.shuffle(seed=1, epoch=epoch)
+        images, labels = (
+            np.concatenate(part) for part in zip(*(batches[i] for i in range(7)), strict=True)
+        )
+        assert images.dtype == "uint8"
+        np.testing.assert_array_equal(images, split.images[batches.order])
+        np.testing.assert_array_equal(labels, split.labels[batches.order])
+        assert sorted(batches.order) == list(range(400))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(fashion):
+    split = fashion.splits["train"]
+    orders = {(seed, epoch): tuple(split.order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(set(orders.values())) == 4
+    assert tuple(split.order(1, 1)) == orders[1, 1]
+
+
+def test_fit_takes_each_epoch_in_its_own_order(tmp_path, tiny, fashion, monkeypatch):
+    seen = []
+    get = Batches.__getitem__
+
+    def note(self, index):
+        images, labels = get(self, index)
+        if self.split is fashion.splits["train"]:
+            seen.append(labels)
+        return images, labels
+
+    monkeypatch.setattr(Batches, "__getitem__", note)
+    train(tiny, fashion, epochs=2, run_dir=tmp_path / "run", seed=3, **SMALL)
+    split = fashion.splits["train"]
+    # Keras looks at a few batches before it begins; what it trains on comes last.
+    trained = np.concatenate(seen[-2 * len(range(0, 1200, 64)) :])
+    expected = [split.labels[split.order(3, epoch)] for epoch in (0, 1)]
+    np.testing.assert_array_equal(trained, np.concatenate(expected))
+
+
+# ----------------------------------------------------------------------------------------------
+# Ending early and going on
+# ----------------------------------------------------------------------------------------------
+
+
+def start(run_dir, folder, *more):
+    arguments = ["train", "--model", "tiny", "--dataset", f"folder:{folder}", "--run-dir", run_dir]
+    arguments += ["--image-size", 28, "--batch-size", 32, "--epochs", 3, "--precision", "float32"]
+    return subprocess.Popen(
+        command(*arguments, *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def wait_for(process, prefix):
+    for line in process.stdout:
+        if line.startswith(prefix):
+            return
+    raise AssertionError(f"no line {prefix!r}: {process.stderr.read()}")
+
+
+def test_killed_and_resumed_ends_where_an_unbroken_run_ends(trained_run, fashion_folder, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, fashion_folder)
+    # SIGKILL leaves no time to tidy up: in the middle of the second epoch.
+    wait_for(process, "epoch 1/3")
+    time.sleep(0.2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert len(read_card(run_dir / "checkpoints" / "last.keras")["history"]) in (1, 2)
+
+    resumed = run_command("train", "--resume", "--run-dir", run_dir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search("resumed after epoch [12]", resumed.stdout)
+    history = read_history(run_dir / "history.csv")
+    unbroken = read_history(trained_run / "history.csv")
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    # Same seed, same order of images, optimizer and rate schedule restored: the same losses, but
+    # for the order in which threads add up.
+    for ours, theirs in zip(history, unbroken, strict=True):
+        assert ours["learning_rate"] == pytest.approx(theirs["learning_rate"], abs=1e-9)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    accuracy = json.loads((run_dir / "report.json").read_text())["accuracy"]
+    expected = json.loads((trained_run / "report.json").read_text())["accuracy"]
+    assert accuracy == pytest.approx(expected, abs=0.03)
+
+
+def test_killed_before_its_first_checkpoint_a_run_starts_again(fashion_folder, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, fashion_folder)
+    wait_for(process, "run folder:")
+    process.kill()
+    process.wait()
+    # What a writer that was killed in mid-write leaves.
+    partial = run_dir / "checkpoints" / ".last.0123abcd.partial.keras"
+    partial.write_bytes(b"PK half a file")
+    resumed = run_command("train", "--resume", "--run-dir", run_dir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["epoch"] for row in read_history(run_dir / "history.csv")] == [1, 2, 3]
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stop_signal_saves_and_exits(number, fashion_folder, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, fashion_folder, "--epochs", "1000")
+    wait_for(process, "epoch 1/1000")
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted in epoch" in stderr or "interrupted while" in stderr
+    assert f"--resume --run-dir {run_dir}" in stderr
+    assert "Traceback" not in stderr
+    load_model(run_dir / "checkpoints" / "interrupted.keras")
+    assert len(read_history(run_dir / "history.csv")) >= 1
+
+
+def test_a_finished_run_resumed_writes_what_is_missing(tmp_path, tiny, fashion):
+    run = train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+    for name in ("model.keras", "report.md"):
+        (run.run_dir / name).unlink()
+    again = train(dataset=fashion, run_dir=run.run_dir, resume=True, verbose=False)
+    assert again.history == run.history
+    assert again.report["accuracy"] == run.report["accuracy"]
+    assert (run.run_dir / "report.md").exists() and (run.run_dir / "model.keras").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tiny, fashion, monkeypatch):
+    def explode(rate, steps, warmup):
+        return keras.optimizers.schedules.PiecewiseConstantDecay([steps // 2 + 2], [rate, 1e30])
+
+    monkeypatch.setitem(training.SCHEDULES, "cosine", explode)
+    with pytest.raises(TrainingError) as error:
+        train(tiny, fashion, epochs=2, run_dir=tmp_path / "run", **SMALL)
+    message = str(error.value)
+    assert re.search(r"the loss became (nan|inf) in epoch 2, step \d+ of 19", message)
+    assert re.search(r"last finite mean loss was [\d.]+", message)
+    assert "--learning-rate" in message
+    # What the finished epoch left stays, and is whole.
+    best = load_model(tmp_path / "run" / "checkpoints" / "best.keras")
+    assert all(np.isfinite(weights).all() for weights in best.get_weights())
+    assert not (tmp_path / "run" / "model.keras").exists()
+
+
+def test_a_write_that_fails_leaves_the_last_checkpoint_whole(tmp_path, tiny, fashion):
+    run = train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+    (run.run_dir / "model.keras").unlink()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a full disk, for large files
+    try:
+        with pytest.raises(TrainingError, match="--resume"):
+            train(dataset=fashion, run_dir=run.run_dir, resume=True, verbose=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (run.run_dir / "model.keras").exists()
+    load_model(run.run_dir / "checkpoints" / "last.keras")
+    assert train(dataset=fashion, run_dir=run.run_dir, resume=True, verbose=False).report
+
+
+def test_too_little_space_is_found_before_training(tmp_path, tiny, fashion, monkeypatch):
+    # The one thing here that is not real: no test may fill the disk it runs on.
+    usage = training.shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"needs \d+ MiB of disk space, and 1 MiB are free"):
+        train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+
+
+# ----------------------------------------------------------------------------------------------
+# What cannot be run
+# ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused(tmp_path, tiny, fashion):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        train(tiny, fashion, epochs=1, run_dir=tmp_path, **SMALL)
+    assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.5}, "`learning_rate` was None, got 0.5"),
+        ({"epochs": 7}, "`epochs` was 1, got 7"),
+        ({"model": "resnet18"}, "`model` was 'tiny', got 'resnet18'"),
+    ],
+)
+def test_resume_refuses_other_settings(tmp_path, tiny, fashion, change, message):
+    train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+    with pytest.raises(InputError, match=re.escape(message)):
+        train(**{"dataset": fashion, **change}, run_dir=tmp_path / "run", resume=True)
+
+
+def test_resume_refuses_other_data(tmp_path, tiny, fashion):
+    train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+    other = dataclasses.replace(fashion, fingerprint="0" * 64)
+    with pytest.raises(InputError, match="the data are not those"):
+        train(dataset=other, run_dir=tmp_path / "run", resume=True, verbose=False)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, tiny, fashion):
+    run = train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+    path = run.run_dir / "checkpoints" / "last.keras"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        train(dataset=fashion, run_dir=run.run_dir, resume=True, verbose=False)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends_train_without_tensorflow(backend, idx_folder, tmp_path):
+    script = f"""
+import sys
+import dataclasses, keras_resnet
+from keras_resnet import models
+models.SPECS["tiny"] = models.Spec((1,), (8,))
+whole = keras_resnet.load_dataset("fashion_mnist")
+splits = {{n: keras_resnet.Split(s.images[:320], s.labels[:320]) for n, s in whole.splits.items()}}
+data = dataclasses.replace(whole, splits=splits)
+run = keras_resnet.train("tiny", data, epochs=2, image_size=28, run_dir={str(tmp_path / "r")!r})
+assert run.history[1]["loss"] < run.history[0]["loss"], run.history
+keras_resnet.load(run.run_dir)
+print("tensorflow" in sys.modules)
+"""
+    done = subprocess.run(
+        [*command()[:2], script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KERAS_BACKEND": backend},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_public_names_are_there():
+    for name in keras_resnet.__all__:
+        assert getattr(keras_resnet, name) is not None
+    assert issubclass(Interrupted, TrainingError)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = keras_resnet.no_such_name
