@@ -83,16 +83,17 @@ class ImagePreprocessing(keras.layers.Layer):
 
     def call(self, images):
         """Returns `images` as the network takes them."""
-        x = ops.cast(images, self.variable_dtype)
+        exact = "float64" if self.variable_dtype == "float64" else "float32"
+        x = ops.cast(images, exact)
         if x.shape[-1] > self.channels:
-            luma = ops.cast(ops.array(LUMA), self.variable_dtype)
+            luma = ops.cast(ops.array(LUMA), exact)
             x = ops.sum(x * luma, axis=-1, keepdims=True)
         size = (self.image_size, self.image_size)
         if tuple(x.shape[1:3]) != size:
             x = ops.image.resize(x, size, interpolation="bilinear", data_format="channels_last")
         if x.shape[-1] < self.channels:
             x = ops.repeat(x, self.channels, axis=-1)
-        mean, std = (ops.cast(ops.array(v), self.variable_dtype) for v in (self.mean, self.std))
+        mean, std = (ops.cast(ops.array(v), exact) for v in (self.mean, self.std))
         x = (x / 255 - mean) / std
         return ops.cast(x, self.compute_dtype)
 

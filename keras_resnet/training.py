@@ -1,20 +1,14 @@
 """From a recipe to a run folder, by `model.fit`."""
 
+import contextlib
 import dataclasses
-import datetime
-import json
-import os
-import platform
 import random
-import shutil
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import keras
 import numpy as np
 
-from keras_resnet import archive, callbacks, files
+from keras_resnet import archive, callbacks, files, run_folder
 from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.datasets.images import border_level
 from keras_resnet.errors import InputError, Interrupted, TrainingError
@@ -23,7 +17,7 @@ from keras_resnet.inference import Predictor
 from keras_resnet.models import SPECS, build_resnet, count_parameters, look_up
 from keras_resnet.precision import POLICIES, choose_precision
 from keras_resnet.preprocessing import with_preprocessing
-from keras_resnet.recipes import RECIPES
+from keras_resnet.recipes import RECIPES, Recipe
 from keras_resnet.report import write_history, write_report
 
 # ----------------------------------------------------------------------------------------------
@@ -86,167 +80,26 @@ class Run:
     report: dict
 
 
-def _resolve_settings(given, resume, config):
+def _resolve_settings(given, config):
     """Returns the settings of a run: those given, else those of the run resumed, else defaults."""
     given = {name: value for name, value in given.items() if value is not None}
-    before = config["settings"] if resume else DEFAULTS
-    if resume:
-        for name, value in given.items():
-            if value != before[name]:
-                raise InputError(
-                    f"a run is resumed with the settings it was started with: `{name}` was "
-                    f"{before[name]!r}, got {value!r}; leave it out, or start a new run"
-                )
-    return {**before, **given}
+    before = config["settings"] if config else DEFAULTS
+    for name, value in given.items():
+        if config and value != before[name]:
+            raise InputError(
+                f"a run is resumed with the settings it was started with: `{name}` was "
+                f"{before[name]!r}, got {value!r}; leave it out, or start a new run"
+            )
+    settings = {**before, **given}
+    if not isinstance(settings["seed"], int) or not 0 <= settings["seed"] < 2**31:
+        raise InputError(f"`seed` must be a whole number in 0 … 2³¹ − 1, got {settings['seed']!r}")
+    return settings
 
 
 def _apply_overrides(settings):
     recipe = look_up(RECIPES, settings["recipe"], "recipe")
     changes = {name: settings[name] for name in _OVERRIDES if settings[name] is not None}
     return dataclasses.replace(recipe, **changes)
-
-
-def _check_seed(seed):
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise InputError(f"`seed` must be a whole number in 0 … {2**31 - 1}, got {seed!r}")
-
-
-# ----------------------------------------------------------------------------------------------
-# The run folder
-# ----------------------------------------------------------------------------------------------
-
-
-def _default_run_dir(settings):
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{settings['model']}-{settings['recipe']}-{now}"
-
-
-def _read_config(run_dir):
-    path = run_dir / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config["settings"], dict) or set(config["settings"]) != set(DEFAULTS):
-            raise ValueError("its settings are not those of this version")
-    except FileNotFoundError:
-        raise InputError(f"{run_dir}: nothing to resume: there is no config.json") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path}: damaged: {archive.first_line(error)}") from error
-    return config
-
-
-def _make_run_dir(run_dir, resume):
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not resume and any(run_dir.iterdir()):
-            raise InputError(
-                f"{run_dir}: the folder is not empty; resume the run in it with --resume, or name "
-                "another --run-dir"
-            )
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
-        for folder in (run_dir, run_dir / "checkpoints"):
-            files.remove_partials(folder)
-            with files.replacing(folder / ".writable") as temporary:
-                temporary.write_bytes(b"")
-            (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"{run_dir}: cannot be written to: {error.strerror or error}") from error
-
-
-def _check_space(run_dir, model):
-    """Refuses to start where the run's files would not fit."""
-    model.optimizer.build(model.trainable_variables)
-    weights, optimizer = (
-        sum(v.dtype.startswith("float") and 4 * int(np.prod(v.shape)) for v in variables)
-        for variables in (model.weights, model.optimizer.variables)
-    )
-    # last and best, the new one while it is written, model.keras; and the report.
-    needed = 3 * (weights + optimizer) + weights + 16 * 2**20
-    free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise InputError(
-            f"{run_dir}: the run needs {needed / 2**20:.0f} MiB of disk space, "
-            f"and {free / 2**20:.0f} MiB are free"
-        )
-
-
-def _git_commit():
-    """Returns the commit of the source this runs from, with "+changes" where it was edited."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit, changes = (
-            subprocess.run(
-                [*git, *arguments], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if changes else "")
-
-
-def _versions():
-    packages = ("keras-resnet-edge", "keras", keras.backend.backend(), "numpy")
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def _processor():
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cores():
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count()
-
-
-def _background(split, sample=1000):
-    """Returns whether the images' borders are "dark", "light", or None where they are neither.
-
-    A photograph that is light where the training images are dark has to be inverted first.
-    """
-    images = split.images[np.linspace(0, len(split) - 1, min(sample, len(split))).astype(int)]
-    level = border_level(images)
-    return "dark" if level < 64 else "light" if level >= 192 else None
-
-
-def _describe(settings, recipe, dataset, network, precision, command):
-    """Returns what config.json holds: every setting, and what it was run on."""
-    precision, reason = precision
-    return {
-        "settings": settings,
-        "model": settings["model"],
-        "num_parameters": count_parameters(network),
-        "dataset": {
-            "name": dataset.name,
-            "source": dataset.source,
-            "fingerprint": dataset.fingerprint,
-            "class_names": list(dataset.class_names),
-            "image_shape": list(dataset.image_shape),
-            "splits": {name: len(split) for name, split in dataset.splits.items()},
-            "evaluation_split": dataset.evaluation_split,
-        },
-        "recipe": {"name": settings["recipe"], **dataclasses.asdict(recipe)},
-        "seed": settings["seed"],
-        "precision": precision,
-        "precision_reason": reason,
-        "backend": keras.backend.backend(),
-        "versions": _versions(),
-        "git_commit": _git_commit(),
-        "machine": {"processor": _processor(), "cores": _cores(), "system": platform.platform()},
-        "command": command,
-    }
 
 
 # ----------------------------------------------------------------------------------------------
@@ -280,20 +133,92 @@ class Batches(keras.utils.PyDataset):
         return self.split.images[chosen], self.split.labels[chosen]
 
 
-def _build_classifier(settings, recipe, dataset, policy):
-    """Builds the network with its preprocessing under a dtype policy, which it restores."""
-    look_up(SPECS, settings["model"], "model")
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a run is about to do: everything that is settled before a network is built."""
+
+    settings: dict
+    recipe: Recipe
+    dataset: Dataset
+    precision: str
+    run_dir: Path
+    verbose: bool
+
+    def say(self, text):
+        if self.verbose:
+            print(text, flush=True)
+
+    @property
+    def train(self):
+        return self.dataset.splits["train"]
+
+    @property
+    def evaluation(self):
+        return self.dataset.splits[self.dataset.evaluation_split]
+
+    @property
+    def resume_command(self):
+        return f"keras-resnet train --resume --run-dir {self.run_dir}"
+
+    @property
+    def card(self):
+        """What every model file of the run says about itself."""
+        return {
+            "model": self.settings["model"],
+            "class_names": list(self.dataset.class_names),
+            "background": _background(self.train),
+            "data": {name: self.settings[name] for name in ("dataset", *_DATA_SETTINGS)},
+        }
+
+
+def _background(split, sample=1000):
+    """Returns whether the images' borders are "dark", "light", or None where they are neither.
+
+    A photograph that is light where the training images are dark has to be inverted first.
+    """
+    images = split.images[np.linspace(0, len(split) - 1, min(sample, len(split))).astype(int)]
+    level = border_level(images)
+    return "dark" if level < 64 else "light" if level >= 192 else None
+
+
+def _describe(plan, reason, num_parameters, command):
+    """Returns what config.json holds: every setting, and what it was run on."""
+    dataset, settings = plan.dataset, plan.settings
+    return {
+        "settings": settings,
+        "model": settings["model"],
+        "num_parameters": num_parameters,
+        "dataset": {
+            "name": dataset.name,
+            "source": dataset.source,
+            "fingerprint": dataset.fingerprint,
+            "class_names": list(dataset.class_names),
+            "image_shape": list(dataset.image_shape),
+            "splits": {name: len(split) for name, split in dataset.splits.items()},
+            "evaluation_split": dataset.evaluation_split,
+        },
+        "recipe": {"name": settings["recipe"], **dataclasses.asdict(plan.recipe)},
+        "seed": settings["seed"],
+        "precision": plan.precision,
+        "precision_reason": reason,
+        "command": command,
+        **run_folder.describe_surroundings(),
+    }
+
+
+def _build_classifier(plan, precision):
+    """Builds the network with its preprocessing in a precision; the policy in force stays."""
     before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
+    keras.config.set_dtype_policy(POLICIES[precision])
     try:
         network = build_resnet(
-            settings["model"],
-            (recipe.image_size, recipe.image_size, dataset.image_shape[-1]),
-            len(dataset.class_names),
-            variant=recipe.variant,
-            stem=recipe.stem,
+            plan.settings["model"],
+            (plan.recipe.image_size, plan.recipe.image_size, plan.dataset.image_shape[-1]),
+            len(plan.dataset.class_names),
+            variant=plan.recipe.variant,
+            stem=plan.recipe.stem,
         )
-        return with_preprocessing(network, dataset.image_shape, recipe.augmentation)
+        return with_preprocessing(network, plan.dataset.image_shape, plan.recipe.augmentation)
     finally:
         keras.config.set_dtype_policy(before)
 
@@ -308,7 +233,9 @@ def _set_seed(seed):
     np.random.seed(seed)
 
 
-def _compile(model, recipe, steps):
+def _compile(model, plan):
+    recipe = plan.recipe
+    steps = recipe.epochs * plan.train.num_batches(recipe.batch_size)
     schedule = look_up(SCHEDULES, recipe.schedule, "schedule")
     rate = schedule(recipe.learning_rate, steps, recipe.warmup)
     model.compile(
@@ -316,6 +243,17 @@ def _compile(model, recipe, steps):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
+    model.optimizer.build(model.trainable_variables)
+
+
+def _bytes_on_disk(model):
+    """Returns how much room the files of a run with this compiled model take at most."""
+    weights, optimizer = (
+        sum(4 * int(np.prod(variable.shape)) for variable in variables)
+        for variables in (model.weights, model.optimizer.variables)
+    )
+    # last and best, the new one while it is written, model.keras; and the report.
+    return 3 * (weights + optimizer) + weights + 16 * 2**20
 
 
 def _restore(model, run_dir):
@@ -328,46 +266,79 @@ def _restore(model, run_dir):
     return history
 
 
-def _fit(model, recipe, dataset, run_dir, card, history, seed, verbose):
+def _fit(plan, model, history):
     """Runs `model.fit` from the epoch after `history`, which grows with each epoch."""
-    train, evaluation = dataset.splits["train"], dataset.splits[dataset.evaluation_split]
-    done = len(history)
-    batches = Batches(train, recipe.batch_size)
-    # Not PyDataset's own on_epoch_end: Keras calls that once more while it builds the model.
-    shuffler = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: batches.shuffle(seed, epoch)
-    )
-    progress = callbacks.Progress(len(train), recipe.batch_size, recipe.epochs)
-    # Progress stands last: an epoch that has its line has its checkpoint.
+    size, epochs = plan.recipe.batch_size, plan.recipe.epochs
+    batches = Batches(plan.train, size)
+    progress = callbacks.Progress(len(plan.train), size, epochs)
     with callbacks.catching_stop_signals() as received:
         watchers = [
-            shuffler,
-            callbacks.EpochTimer(len(train)),
+            # Not PyDataset's own on_epoch_end: Keras calls that once more as it builds the model.
+            keras.callbacks.LambdaCallback(
+                on_epoch_begin=lambda epoch, logs: batches.shuffle(plan.settings["seed"], epoch)
+            ),
+            callbacks.EpochTimer(len(plan.train)),
             callbacks.StopOnDivergence(),
             callbacks.StopOnRequest(received),
-            callbacks.Recorder(run_dir, card, history),
-            *([progress] if verbose else []),
+            callbacks.Recorder(plan.run_dir, plan.card, history),
+            # Last: an epoch that has its line has its checkpoint.
+            *([progress] if plan.verbose else []),
         ]
         try:
             model.fit(
                 batches,
-                validation_data=Batches(evaluation, recipe.batch_size),
-                initial_epoch=done,
-                epochs=recipe.epochs,
+                validation_data=Batches(plan.evaluation, size),
+                initial_epoch=len(history),
+                epochs=epochs,
                 shuffle=False,  # the batches are shuffled already
                 verbose=0,
                 callbacks=watchers,
             )
         except Interrupted as stop:
-            progress.close()
-            archive.save_model(model, run_dir / "checkpoints" / "interrupted.keras", card)
+            path = plan.run_dir / "checkpoints" / "interrupted.keras"
+            archive.save_model(model, path, plan.card)
             raise Interrupted(
-                f"interrupted {stop}; {len(history)} of {recipe.epochs} epochs are finished. The "
-                f"weights as they are: {run_dir / 'checkpoints' / 'interrupted.keras'}. Go on "
-                f"from the last finished epoch: keras-resnet train --resume --run-dir {run_dir}"
+                f"interrupted {stop}; {len(history)} of {epochs} epochs are finished. The weights "
+                f"as they are: {path}. Go on from the last finished epoch: {plan.resume_command}"
             ) from None
         finally:
             progress.close()
+
+
+def _finish(plan, model, config, history):
+    """Saves the trained weights as a float32 model, measures that, and writes the report."""
+    final = _build_classifier(plan, "float32")
+    final.set_weights(model.get_weights())
+    archive.save_model(final, plan.run_dir / "model.keras", plan.card)
+    predictor = Predictor(final, plan.card)
+    evaluation = evaluate(predictor, plan.evaluation, plan.dataset.class_names)
+    report = write_report(plan.run_dir, config, history, evaluation, plan.evaluation)
+    return Run(plan.run_dir, final, history, report)
+
+
+def _run(plan, config, reason, command):
+    """Trains from the last checkpoint, or from the start, to the report."""
+    _set_seed(plan.settings["seed"])
+    model = _build_classifier(plan, plan.precision)
+    _compile(model, plan)
+    run_folder.check_space(plan.run_dir, _bytes_on_disk(model))
+    history = _restore(model, plan.run_dir)
+    try:
+        if config is None:
+            config = _describe(plan, reason, count_parameters(model), command)
+            files.write_json(plan.run_dir / run_folder.CONFIG, config)
+        (plan.run_dir / "checkpoints").mkdir(exist_ok=True)
+        write_history(plan.run_dir / "history.csv", history)
+        resumed = f", resumed after epoch {len(history)}" if history else ""
+        plan.say(f"run folder: {plan.run_dir}{resumed}")
+        if len(history) < plan.recipe.epochs:
+            _fit(plan, model, history)
+        return _finish(plan, model, config, history)
+    except OSError as error:
+        raise TrainingError(
+            f"{plan.run_dir}: {error.strerror or error}; what was finished is whole: go on with "
+            f"{plan.resume_command}"
+        ) from error
 
 
 def train(
@@ -412,7 +383,8 @@ def train(
             on; 0.1 by default.
         skip_bad: Whether unreadable images of a folder are left out instead of being an error.
         run_dir: The run folder; runs/MODEL-RECIPE-TIME by default.
-        resume: Whether to go on with the run in `run_dir`, from its last finished epoch.
+        resume: Whether to go on with the run in `run_dir`, from its last finished epoch. Settings
+            that are given as well must be those of the run.
         verbose: Whether to print what was found and one line an epoch.
         command: The command line, for the report.
 
@@ -426,78 +398,38 @@ def train(
         Interrupted: On Ctrl-C or SIGTERM.
 
     Example:
-        >>> run = train(recipe="quick", epochs=1)  # doctest: +SKIP
+        >>> run = train("resnet18", "fashion_mnist", "quick")  # doctest: +SKIP
         >>> run.report["accuracy"]  # doctest: +SKIP
     """
     given = {name: value for name, value in locals().items() if name in DEFAULTS}
     in_memory = dataset if isinstance(dataset, Dataset) else None
     if in_memory is not None:
         given["dataset"] = in_memory.name
-    say = print if verbose else lambda *_: None
-
     if resume and run_dir is None:
         raise InputError("`resume` needs the `run_dir` of the run to go on with")
-    config = _read_config(Path(run_dir)) if resume else None
-    settings = _resolve_settings(given, resume, config)
-    _check_seed(settings["seed"])
-    settings_recipe = _apply_overrides(settings)
+    config = run_folder.read_config(run_dir, DEFAULTS) if resume else None
+    settings = _resolve_settings(given, config)
+    recipe = _apply_overrides(settings)
     look_up(SPECS, settings["model"], "model")
-    chosen = choose_precision(settings["precision"])
-    run_dir = Path(run_dir or _default_run_dir(settings))
-    _make_run_dir(run_dir, resume)
-
-    dataset = in_memory or load_dataset(
-        settings["dataset"],
-        image_size=settings_recipe.image_size,
-        **{name: settings[name] for name in _DATA_SETTINGS},
-    )
-    say(f"data: {dataset.source}")
-    say(f"precision: {chosen[0]} ({chosen[1]}), backend: {keras.backend.backend()}")
-    return _run(settings, settings_recipe, dataset, chosen, run_dir, config, verbose, command, say)
-
-
-def _run(settings, recipe, dataset, chosen, run_dir, config, verbose, command, say):
-    if config and config["dataset"]["fingerprint"] != dataset.fingerprint:
-        raise InputError(
-            f"{run_dir}: the data are not those the run was started with: fingerprint "
-            f"{config['dataset']['fingerprint'][:16]}…, got {dataset.fingerprint[:16]}…"
-        )
-    _set_seed(settings["seed"])
-    model = _build_classifier(settings, recipe, dataset, POLICIES[chosen[0]])
-    steps = recipe.epochs * dataset.splits["train"].num_batches(recipe.batch_size)
-    _compile(model, recipe, steps)
-    _check_space(run_dir, model)
-    history = _restore(model, run_dir)
-    if config is None:
-        config = _describe(settings, recipe, dataset, model, chosen, command)
-        files.write_json(run_dir / "config.json", config)
-    write_history(run_dir / "history.csv", history)
-    say(f"run folder: {run_dir}" + (f", resumed after epoch {len(history)}" if history else ""))
-
-    card = {
-        "model": settings["model"],
-        "class_names": list(dataset.class_names),
-        "background": _background(dataset.splits["train"]),
-        "data": {name: settings[name] for name in ("dataset", *_DATA_SETTINGS)},
-    }
+    precision, reason = choose_precision(settings["precision"])
+    run_dir = Path(run_dir or run_folder.default_run_dir(settings["model"], settings["recipe"]))
+    run_folder.make_run_dir(run_dir, resume)
     try:
-        if len(history) < recipe.epochs:
-            seed = settings["seed"]
-            _fit(model, recipe, dataset, run_dir, card, history, seed, verbose)
-        return _finish(model, settings, recipe, dataset, run_dir, config, history, card)
-    except OSError as error:
-        raise TrainingError(
-            f"{run_dir}: {error.strerror or error}; the last checkpoint is whole: go on with "
-            f"keras-resnet train --resume --run-dir {run_dir}"
-        ) from error
-
-
-def _finish(model, settings, recipe, dataset, run_dir, config, history, card):
-    """Saves the trained weights as a float32 model, measures that, and writes the report."""
-    final = _build_classifier(settings, recipe, dataset, "float32")
-    final.set_weights(model.get_weights())
-    archive.save_model(final, run_dir / "model.keras", card)
-    split = dataset.splits[dataset.evaluation_split]
-    evaluation = evaluate(Predictor(final, card), split, dataset.class_names)
-    report = write_report(run_dir, config, history, evaluation, split)
-    return Run(run_dir, final, history, report)
+        dataset = in_memory or load_dataset(
+            settings["dataset"],
+            image_size=recipe.image_size,
+            **{name: settings[name] for name in _DATA_SETTINGS},
+        )
+        if config and config["dataset"]["fingerprint"] != dataset.fingerprint:
+            raise InputError(
+                f"{run_dir}: the data are not those the run was started with: fingerprint "
+                f"{config['dataset']['fingerprint'][:16]}…, got {dataset.fingerprint[:16]}…"
+            )
+        plan = _Plan(settings, recipe, dataset, precision, run_dir, verbose)
+        plan.say(f"data: {dataset.source}")
+        plan.say(f"precision: {precision} ({reason}), backend: {keras.backend.backend()}")
+        return _run(plan, config, reason, command)
+    except InputError:
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # only if it is empty: nothing was begun
+        raise

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -299,8 +300,8 @@ def test_a_write_that_fails_leaves_the_last_checkpoint_whole(tmp_path, tiny, fas
 
 def test_too_little_space_is_found_before_training(tmp_path, tiny, fashion, monkeypatch):
     # The one thing here that is not real: no test may fill the disk it runs on.
-    usage = training.shutil.disk_usage(tmp_path)._replace(free=2**20)
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"needs \d+ MiB of disk space, and 1 MiB are free"):
         train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
 

@@ -1,0 +1,147 @@
+"""The folder of a run: made, checked, and the record of what the run was made with."""
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import keras
+
+from keras_resnet import files
+from keras_resnet.archive import first_line
+from keras_resnet.errors import InputError
+
+CONFIG = "config.json"
+
+
+def default_run_dir(model, recipe):
+    """Returns runs/MODEL-RECIPE-TIME, with the time of this call to the second."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{model}-{recipe}-{now}"
+
+
+def make_run_dir(run_dir, resume):
+    """Makes the folder and checks that it can be written to.
+
+    Args:
+        run_dir: The folder; its parents are made, too.
+        resume: Whether it may hold a run already.
+
+    Raises:
+        InputError: If it holds something though `resume` is false, or cannot be written to.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for folder in (run_dir, run_dir / "checkpoints"):
+            files.remove_partials(folder)
+        if not resume and any(run_dir.iterdir()):
+            raise InputError(
+                f"{run_dir}: the folder is not empty; resume the run in it with --resume, or name "
+                "another --run-dir"
+            )
+        probe = run_dir / ".probe"
+        files.write_text(probe, "")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{run_dir}: cannot be written to: {error.strerror or error}") from error
+
+
+def check_space(run_dir, needed):
+    """Refuses to start where the run's files would not fit.
+
+    Args:
+        run_dir: The folder.
+        needed: Bytes.
+
+    Raises:
+        InputError: If fewer are free.
+    """
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise InputError(
+            f"{run_dir}: the run needs {needed / 2**20:.0f} MiB of disk space, "
+            f"and {free / 2**20:.0f} MiB are free"
+        )
+
+
+def read_config(run_dir, settings):
+    """Returns what config.json of a run holds.
+
+    Args:
+        run_dir: The run folder.
+        settings: The names that its settings must have.
+
+    Raises:
+        InputError: If there is none, or it is damaged or of another version.
+    """
+    path = Path(run_dir) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if set(config["settings"]) != set(settings):
+            raise ValueError("its settings are not those of this version")
+        if not isinstance(config["dataset"]["fingerprint"], str):
+            raise ValueError("its data set has no fingerprint")
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{run_dir}: nothing to resume: there is no {CONFIG}") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{path}: damaged: {first_line(error)}") from error
+    return config
+
+
+def describe_surroundings():
+    """Returns what a run was made with: backend, versions, git commit and machine."""
+    return {
+        "backend": keras.backend.backend(),
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "machine": {
+            "processor": _processor(),
+            "cores": _cores(),
+            "system": platform.platform(),
+        },
+    }
+
+
+def _versions():
+    versions = {"python": platform.python_version()}
+    for name in ("keras-resnet-edge", "keras", keras.backend.backend(), "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _git_commit():
+    """Returns the commit of the source this runs from, with "+changes" where it was edited."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit, changes = (
+            subprocess.run(
+                [*git, *arguments], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changes else "")
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cores():
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count()

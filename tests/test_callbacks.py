@@ -1,0 +1,70 @@
+"""The progress bar, which only a terminal shows, and the names of learning's figures."""
+
+import io
+
+from keras_resnet.callbacks import Progress, catching_stop_signals
+from keras_resnet.training import train
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def run_epoch(stream):
+    progress = Progress(images=250, batch_size=100, epochs=2, stream=stream)
+    progress.on_epoch_begin(0)
+    progress.bar.mininterval = 0
+    for batch in range(3):
+        progress.on_train_batch_end(batch, {"loss": 0.5, "accuracy": 0.75})
+    counted = progress.bar.n
+    progress.on_test_begin()
+    progress.on_epoch_end(
+        0, {"loss": 0.5, "accuracy": 0.75, "images_per_second": 1234.5, "seconds": 61.0}
+    )
+    return counted
+
+
+def test_a_terminal_shows_a_bar_and_then_a_line():
+    stream = Terminal()
+    # The last batch is short: the bar ends at the number of images.
+    assert run_epoch(stream) == 250
+    text = stream.getvalue()
+    assert "epoch 1/2" in text and "/250" in text
+    assert "images/s" in text and "loss=0.5000" in text and "accuracy=0.7500" in text
+    assert text.splitlines()[-1].startswith("epoch 1/2  loss 0.5000  accuracy 0.7500  1234 images")
+
+
+def test_a_log_has_one_line_an_epoch():
+    stream = io.StringIO()
+    run_epoch(stream)
+    assert stream.getvalue() == (
+        "epoch 1/2  loss 0.5000  accuracy 0.7500  1234 images/s  1 min 1 s\n"
+    )
+
+
+def test_signal_handlers_are_put_back():
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    with catching_stop_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        # A second one acts as it always does.
+        assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(tmp_path, tiny, fashion):
+    import threading
+
+    runs = []
+    settings = {"image_size": 28, "epochs": 1, "precision": "float32", "verbose": False}
+    thread = threading.Thread(
+        target=lambda: runs.append(train(tiny, fashion, run_dir=tmp_path / "run", **settings))
+    )
+    thread.start()
+    thread.join()
+    assert len(runs) == 1

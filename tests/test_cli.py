@@ -1,0 +1,211 @@
+"""The command line, as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_command
+from PIL import Image
+
+from keras_resnet.cli import main
+
+SCRIPT = Path(sys.executable).with_name("keras-resnet")
+
+
+def run_script(*arguments, **environment):
+    """Runs the installed console script."""
+    return subprocess.run(
+        [SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_is_quick_and_loads_no_framework():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run_script("--help")
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "summary" in done.stdout
+    assert min(times) < 0.5
+    seen = run_script("--help", PYTHONPROFILEIMPORTTIME="1").stderr
+    assert "argparse" in seen
+    assert not re.search(r"\b(tensorflow|keras|jax|torch|numpy)\b", seen)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "summary"])
+def test_each_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: keras-resnet" in capsys.readouterr().out
+
+
+def test_summary_prints_the_walk():
+    done = run_script("summary", "resnet18", "--input-shape", 224, 224, 1)
+    assert done.returncode == 0
+    # TensorFlow's lines about the machine are kept back.
+    assert done.stderr == ""
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert rows == [
+        ["stem", "1×56×56×64", "3,328"],
+        ["stage1", "1×56×56×64", "148,224"],
+        ["stage2", "1×28×28×128", "525,952"],
+        ["stage3", "1×14×14×256", "2,100,480"],
+        ["stage4", "1×7×7×512", "8,395,264"],
+        ["global_avg_pool", "1×512", "0"],
+        ["logits", "1×10", "5,130"],
+        ["total", "11,178,378"],
+    ]
+
+
+def test_summary_of_the_dense_network(capsys):
+    assert main(["summary", "dense_resnet", "--input-shape", "12"]) == 0
+    assert "block10" in capsys.readouterr().out
+
+
+def test_evaluate_prints_a_table_or_json(trained_run, capsys):
+    report = json.loads((trained_run / "report.json").read_text())
+    assert main(["evaluate", str(trained_run)]) == 0
+    out = capsys.readouterr().out
+    assert f"accuracy {report['accuracy']:.4f}" in out
+    assert "Trouser" in out
+    assert main(["evaluate", str(trained_run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == report["accuracy"]
+
+
+def test_predict_prints_a_table_or_json(trained_run, fashion_folder, capsys):
+    images = [str(path) for path in sorted((fashion_folder / "Trouser").iterdir())[:2]]
+    assert main(["predict", str(trained_run), *images, "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * 2
+    assert images[0] in lines[2] and images[1] in lines[4]
+    assert main(["predict", str(trained_run), *images, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in rows] == images
+    assert {label["label"] for label in rows[0]["labels"]} <= {
+        "Bag",
+        "Sandal",
+        "Sneaker",
+        "Trouser",
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# Bad input: one clear line, exit status 2
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path, trained_run, fashion_folder):
+    """What the words in braces below stand for."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "old.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    (tmp_path / "text.keras").write_text("text")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    mixed = tmp_path / "mixed"
+    for name in ("a", "b"):
+        (mixed / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("L", (8, 8)).save(mixed / name / f"{index}.png")
+    (mixed / "a" / "spoilt.png").write_bytes(b"no image")
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (idx / f"{name}-ubyte.gz").write_bytes(b"\x1f\x8b broken")
+    return {"tmp": tmp_path, "run": trained_run, "data": fashion_folder, "null": os.devnull}
+
+
+BAD = {
+    "no command": ("", "required: COMMAND"),
+    "unknown command": ("fly", "invalid choice: 'fly'"),
+    "unknown recipe": ("train --recipe slow", "invalid choice: 'slow'"),
+    "unknown precision": ("train --precision int4", "invalid choice: 'int4'"),
+    "no epochs": ("train --epochs 0", "--epochs: must be positive, got 0"),
+    "negative batch": ("train --batch-size -3", "--batch-size: must be positive, got -3"),
+    "fraction of a pixel": ("train --image-size 9.5", "invalid int value: '9.5'"),
+    "rate that is no number": ("train --learning-rate nan", "must be positive, got nan"),
+    "share of one": ("train --validation-share 1", "must be between 0 and 1, got 1"),
+    "negative seed": ("train --seed -1 --run-dir {tmp}/r", "`seed` must be"),
+    "unknown model": ("train --model vgg --run-dir {tmp}/r", "must be one of resnet18, resnet34"),
+    "unknown data set": ("train --dataset mnist --run-dir {tmp}/r", "got 'mnist'"),
+    "resume of nothing": ("train --resume", "`resume` needs the `run_dir`"),
+    "resume of no run": ("train --resume --run-dir {tmp}/none", "nothing to resume"),
+    "resume with another rate": (
+        "train --resume --run-dir {run} --learning-rate 3",
+        "`learning_rate` was None, got 3.0",
+    ),
+    "folder in use": ("train --run-dir {tmp}/full", "not empty"),
+    "run folder below a file": ("train --run-dir {null}/run", "cannot be written to"),
+    "no data folder": ("train --data-dir {tmp}/none --run-dir {tmp}/r", "none"),
+    "broken gzip": ("train --data-dir {tmp}/idx --run-dir {tmp}/r", "ubyte.gz"),
+    "no images": ("train --dataset folder:{tmp}/empty --run-dir {tmp}/r", "empty"),
+    "spoilt image": ("train --dataset folder:{tmp}/mixed --run-dir {tmp}/r", "spoilt.png"),
+    "no such TFDS set": (
+        "train --dataset tfds:no_such_set --data-dir {tmp} --run-dir {tmp}/r",
+        "no_such_set",
+    ),
+    "model that is not there": ("evaluate {tmp}/none.keras", "no such model file"),
+    "model in HDF5": ("evaluate {tmp}/old.h5", "HDF5 models can carry code"),
+    "model that is text": ("predict {tmp}/text.keras {tmp}/bad.png", "not a .keras file"),
+    "folder that is no run": ("evaluate {tmp}/empty", "no model.keras there"),
+    "data of other classes": ("evaluate {run} --dataset fashion_mnist", "knows the classes Bag"),
+    "spoilt picture": ("predict {run} {tmp}/bad.png", "bad.png: cannot be read"),
+    "missing picture": ("predict {run} {tmp}/none.png", "no such image file"),
+    "no labels": ("predict {run} {tmp}/bad.png --top 0", "must be positive, got 0"),
+    "unknown network": ("summary vgg", "`model` must be one of"),
+    "shape of two numbers": ("summary resnet18 --input-shape 224 224", "`input_shape` must be"),
+    "shape of three numbers": (
+        "summary dense_resnet --input-shape 1 2 3",
+        "`input_shape` of dense_resnet must be one number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(case, places, capfd):
+    words, expected = BAD[case]
+    before = sorted(places["tmp"].rglob("*"))
+    try:
+        status = main([word.format(**places) for word in words.split()])
+    except SystemExit as stop:  # how argparse ends
+        status = stop.code
+    error = capfd.readouterr().err
+    assert status == 2
+    message = error.strip().splitlines()[-1]
+    assert expected in message
+    assert "Traceback" not in error
+    # argparse puts the usage before its line; ours stand alone.
+    assert error.startswith("usage:") or len(error.splitlines()) == 1
+    # Nothing was begun: no folder, no file.
+    assert sorted(places["tmp"].rglob("*")) == before
+
+
+def test_bad_input_from_a_shell(tmp_path):
+    done = run_script("evaluate", tmp_path / "none.keras")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"keras-resnet: {tmp_path}/none.keras: no such model file\n"
+
+
+def test_a_failed_run_is_one_line_and_status_1(fashion_folder, tmp_path):
+    done = run_command(
+        *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
+        *("--image-size", 28, "--learning-rate", 1e30, "--run-dir", tmp_path / "run"),
+        *("--precision", "float32"),
+    )
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"keras-resnet: the loss became (nan|inf) in epoch 1, step \d+ of \d+", message)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "model.keras").exists()

@@ -1,0 +1,222 @@
+"""Trained models asked again: from files, about files."""
+
+import json
+import shutil
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from keras_resnet import archive
+from keras_resnet.errors import InputError
+from keras_resnet.inference import evaluate_file, load, predict_files
+
+
+@pytest.fixture
+def bag(fashion_folder):
+    return sorted((fashion_folder / "Bag").iterdir())[0]
+
+
+def test_a_run_and_its_model_file_answer_alike(trained_run, fashion):
+    images = fashion.splits["test"].images[:7]
+    by_run, by_file = load(trained_run), load(trained_run / "model.keras")
+    probabilities = by_run(images)
+    assert probabilities.shape == (7, 4) and probabilities.dtype == "float32"
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(probabilities, by_file(images))
+    logits = keras.ops.convert_to_numpy(by_run.model(images, training=False))
+    np.testing.assert_array_equal(probabilities.argmax(axis=1), logits.argmax(axis=1))
+    assert by_run.class_names == ("Bag", "Sandal", "Sneaker", "Trouser")
+
+
+def test_evaluating_a_run_gives_its_report_again(trained_run):
+    report = json.loads((trained_run / "report.json").read_text())
+    evaluation = evaluate_file(trained_run)
+    assert evaluation.accuracy == report["accuracy"]
+    assert evaluation.confusion.tolist() == report["confusion_matrix"]
+
+
+def test_evaluating_on_other_data_decodes_them_as_the_model_takes_them(
+    trained_run, fashion_folder, tmp_path
+):
+    for name in ("Bag", "Sandal", "Sneaker", "Trouser"):
+        (tmp_path / name).mkdir()
+        for path in sorted((fashion_folder / name).iterdir())[:20]:
+            image = Image.open(path).convert("RGB").resize((61, 45))
+            image.save(tmp_path / name / path.name)
+    evaluation = evaluate_file(trained_run, f"folder:{tmp_path}", validation_share=0.5)
+    assert len(evaluation) == 40
+    assert evaluation.accuracy > 0.5  # they are its own training images, four classes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "Bag"), "knows the classes Bag, Sandal"),
+        (lambda folder: (folder / "Bag").rename(folder / "Zebra"), "has Sandal, Sneaker"),
+    ],
+)
+def test_data_of_other_classes_are_refused(trained_run, fashion_folder, tmp_path, change, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(fashion_folder, copy)
+    change(copy)
+    with pytest.raises(InputError, match=message):
+        evaluate_file(trained_run, f"folder:{copy}")
+
+
+def test_a_model_without_a_card_needs_a_data_set(trained_run, tmp_path, fashion_folder):
+    path = tmp_path / "plain.keras"
+    load(trained_run).model.save(path)
+    assert load(path).class_names[:2] == ("class 0", "class 1")
+    with pytest.raises(InputError, match="name --dataset"):
+        evaluate_file(path)
+    assert evaluate_file(path, f"folder:{fashion_folder}").accuracy > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        (lambda image: image, 0),
+        (lambda image: image.convert("RGB"), 1e-4),
+        (lambda image: image.convert("RGBA"), 1e-4),
+        (lambda image: ImageOps.invert(image), 1e-4),
+        # Making an image smaller blurs it.
+        (lambda image: image.resize((112, 140), Image.Resampling.BICUBIC), 0.3),
+    ],
+    ids=["as it is", "colour", "alpha", "dark on light", "large"],
+)
+def test_predict_converts_what_it_is_given(trained_run, bag, tmp_path, change, tolerance):
+    path = tmp_path / "image.png"
+    change(Image.open(bag)).save(path)
+    expected, found = (predict_files(trained_run, [each])[0]["labels"][0] for each in (bag, path))
+    assert found["label"] == expected["label"]
+    assert found["probability"] == pytest.approx(expected["probability"], abs=tolerance)
+
+
+def test_predict_inverts_as_told(trained_run, bag, tmp_path):
+    light = tmp_path / "light.png"
+    ImageOps.invert(Image.open(bag)).save(light)
+    inverted = {
+        (path.name == "light.png", invert): predict_files(trained_run, [path], invert=invert)[0]
+        for path in (bag, light)
+        for invert in ("auto", "yes", "no")
+    }
+    assert {key: row["inverted"] for key, row in inverted.items()} == {
+        (False, "auto"): False,
+        (False, "yes"): True,
+        (False, "no"): False,
+        (True, "auto"): True,
+        (True, "yes"): True,
+        (True, "no"): False,
+    }
+    assert inverted[True, "no"]["labels"] != inverted[True, "yes"]["labels"]
+
+
+def test_top_counts_labels(trained_run, bag):
+    labels = predict_files(trained_run, [bag, bag], top=2)[1]["labels"]
+    assert len(labels) == 2 and labels[0]["probability"] >= labels[1]["probability"]
+    assert len(predict_files(trained_run, [bag], top=99)[0]["labels"]) == 4
+
+
+# ----------------------------------------------------------------------------------------------
+# Files that are refused
+# ----------------------------------------------------------------------------------------------
+
+
+def hdf5(path):
+    path = path.with_suffix(".h5")
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    return path
+
+
+def code(path):
+    """A model whose Lambda layer would write a file on being loaded and called."""
+    told = str(path.with_suffix(".ran"))
+    model = keras.Sequential(
+        [keras.Input((4, 4, 1)), keras.layers.Lambda(lambda x: (open(told, "w").close(), x)[1])]
+    )
+    model.save(path)
+    path.with_suffix(".ran").unlink(missing_ok=True)
+    return path
+
+
+def truncated(path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
+def text(path):
+    path.write_text("not a model")
+    return path
+
+
+def bad_card(path):
+    archive.save_model(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), path, [1])
+    return path
+
+
+def wrong_weights(path):
+    """An archive whose weights are noise."""
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    other = path.with_name("other.keras")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as target:
+        for name in source.namelist():
+            noise = b"noise" * 100 if name.endswith(".h5") else source.read(name)
+            target.writestr(name, noise)
+    return other
+
+
+def no_image_model(path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (hdf5, "HDF5 models can carry code"),
+        (code, "cannot be loaded"),
+        (truncated, "not a .keras file"),
+        (text, "not a .keras file"),
+        (bad_card, "must be a JSON object"),
+        (wrong_weights, "cannot be loaded"),
+        (no_image_model, "must take images"),
+        (lambda path: path, "no such model file"),
+        (lambda path: path.parent, "no model.keras there"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, make, reason):
+    path = make(tmp_path / "model.keras")
+    with pytest.raises(InputError, match=reason) as error:
+        load(path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*.ran"))
+
+
+def test_a_run_that_is_not_finished_says_so(trained_run, tmp_path):
+    shutil.copytree(trained_run / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(InputError, match="has not finished"):
+        load(tmp_path)
+    assert load(tmp_path / "checkpoints" / "last.keras").class_names[0] == "Bag"
+
+
+def test_unreadable_images_are_named(trained_run, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"\x89PNG nothing")
+    for path, reason in ((bad, "cannot be read"), (tmp_path / "none.png", "no such image")):
+        with pytest.raises(InputError, match=f"{path}: {reason}"):
+            predict_files(trained_run, [path])
+
+
+def test_a_card_travels_with_the_model(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    path = tmp_path / "model.keras"
+    archive.save_model(model, path, {"class_names": ["ä", "b"]})
+    assert archive.read_card(path) == {"class_names": ["ä", "b"]}
+    # Keras itself reads the file as it reads its own.
+    loaded = keras.models.load_model(path)
+    np.testing.assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])

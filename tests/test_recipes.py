@@ -1,0 +1,64 @@
+"""Recipes and precision: tables that other tables must know."""
+
+import dataclasses
+import platform
+from pathlib import Path
+
+import pytest
+
+from keras_resnet import models, preprocessing, training
+from keras_resnet.cli import PRECISIONS
+from keras_resnet.errors import InputError
+from keras_resnet.precision import POLICIES, choose_precision
+from keras_resnet.recipes import RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recipes_name_rows_that_exist(recipe):
+    assert recipe.optimizer in training.OPTIMIZERS
+    assert recipe.schedule in training.SCHEDULES
+    assert recipe.variant in models.VARIANTS
+    assert recipe.stem in models.STEMS
+    assert set(recipe.augmentation) <= set(preprocessing.AUGMENTATIONS)
+
+
+def test_seed_is_the_textbooks():
+    seed = RECIPES["seed"]
+    assert (seed.image_size, seed.batch_size, seed.epochs) == (96, 256, 5)
+    assert (seed.optimizer, seed.learning_rate, seed.schedule) == ("adam", 1e-3, "constant")
+    assert (seed.variant, seed.stem, seed.augmentation) == ("d2l", "imagenet", ())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "`epochs` must be a whole number of at least 1, got 0"),
+        ({"batch_size": 2.0}, "`batch_size` must be a whole number"),
+        ({"image_size": True}, "`image_size` must be a whole number"),
+        ({"learning_rate": -1}, "`learning_rate` must be positive and finite, got -1"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be positive and finite, got nan"),
+    ],
+)
+def test_recipes_out_of_range(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(RECIPES["quick"], **change)
+
+
+def test_precisions_are_those_of_the_command_line():
+    assert ("auto", *POLICIES) == PRECISIONS
+    with pytest.raises(InputError, match="must be one of auto, float32"):
+        choose_precision("int8")
+    for name in POLICIES:
+        assert choose_precision(name) == (name, "asked for")
+
+
+def test_auto_is_bfloat16_where_the_processor_has_it():
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("this machine computes on a GPU")
+    precision, reason = choose_precision("auto")
+    flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    capable = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert precision == ("bfloat16" if capable else "float32")
+    assert ("BF16" if capable else "no bfloat16") in reason
