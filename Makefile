@@ -2,10 +2,10 @@
 # make test: from an empty machine to a tested checkout.
 # Both leave `. .venv/bin/activate` usable; run again, they install nothing.
 
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
-RUN_DIR ?= runs/demo
+DEMO := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 IDX := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
@@ -15,9 +15,8 @@ TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed data
-	@rm -rf $(RUN_DIR)
-	$(BIN)/keras-resnet train --recipe quick --run-dir $(RUN_DIR)
-	$(BIN)/keras-resnet evaluate $(RUN_DIR)
+	$(BIN)/keras-resnet train --recipe quick --run-dir $(DEMO) $(if $(wildcard $(DEMO)/config.json),--resume)
+	$(BIN)/keras-resnet evaluate $(DEMO)
 
 test: $(VENV)/installed-test data
 	$(BIN)/python -m pytest
@@ -28,8 +27,9 @@ test: $(VENV)/installed-test data
 data:
 	@if [ -e "$(IDX)" ] || [ -e "$(TFDS)" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && \
-		apt-get install -y -qq --no-install-recommends dataset-fashion-mnist >/dev/null; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+			dataset-fashion-mnist >/dev/null; } || \
+			echo "apt-get failed: TensorFlow Datasets will try to download Fashion-MNIST."; \
 	else \
 		echo "Fashion-MNIST is not here. Where apt-get works: sudo apt-get install" \
 			"dataset-fashion-mnist. Otherwise TensorFlow Datasets will try to download it."; \
@@ -46,8 +46,11 @@ format: $(VENV)/installed-test
 $(VENV)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "keras_resnet needs Python 3.10 or newer: make PYTHON=python3.11 …" >&2; exit 2; }
-	@$(PYTHON) -m venv $(VENV) || \
-		{ echo "no venv: on Debian and Ubuntu, apt-get install python3-venv" >&2; \
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || \
+		{ rm -rf $(VENV); [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		  apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && \
+		  $(PYTHON) -m venv $(VENV); } || \
+		{ echo "no venv: on Debian and Ubuntu, sudo apt-get install python3-venv" >&2; \
 		  rm -rf $(VENV); exit 2; }
 	@touch $@
 

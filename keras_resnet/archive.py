@@ -14,7 +14,7 @@ from pathlib import Path
 import keras
 
 from keras_resnet import preprocessing  # noqa: F401  (registers our layers with Keras)
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, one_line
 from keras_resnet.files import replacing
 
 CARD = "keras_resnet.json"
@@ -33,9 +33,12 @@ def _tensorflow_only_as_backend():
     While Keras writes or reads a config it asks whether a value is TensorFlow's TensorShape, and
     imports TensorFlow, if it is installed, to find out: seconds and a gigabyte for nothing.
     """
-    from keras.src.utils.module_utils import tensorflow as lazy
-
-    if keras.backend.backend() == "tensorflow" or "tensorflow" in sys.modules:
+    lazy = None
+    if keras.backend.backend() != "tensorflow" and "tensorflow" not in sys.modules:
+        # Not public: a Keras without it imports TensorFlow, and works.
+        with contextlib.suppress(ImportError):
+            from keras.src.utils.module_utils import tensorflow as lazy
+    if lazy is None:
         yield
         return
     lazy._available = False
@@ -45,7 +48,6 @@ def _tensorflow_only_as_backend():
         lazy._available = None  # "not known yet", as it was
 
 
-@_tensorflow_only_as_backend()
 def save_model(model, path, card):
     """Saves `model` as a .keras file, whole or not at all, with `card` inside.
 
@@ -55,9 +57,15 @@ def save_model(model, path, card):
         card: A dict that JSON can hold.
     """
     with replacing(path) as temporary:
-        model.save(temporary)
-        with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(CARD, json.dumps(card))
+        write_model(model, temporary, card)
+
+
+@_tensorflow_only_as_backend()
+def write_model(model, path, card):
+    """Writes what `save_model` saves, under its final name from the first byte on."""
+    model.save(path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(CARD, json.dumps(card))
 
 
 def check_model_path(path):
@@ -104,7 +112,7 @@ def read_card(path):
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: damaged: {first_line(error)}") from error
+        raise InputError(f"{path}: damaged: {one_line(error)}") from error
     if not isinstance(card, dict):
         raise InputError(f"{path}: its card must be a JSON object, got {type(card).__name__}")
     return card
@@ -129,7 +137,7 @@ def load_model(path):
         return keras.models.load_model(path, compile=False, safe_mode=True)
     # A damaged or hostile file can fail in any of Keras's, h5py's or zipfile's ways.
     except Exception as error:
-        raise InputError(f"{path}: cannot be loaded: {first_line(error)}") from error
+        raise InputError(f"{path}: cannot be loaded: {one_line(error)}") from error
 
 
 @_tensorflow_only_as_backend()
@@ -147,9 +155,4 @@ def load_weights(model, path):
     try:
         model.load_weights(path)
     except Exception as error:
-        raise InputError(f"{path}: cannot be loaded: {first_line(error)}") from error
-
-
-def first_line(error):
-    """Returns the first line of an error's message, or its type's name if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be loaded: {one_line(error)}") from error

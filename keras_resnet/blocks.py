@@ -9,7 +9,7 @@ Layouts are channels last throughout, whatever `keras.config.image_data_format()
 import keras
 from keras import ops
 
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, check_count
 
 PACKAGE = "keras_resnet"
 
@@ -160,7 +160,6 @@ class _Residual(keras.layers.Layer):
 class _ConvResidual(_Residual):
     """What the convolutional blocks share: arguments, parts, the shortcut, serialisation."""
 
-    mismatch_advice = "set `use_1x1conv=True` to bring the input to the branch's shape"
     expansion = 1  # output channels per filter
 
     def __init__(
@@ -176,9 +175,8 @@ class _ConvResidual(_Residual):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        for name, value in (("filters", filters), ("strides", strides)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+        check_count("filters", filters)
+        check_count("strides", strides)
         self.filters = filters
         self.strides = strides
         self.use_1x1conv = use_1x1conv
@@ -210,6 +208,13 @@ class _ConvResidual(_Residual):
 
     def _relu(self, name):
         return keras.layers.ReLU(dtype=self.dtype_policy, name=name)
+
+    @property
+    def mismatch_advice(self):
+        return (
+            f"with {self.filters} filters at `strides` {self.strides}, set `use_1x1conv=True` to "
+            "bring the input to the branch's shape"
+        )
 
     @property
     def shortcut(self):
@@ -330,8 +335,7 @@ class DenseResidualBlock(_Residual):
 
     def __init__(self, units, use_bias=True, **kwargs):
         super().__init__(**kwargs)
-        if not isinstance(units, int) or isinstance(units, bool) or units < 1:
-            raise InputError(f"`units` must be a whole number of at least 1, got {units!r}")
+        check_count("units", units)
         self.units = units
         self.use_bias = use_bias
         shared = {"use_bias": use_bias, "dtype": self.dtype_policy}

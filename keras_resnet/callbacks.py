@@ -12,9 +12,10 @@ from pathlib import Path
 
 import keras
 
-from keras_resnet.archive import save_model
+from keras_resnet.archive import write_model
 from keras_resnet.errors import Interrupted, TrainingError
 from keras_resnet.files import replacing
+from keras_resnet.progress import bar
 from keras_resnet.report import write_history
 from keras_resnet.tables import format_duration
 
@@ -23,8 +24,13 @@ class StopOnDivergence(keras.callbacks.Callback):
     """Ends the run with a `TrainingError` at the first step whose loss is not a finite number.
 
     Keras reports the mean loss of the epoch so far, which turns infinite or NaN with the first
-    such step.
+    such step. It stands before `Recorder`, which would save the broken weights.
     """
+
+    advice = (
+        "Try a smaller --learning-rate (a tenth), or --precision float32; the checkpoints of the "
+        "epochs before are kept"
+    )
 
     def __init__(self):
         super().__init__()
@@ -46,9 +52,18 @@ class StopOnDivergence(keras.callbacks.Callback):
             before = f"the last finite mean loss was {self.last_finite:.4g}"
         raise TrainingError(
             f"the loss became {loss} in epoch {self.epoch + 1}, step {batch + 1} of "
-            f"{self.params['steps']}; {before}. Try a smaller --learning-rate (a tenth), or "
-            "--precision float32; the checkpoints of the epochs before are kept"
+            f"{self.params['steps']}; {before}. {self.advice}"
         )
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Looks at the measured loss: the last step's own is from before its update."""
+        loss = float(logs.get("val_loss", 0))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"after epoch {epoch + 1}, step {self.params['steps']}, the loss measured is "
+                f"{loss}; the last finite mean loss in training was {self.last_finite:.4g}. "
+                f"{self.advice}"
+            )
 
 
 @contextlib.contextmanager
@@ -66,6 +81,8 @@ def catching_stop_signals():
         yield received
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell starts background jobs with Ctrl-C ignored: it is not meant for them.
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
 
     def request(number, frame):
         received.append(number)
@@ -111,7 +128,7 @@ class StopOnRequest(keras.callbacks.Callback):
 class EpochTimer(keras.callbacks.Callback):
     """Adds an epoch's duration, its training speed and its learning rate to the epoch's logs.
 
-    It stands first in the list of callbacks, so that those behind it find the figures.
+    It stands before the callbacks that use these figures.
 
     Args:
         images: Number of training images.
@@ -142,16 +159,6 @@ class EpochTimer(keras.callbacks.Callback):
         )
 
 
-def history_row(epoch, logs):
-    """Returns the row of `history.csv` for an epoch that `EpochTimer` has timed.
-
-    Args:
-        epoch: Counted from 0.
-        logs: Keras's logs at the end of the epoch.
-    """
-    return {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
-
-
 class Recorder(keras.callbacks.Callback):
     """Writes the checkpoint, `history.csv` and the TensorBoard events at the end of each epoch.
 
@@ -176,15 +183,17 @@ class Recorder(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Saves the epoch."""
-        row = history_row(epoch, logs)
-        earlier = [past.get("val_accuracy") or 0 for past in self.history]
-        self.history.append(row)
+        row = {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
+        is_best = row["val_accuracy"] > max((r["val_accuracy"] for r in self.history), default=-1)
         checkpoints = self.run_dir / "checkpoints"
-        last = checkpoints / "last.keras"
-        save_model(self.model, last, {**self.card, "history": self.history})
-        if row.get("val_accuracy", 0) > max(earlier, default=-1):
-            with replacing(checkpoints / "best.keras") as temporary:
-                shutil.copyfile(last, temporary)
+        with replacing(checkpoints / "last.keras") as new:
+            card = {**self.card, "history": [*self.history, row]}
+            write_model(self.model, new, card)
+            # Before the new file becomes last.keras: killed in between, the epoch is done again.
+            if is_best:
+                with replacing(checkpoints / "best.keras") as copy:
+                    shutil.copyfile(new, copy)
+        self.history.append(row)
         write_history(self.run_dir / "history.csv", self.history)
         self._write_events(row)
 
@@ -251,21 +260,13 @@ class Progress(keras.callbacks.Callback):
         self.batch_size = batch_size
         self.epochs = epochs
         self.stream = stream or sys.stdout
+        self.shown = contextlib.ExitStack()
         self.bar = None
 
     def on_epoch_begin(self, epoch, logs=None):
         """Opens the bar."""
-        from tqdm import tqdm
-
-        # `leave=False`: the line that on_epoch_end prints takes the bar's place.
-        self.bar = tqdm(
-            total=self.images,
-            desc=f"epoch {epoch + 1}/{self.epochs}",
-            unit=" images",
-            file=self.stream,
-            leave=False,
-            disable=not self.stream.isatty(),
-        )
+        description = f"epoch {epoch + 1}/{self.epochs}"
+        self.bar = self.shown.enter_context(bar(self.images, description, stream=self.stream))
 
     def on_train_batch_end(self, batch, logs=None):
         """Moves the bar by a batch; the epoch's last may be short."""
@@ -298,5 +299,4 @@ class Progress(keras.callbacks.Callback):
 
     def close(self):
         """Takes the bar away if there is one; also after a run that failed."""
-        if self.bar is not None:
-            self.bar.close()
+        self.shown.close()

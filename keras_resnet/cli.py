@@ -9,11 +9,12 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 
 from keras_resnet import __version__
-from keras_resnet.errors import InputError, Interrupted, TrainingError
+from keras_resnet.errors import InputError, Interrupted, TrainingError, one_line
 from keras_resnet.recipes import RECIPES
+
+MOST = {int: 1_000_000, float: sys.float_info.max}
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
@@ -21,8 +22,11 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 def _positive(kind):
     def parse(text):
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        # A whole number beyond any use would be a traceback from some library's depths.
+        if not 0 < value <= MOST[kind]:
+            raise argparse.ArgumentTypeError(
+                f"must be positive and at most {MOST[kind]:g}, got {text}"
+            )
         return value
 
     # argparse names the type in "invalid … value".
@@ -163,7 +167,7 @@ def _train(args):
     from keras_resnet.training import train
 
     options = [name.lstrip("-").replace("-", "_") for name in _TRAIN_OPTIONS]
-    command = shlex.join(["keras-resnet", *sys.argv[1:]])
+    command = shlex.join(["keras-resnet", *args.words])
     run = train(**{name: getattr(args, name) for name in options}, command=command)
     print(format_run(run.run_dir, run.report))
 
@@ -189,12 +193,14 @@ def _predict(args):
     if args.json:
         print(json.dumps(rows))
         return
-    lines = [
-        {"image": row["image"] if rank == 0 else "", "inverted": row["inverted"], **label}
-        for row in rows
-        for rank, label in enumerate(row["labels"])
-    ]
-    print(format_table(lines, ["image", "label", Column("probability", spec=".4f")]))
+    lines = []
+    for row in rows:
+        first = {"image": row["image"], "inverted": "yes" if row["inverted"] else "no"}
+        for label in row["labels"]:
+            lines.append({**first, **label})
+            first = {"image": "", "inverted": ""}
+    columns = ["image", "inverted", "label", Column("probability", spec=".4f")]
+    print(format_table(lines, columns))
 
 
 def _summary(args):
@@ -215,21 +221,22 @@ _COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "summa
 
 @contextlib.contextmanager
 def _stderr_kept_back():
-    """Keeps back what is written to standard error, and shows it only if the block fails."""
-    with tempfile.TemporaryFile() as kept:
-        sys.stderr.flush()
+    """Drops what is written to standard error in the block, from C++ too."""
+    try:
         own = os.dup(2)
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            kept.seek(0)
-            os.write(own, kept.read())
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(own, 2)
-            os.close(own)
+    except OSError:  # standard error is closed: nothing to keep back
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    sys.stderr.flush()
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(nowhere)
 
 
 def _import_keras():
@@ -238,13 +245,20 @@ def _import_keras():
     Most come from C++ before its log is set up, and no setting reaches them (TensorFlow 2.21).
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _stderr_kept_back():
-        import keras
+    try:
+        with _stderr_kept_back():
+            import keras
 
-        if keras.backend.backend() == "tensorflow":
-            import tensorflow as tf
+            if keras.backend.backend() == "tensorflow":
+                import tensorflow as tf
 
-            tf.config.list_physical_devices()  # the first look says what drivers are missing
+                tf.config.list_physical_devices()  # the first look says what drivers are missing
+    except (ImportError, ValueError) as error:
+        backend = os.environ.get("KERAS_BACKEND", "not set")
+        raise InputError(
+            f"Keras cannot be loaded with the environment's KERAS_BACKEND {backend}: "
+            f"{one_line(error)}"
+        ) from error
 
 
 # error -> exit status.
@@ -260,22 +274,34 @@ def main(arguments=None):
     Returns:
         The exit status.
     """
-    args = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    args = _parser().parse_args(words, argparse.Namespace(words=words))
+    with contextlib.suppress(AttributeError, ValueError):
+        # A terminal without "×" or "–" shows "?" instead of losing the answer.
+        sys.stdout.reconfigure(errors="replace")
     try:
         _import_keras()
         _COMMANDS[args.command](args)
+        sys.stdout.flush()
     except tuple(_STATUS) as error:
         status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
-        print(f"keras-resnet: {' '.join(str(error).split())}", file=sys.stderr)
-        return status
+        return _fail(str(error), status)
     except KeyboardInterrupt:
-        print("keras-resnet: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `keras-resnet … | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _fail("interrupted", 130)
+    except OSError as error:
+        # What was printed and could not be written must not be tried again at the exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as in `… | head`
+            return 1
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or one_line(error)}", 2)
     return 0
+
+
+def _fail(message, status):
+    print(f"keras-resnet: {' '.join(message.splitlines())}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

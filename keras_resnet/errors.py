@@ -15,3 +15,27 @@ class TrainingError(RuntimeError):
 
 class Interrupted(TrainingError):
     """A run was asked to stop, by Ctrl-C or SIGTERM; the message says where it stopped."""
+
+
+def check_count(name, value, least=1):
+    """Raises an `InputError` unless `value` is a whole number of at least `least`.
+
+    Args:
+        name: What the caller calls the value.
+        value: Anything.
+        least: The smallest number allowed.
+
+    Example:
+        >>> check_count("epochs", 5)
+        >>> check_count("epochs", 2.5)
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: `epochs` must be a whole number of at least 1, got 2.5
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
+
+
+def one_line(error):
+    """Returns the first line of an error's message, or its type's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,11 @@ import os
 import secrets
 from pathlib import Path
 
+from keras_resnet.errors import InputError
+
+# What `replacing` puts between a file's name and its suffix.
+_PARTIAL = ".*." + "[0-9a-f]" * 8 + ".partial*"
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -47,8 +52,20 @@ def remove_partials(folder):
     Args:
         folder: The folder; it may be missing.
     """
-    for partial in Path(folder).glob(".*.partial*"):
+    for partial in Path(folder).glob(_PARTIAL):
         partial.unlink(missing_ok=True)
+
+
+def expand_user(path):
+    """Returns `path` with a leading ~ replaced by a home folder, as a `pathlib.Path`.
+
+    Raises:
+        InputError: If there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no such home folder") from error
 
 
 def write_text(path, text):

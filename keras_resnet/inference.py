@@ -11,19 +11,21 @@ from keras_resnet.datasets.images import (
     ImageFiles,
     border_level,
     decode_image,
-    one_line,
     open_upright,
-    printable,
+    printable_path,
 )
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, one_line
 from keras_resnet.evaluation import evaluate
+from keras_resnet.progress import bar
+
+_DATA_SETTINGS = {"data_dir": str, "validation_share": float, "skip_bad": bool, "seed": int}
 
 
 class Predictor:
     """A trained model that answers with probabilities.
 
     Args:
-        model: A Keras model: images to logits.
+        model: A Keras model: images to logits, or to probabilities if it ends in a softmax.
         card: What the model's file says about itself: "class_names"; "background" ("dark",
             "light" or None) of the images it was trained on; "data", how to load them again.
         path: The file it came from, for messages.
@@ -37,21 +39,29 @@ class Predictor:
         self.model = model
         self.card = card or {}
         self.path = path
-        self.image_shape = tuple(model.input_shape[1:])
-        if len(self.image_shape) != 3 or len(model.output_shape) != 2:
+        self.name = path or model.name
+        self.image_shape, outputs = self._check_shapes()
+        self.gives_probabilities = _ends_in_softmax(model)
+        names = self.card.get("class_names") or [f"class {i}" for i in range(outputs)]
+        if not isinstance(names, list) or len(names) != outputs:
             raise InputError(
-                f"{path or model.name}: the model must take images and give logits, but it takes "
-                f"{model.input_shape} and gives {model.output_shape}"
+                f"{self.name}: the model has {outputs} outputs, and its card the class names "
+                f"{names!r:.60}"
             )
-        outputs = model.output_shape[-1]
-        self.class_names = tuple(
-            self.card.get("class_names") or (f"class {i}" for i in range(outputs))
+        self.class_names = tuple(map(str, names))
+
+    def _check_shapes(self):
+        """Returns the shape of an image and the number of outputs."""
+        ends = [getattr(self.model, side, None) or [] for side in ("inputs", "outputs")]
+        shapes = [tuple(tensor.shape) for end in ends for tensor in end]
+        if [len(end) for end in ends] == [1, 1] and [len(shape) for shape in shapes] == [4, 2]:
+            (_, *image), (_, outputs) = shapes
+            if image[-1] in (1, 3) and outputs is not None:
+                return tuple(image), outputs
+        raise InputError(
+            f"{self.name}: the model must take images (batch, height, width, 1 or 3) and give "
+            f"logits (batch, classes); its inputs and outputs are {shapes}"
         )
-        if len(self.class_names) != outputs:
-            raise InputError(
-                f"{path or model.name}: the model has {outputs} outputs and its card "
-                f"{len(self.class_names)} class names"
-            )
 
     def __call__(self, images):
         """Returns the probability of each class for each image.
@@ -63,10 +73,42 @@ class Predictor:
             float32, [count, classes]; each row sums to 1.
         """
         logits = keras.ops.convert_to_numpy(self.model.predict_on_batch(images))
+        if not np.isfinite(logits).all():
+            raise InputError(f"{self.name}: the model answers with numbers that are not finite")
         # In float64, so that rows sum to 1 also where the model computes in half precision.
         logits = logits.astype("float64")
-        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        powers = logits
+        if not self.gives_probabilities:
+            powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return (powers / powers.sum(axis=-1, keepdims=True)).astype("float32")
+
+
+def _ends_in_softmax(model):
+    last = model.layers[-1]
+    activation = getattr(last, "activation", None)
+    return isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax
+
+
+def measure(predictor, split, class_names, batch_size=256):
+    """Evaluates a model; on a terminal a bar shows how far it is.
+
+    Args:
+        predictor: A `Predictor`.
+        split: The `Split`.
+        class_names: Its classes.
+        batch_size: Images a call.
+
+    Returns:
+        An `Evaluation`.
+    """
+    with bar(len(split), "evaluation") as shown:
+        return evaluate(
+            predictor,
+            split,
+            class_names,
+            batch_size=batch_size,
+            progress=lambda done, total: shown.update(done - shown.n),
+        )
 
 
 def resolve_model_path(path):
@@ -134,9 +176,11 @@ def evaluate_file(path, dataset=None, **options):
         InputError: If model and data do not fit each other, or one of them cannot be loaded.
     """
     predictor = load(path)
-    known = dict(predictor.card.get("data", {}))
-    trained_on = known.pop("dataset", None)
-    if dataset is None and trained_on is None:
+    data = predictor.card.get("data")
+    known = data if isinstance(data, dict) else {}
+    trained_on = known.get("dataset")
+    known = {name: known[name] for name, kind in _DATA_SETTINGS.items() if _is(known, name, kind)}
+    if dataset is None and not isinstance(trained_on, str):
         raise InputError(f"{path}: the file does not say what it was trained on: name --dataset")
     if dataset in (None, trained_on):
         dataset, options = trained_on, {**known, **options}
@@ -149,7 +193,11 @@ def evaluate_file(path, dataset=None, **options):
         images = ImageFiles(split.images.sources, (height, width), channels)
         split = Split(images, split.labels)
     _check_fit(predictor, data, split)
-    return evaluate(predictor, split, data.class_names)
+    return measure(predictor, split, data.class_names)
+
+
+def _is(settings, name, kind):
+    return isinstance(settings.get(name), kind)
 
 
 def _check_fit(predictor, data, split):
@@ -207,7 +255,7 @@ def predict_files(path, images, *, top=3, invert="auto"):
             {"label": predictor.class_names[i], "probability": float(probabilities[i])}
             for i in best
         ]
-        rows.append({"image": printable(image), "inverted": inverted, "labels": labels})
+        rows.append({"image": printable_path(image), "inverted": inverted, "labels": labels})
     return rows
 
 
@@ -218,9 +266,9 @@ def _read_image(path, image_shape):
         own = open_upright(path).size
         return decode_image(path, (height or own[1], width or own[0]), channels)[None]
     except FileNotFoundError:
-        raise InputError(f"{printable(path)}: no such image file") from None
+        raise InputError(f"{printable_path(path)}: no such image file") from None
     except Exception as error:  # Pillow raises many kinds on a damaged file
-        raise InputError(f"{printable(path)}: cannot be read: {one_line(error)}") from error
+        raise InputError(f"{printable_path(path)}: cannot be read: {one_line(error)}") from error
 
 
 def _is_inverted(pixels, invert, background):

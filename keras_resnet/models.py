@@ -16,7 +16,7 @@ from keras_resnet.blocks import (
     ResidualBlock,
     batch_norm,
 )
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,6 @@ def look_up(table, key, argument):
         raise InputError(f"`{argument}` must be one of {', '.join(table)}, got {key!r}") from None
 
 
-def _check_count(name, value, least=1):
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
-
-
 def _check_input_shape(shape):
     known = isinstance(shape, (tuple, list)) and len(shape) == 3 and shape[-1] is not None
     if not known or not all(size is None or (isinstance(size, int) and size > 0) for size in shape):
@@ -141,15 +136,15 @@ def residual_stage(
 ):
     """Applies a stage: `num_blocks` residual blocks with the same number of filters.
 
-    The first block halves height and width and has a 1×1 convolution on its shortcut, unless
-    `first_stage`: the stem has already reduced the size then.
+    The first block halves height and width, unless `first_stage`: the stem has already reduced
+    the size then. It has a 1×1 convolution on its shortcut where its output has another shape
+    than `x`.
 
     Args:
         x: A Keras tensor, (batch, height, width, channels).
         filters: Number of filters of each block.
         num_blocks: Number of blocks, at least 1.
-        first_stage: Whether this is the stage right behind the stem. `x` must then have the
-            number of channels that a block puts out.
+        first_stage: Whether this is the stage right behind the stem.
         block: The class of the blocks.
         name: The stage's name; its blocks are called ``{name}_block1``, ``{name}_block2``, …
         **block_args: Further arguments of `block`.
@@ -159,8 +154,7 @@ def residual_stage(
         and width as `x` if `first_stage`.
 
     Raises:
-        InputError: If `first_stage` and the channels of `x` do not fit, or `num_blocks` is not a
-            positive whole number.
+        InputError: If `num_blocks` is not a positive whole number.
 
     Source:
         He et al. 2016, table 1: conv2_x … conv5_x.
@@ -172,13 +166,13 @@ def residual_stage(
         >>> residual_stage(x, 128, 2, name="stage2").shape
         (None, 28, 28, 128)
     """
-    _check_count("num_blocks", num_blocks)
+    check_count("num_blocks", num_blocks)
     for index in range(num_blocks):
         halve = index == 0 and not first_stage
         x = block(
             filters,
             strides=2 if halve else 1,
-            use_1x1conv=halve,
+            use_1x1conv=halve or x.shape[-1] != filters * block.expansion,
             name=f"{name}_block{index + 1}",
             **block_args,
         )(x)
@@ -230,7 +224,7 @@ def build_resnet(
         name = name or spec
         spec = look_up(SPECS, spec, "spec")
     _check_input_shape(input_shape)
-    _check_count("num_classes", num_classes)
+    check_count("num_classes", num_classes)
     blocks = look_up(VARIANTS, variant, "variant")
     stem = look_up(STEMS, stem, "stem")
 
@@ -325,8 +319,8 @@ def build_dense_resnet(input_features=12, hidden_features=24, output_features=8,
         ("hidden_features", hidden_features),
         ("output_features", output_features),
     ):
-        _check_count(argument, value)
-    _check_count("num_blocks", num_blocks, least=0)
+        check_count(argument, value)
+    check_count("num_blocks", num_blocks, least=0)
     inputs = _features((input_features,))
     x = keras.layers.Dense(hidden_features, name="initial_fc")(inputs)
     for index in range(num_blocks):

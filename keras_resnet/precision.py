@@ -89,7 +89,7 @@ def choose_precision(precision="auto"):
         return ("bfloat16", f"{name} has it") if capable else ("float32", f"{name} lacks bfloat16")
     flag = _cpu_has_bfloat16()
     if flag is None:
-        return "float32", "this processor has no bfloat16 instructions"
+        return "float32", f"this processor does not list {' or '.join(CPU_FLAGS)}"
     if backend not in _CPU_BACKENDS:
         return "float32", f"the {backend} backend gains nothing from bfloat16 on a processor"
     return "bfloat16", f"this processor has {flag.upper().replace('_', '-')}"

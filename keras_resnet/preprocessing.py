@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_resnet.blocks import PACKAGE
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, check_count
 from keras_resnet.models import look_up
 
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.
@@ -53,9 +53,7 @@ class ImagePreprocessing(keras.layers.Layer):
 
     def __init__(self, image_size, channels=1, mean=0.0, std=1.0, **kwargs):
         super().__init__(**kwargs)
-        whole = isinstance(image_size, int) and not isinstance(image_size, bool)
-        if not whole or image_size < 1:
-            raise InputError(f"`image_size` must be a whole number of pixels, got {image_size!r}")
+        check_count("image_size", image_size)
         if channels not in (1, 3):
             raise InputError(f"`channels` must be 1 or 3, got {channels!r}")
         for argument, value in (("mean", mean), ("std", std)):

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +37,10 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "image_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"`{name}` must be a whole number of at least 1, got {value!r}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise InputError(
-                f"`learning_rate` must be positive and finite, got {self.learning_rate}"
-            )
+            check_count(name, getattr(self, name))
+        rate = self.learning_rate
+        if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+            raise InputError(f"`learning_rate` must be positive and finite, got {rate!r}")
 
 
 RECIPES = {

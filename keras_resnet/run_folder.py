@@ -1,5 +1,6 @@
 """The folder of a run: made, checked, and the record of what the run was made with."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -12,8 +13,7 @@ from pathlib import Path
 import keras
 
 from keras_resnet import files
-from keras_resnet.archive import first_line
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, one_line
 
 CONFIG = "config.json"
 
@@ -29,25 +29,44 @@ def make_run_dir(run_dir, resume):
 
     Args:
         run_dir: The folder; its parents are made, too.
-        resume: Whether it may hold a run already.
+        resume: Whether it holds a run already.
+
+    Returns:
+        The folders that had to be made, the innermost first.
 
     Raises:
         InputError: If it holds something though `resume` is false, or cannot be written to.
     """
     try:
+        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
-        for folder in (run_dir, run_dir / "checkpoints"):
-            files.remove_partials(folder)
         if not resume and any(run_dir.iterdir()):
             raise InputError(
                 f"{run_dir}: the folder is not empty; resume the run in it with --resume, or name "
                 "another --run-dir"
             )
+        if resume:
+            for folder in (run_dir, run_dir / "checkpoints"):
+                files.remove_partials(folder)
         probe = run_dir / ".probe"
         files.write_text(probe, "")
         probe.unlink()
     except OSError as error:
         raise InputError(f"{run_dir}: cannot be written to: {error.strerror or error}") from error
+    return made
+
+
+def unmake_run_dir(run_dir, made):
+    """Takes back what `make_run_dir` made for a run that could not begin.
+
+    Args:
+        run_dir: The folder; it holds nothing but its config.json.
+        made: What `make_run_dir` returned.
+    """
+    with contextlib.suppress(OSError):
+        (run_dir / CONFIG).unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
 
 
 def check_space(run_dir, needed):
@@ -83,12 +102,13 @@ def read_config(run_dir, settings):
         config = json.loads(path.read_text(encoding="utf-8"))
         if set(config["settings"]) != set(settings):
             raise ValueError("its settings are not those of this version")
-        if not isinstance(config["dataset"]["fingerprint"], str):
+        # The rest is written once the data are loaded: a run can be killed before.
+        if not isinstance(config.get("dataset", {}).get("fingerprint", ""), str):
             raise ValueError("its data set has no fingerprint")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{run_dir}: nothing to resume: there is no {CONFIG}") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path}: damaged: {first_line(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{path}: damaged: {one_line(error)}") from error
     return config
 
 

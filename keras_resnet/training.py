@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import random
+import shlex
 from pathlib import Path
 
 import keras
@@ -12,8 +13,7 @@ from keras_resnet import archive, callbacks, files, run_folder
 from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.datasets.images import border_level
 from keras_resnet.errors import InputError, Interrupted, TrainingError
-from keras_resnet.evaluation import evaluate
-from keras_resnet.inference import Predictor
+from keras_resnet.inference import Predictor, measure
 from keras_resnet.models import SPECS, build_resnet, count_parameters, look_up
 from keras_resnet.precision import POLICIES, choose_precision
 from keras_resnet.preprocessing import with_preprocessing
@@ -120,6 +120,7 @@ class Batches(keras.utils.PyDataset):
         self.split = split
         self.batch_size = batch_size
         self.order = np.arange(len(split))
+        self.failure = None
 
     def shuffle(self, seed, epoch):
         """Puts the images in the order of an epoch, counted from 0; see `Split.order`."""
@@ -130,7 +131,20 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        return self.split.images[chosen], self.split.labels[chosen]
+        try:
+            return self.split.images[chosen], self.split.labels[chosen]
+        except InputError as error:
+            self.failure = error  # TensorFlow would hide which error it was
+            raise
+
+
+def _check_same_data(run_dir, config, dataset):
+    before = config.get("dataset", {}).get("fingerprint", dataset.fingerprint)
+    if before != dataset.fingerprint:
+        raise InputError(
+            f"{run_dir}: the data are not those the run was started with: fingerprint "
+            f"{before[:16]}…, got {dataset.fingerprint[:16]}…"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +154,7 @@ class _Plan:
     settings: dict
     recipe: Recipe
     dataset: Dataset
+    card: dict
     precision: str
     run_dir: Path
     verbose: bool
@@ -158,17 +173,17 @@ class _Plan:
 
     @property
     def resume_command(self):
-        return f"keras-resnet train --resume --run-dir {self.run_dir}"
+        return f"keras-resnet train --resume --run-dir {shlex.quote(str(self.run_dir))}"
 
-    @property
-    def card(self):
-        """What every model file of the run says about itself."""
-        return {
-            "model": self.settings["model"],
-            "class_names": list(self.dataset.class_names),
-            "background": _background(self.train),
-            "data": {name: self.settings[name] for name in ("dataset", *_DATA_SETTINGS)},
-        }
+
+def _make_card(settings, dataset):
+    """Returns what every model file of the run says about itself."""
+    return {
+        "model": settings["model"],
+        "class_names": list(dataset.class_names),
+        "background": _background(dataset.splits["train"]),
+        "data": {name: settings[name] for name in ("dataset", *_DATA_SETTINGS)},
+    }
 
 
 def _background(split, sample=1000):
@@ -269,7 +284,7 @@ def _restore(model, run_dir):
 def _fit(plan, model, history):
     """Runs `model.fit` from the epoch after `history`, which grows with each epoch."""
     size, epochs = plan.recipe.batch_size, plan.recipe.epochs
-    batches = Batches(plan.train, size)
+    batches, measured = Batches(plan.train, size), Batches(plan.evaluation, size)
     progress = callbacks.Progress(len(plan.train), size, epochs)
     with callbacks.catching_stop_signals() as received:
         watchers = [
@@ -287,13 +302,15 @@ def _fit(plan, model, history):
         try:
             model.fit(
                 batches,
-                validation_data=Batches(plan.evaluation, size),
+                validation_data=measured,
                 initial_epoch=len(history),
                 epochs=epochs,
                 shuffle=False,  # the batches are shuffled already
                 verbose=0,
                 callbacks=watchers,
             )
+            if received:
+                raise Interrupted("after the last epoch")
         except Interrupted as stop:
             path = plan.run_dir / "checkpoints" / "interrupted.keras"
             archive.save_model(model, path, plan.card)
@@ -301,6 +318,14 @@ def _fit(plan, model, history):
                 f"interrupted {stop}; {len(history)} of {epochs} epochs are finished. The weights "
                 f"as they are: {path}. Go on from the last finished epoch: {plan.resume_command}"
             ) from None
+        except Exception:
+            failure = batches.failure or measured.failure
+            if failure is None:
+                raise
+            raise TrainingError(
+                f"{failure}; {len(history)} of {epochs} epochs are finished. Once it can be read "
+                f"again: {plan.resume_command}"
+            ) from failure
         finally:
             progress.close()
 
@@ -311,33 +336,56 @@ def _finish(plan, model, config, history):
     final.set_weights(model.get_weights())
     archive.save_model(final, plan.run_dir / "model.keras", plan.card)
     predictor = Predictor(final, plan.card)
-    evaluation = evaluate(predictor, plan.evaluation, plan.dataset.class_names)
+    evaluation = measure(
+        predictor, plan.evaluation, plan.dataset.class_names, min(256, plan.recipe.batch_size)
+    )
     report = write_report(plan.run_dir, config, history, evaluation, plan.evaluation)
     return Run(plan.run_dir, final, history, report)
 
 
-def _run(plan, config, reason, command):
-    """Trains from the last checkpoint, or from the start, to the report."""
+def _prepare(plan):
+    """Returns the compiled model and the history of its last checkpoint, if there is one."""
     _set_seed(plan.settings["seed"])
     model = _build_classifier(plan, plan.precision)
     _compile(model, plan)
     run_folder.check_space(plan.run_dir, _bytes_on_disk(model))
-    history = _restore(model, plan.run_dir)
+    return model, _restore(model, plan.run_dir)
+
+
+def _run(plan, model, history, config):
+    """Trains what is left to train, and writes the report."""
+    (plan.run_dir / "checkpoints").mkdir(exist_ok=True)
+    write_history(plan.run_dir / "history.csv", history)
+    resumed = f", resumed after epoch {len(history)}" if history else ""
+    plan.say(f"run folder: {plan.run_dir}{resumed}")
+    if len(history) < plan.recipe.epochs:
+        _fit(plan, model, history)
+    return _finish(plan, model, config, history)
+
+
+def _out_of_memory(error):
+    """Returns whether an error of any backend says that memory ran out."""
+    signs = ("out of memory", "resource_exhausted", "resourceexhausted", "oom when allocating")
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
+
+
+@contextlib.contextmanager
+def _saying_what_is_left(plan):
+    """Turns a full disk and a full memory into a `TrainingError` that says how to go on."""
     try:
-        if config is None:
-            config = _describe(plan, reason, count_parameters(model), command)
-            files.write_json(plan.run_dir / run_folder.CONFIG, config)
-        (plan.run_dir / "checkpoints").mkdir(exist_ok=True)
-        write_history(plan.run_dir / "history.csv", history)
-        resumed = f", resumed after epoch {len(history)}" if history else ""
-        plan.say(f"run folder: {plan.run_dir}{resumed}")
-        if len(history) < plan.recipe.epochs:
-            _fit(plan, model, history)
-        return _finish(plan, model, config, history)
+        yield
     except OSError as error:
         raise TrainingError(
             f"{plan.run_dir}: {error.strerror or error}; what was finished is whole: go on with "
             f"{plan.resume_command}"
+        ) from error
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory at --batch-size {plan.recipe.batch_size} and --image-size "
+            f"{plan.recipe.image_size}: start a run with smaller ones"
         ) from error
 
 
@@ -413,23 +461,28 @@ def train(
     look_up(SPECS, settings["model"], "model")
     precision, reason = choose_precision(settings["precision"])
     run_dir = Path(run_dir or run_folder.default_run_dir(settings["model"], settings["recipe"]))
-    run_folder.make_run_dir(run_dir, resume)
+    made = run_folder.make_run_dir(run_dir, resume)
     try:
+        config = config or {"settings": settings}
+        files.write_json(run_dir / run_folder.CONFIG, config)
         dataset = in_memory or load_dataset(
             settings["dataset"],
             image_size=recipe.image_size,
             **{name: settings[name] for name in _DATA_SETTINGS},
         )
-        if config and config["dataset"]["fingerprint"] != dataset.fingerprint:
-            raise InputError(
-                f"{run_dir}: the data are not those the run was started with: fingerprint "
-                f"{config['dataset']['fingerprint'][:16]}…, got {dataset.fingerprint[:16]}…"
-            )
-        plan = _Plan(settings, recipe, dataset, precision, run_dir, verbose)
+        _check_same_data(run_dir, config, dataset)
+        card = _make_card(settings, dataset)
+        plan = _Plan(settings, recipe, dataset, card, precision, run_dir, verbose)
         plan.say(f"data: {dataset.source}")
         plan.say(f"precision: {precision} ({reason}), backend: {keras.backend.backend()}")
-        return _run(plan, config, reason, command)
-    except InputError:
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # only if it is empty: nothing was begun
+        with _saying_what_is_left(plan):
+            model, history = _prepare(plan)
+            if "dataset" not in config:
+                config = _describe(plan, reason, count_parameters(model), command)
+                files.write_json(run_dir / run_folder.CONFIG, config)
+    except Exception:
+        if not resume:
+            run_folder.unmake_run_dir(run_dir, made)
         raise
+    with _saying_what_is_left(plan):
+        return _run(plan, model, history, config)

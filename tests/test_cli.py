@@ -131,12 +131,24 @@ BAD = {
     "unknown command": ("fly", "invalid choice: 'fly'"),
     "unknown recipe": ("train --recipe slow", "invalid choice: 'slow'"),
     "unknown precision": ("train --precision int4", "invalid choice: 'int4'"),
-    "no epochs": ("train --epochs 0", "--epochs: must be positive, got 0"),
-    "negative batch": ("train --batch-size -3", "--batch-size: must be positive, got -3"),
+    "no epochs": ("train --epochs 0", "--epochs: must be positive and at most 1e+06, got 0"),
+    "negative batch": (
+        "train --batch-size -3",
+        "at most 1e+06, got -3",
+    ),
     "fraction of a pixel": ("train --image-size 9.5", "invalid int value: '9.5'"),
-    "rate that is no number": ("train --learning-rate nan", "must be positive, got nan"),
+    "rate that is no number": (
+        "train --learning-rate nan",
+        "must be positive and",
+    ),
     "share of one": ("train --validation-share 1", "must be between 0 and 1, got 1"),
     "negative seed": ("train --seed -1 --run-dir {tmp}/r", "`seed` must be"),
+    "more epochs than a number holds": ("train --epochs 1" + 400 * "0", "at most 1e+06"),
+    "home of nobody": (
+        "train --dataset folder:~nosuchuser/x --run-dir {tmp}/r",
+        "there is no such home folder",
+    ),
+    "name too long": ("evaluate " + 300 * "x", "File name too long"),
     "unknown model": ("train --model vgg --run-dir {tmp}/r", "must be one of resnet18, resnet34"),
     "unknown data set": ("train --dataset mnist --run-dir {tmp}/r", "got 'mnist'"),
     "resume of nothing": ("train --resume", "`resume` needs the `run_dir`"),
@@ -162,7 +174,10 @@ BAD = {
     "data of other classes": ("evaluate {run} --dataset fashion_mnist", "knows the classes Bag"),
     "spoilt picture": ("predict {run} {tmp}/bad.png", "bad.png: cannot be read"),
     "missing picture": ("predict {run} {tmp}/none.png", "no such image file"),
-    "no labels": ("predict {run} {tmp}/bad.png --top 0", "must be positive, got 0"),
+    "no labels": (
+        "predict {run} {tmp}/bad.png --top 0",
+        "must be positive and at most 1e+06, got 0",
+    ),
     "unknown network": ("summary vgg", "`model` must be one of"),
     "shape of two numbers": ("summary resnet18 --input-shape 224 224", "`input_shape` must be"),
     "shape of three numbers": (
@@ -196,6 +211,29 @@ def test_bad_input_from_a_shell(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == f"keras-resnet: {tmp_path}/none.keras: no such model file\n"
+
+
+@pytest.mark.parametrize("backend", ["foo", "mxnet"])
+def test_a_backend_that_is_not_there_is_one_line(backend):
+    done = run_script("summary", "resnet18", KERAS_BACKEND=backend)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f"KERAS_BACKEND {backend}" in done.stderr
+
+
+def test_output_that_cannot_be_written_is_no_traceback():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [SCRIPT, "summary", "dense_resnet"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "keras-resnet: No space left on device\n"
+
+
+def test_a_terminal_without_the_multiplication_sign_gets_an_answer():
+    done = run_script("summary", "dense_resnet", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "1?24" in done.stdout
 
 
 def test_a_failed_run_is_one_line_and_status_1(fashion_folder, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from keras_resnet import archive
 from keras_resnet.errors import InputError
-from keras_resnet.inference import evaluate_file, load, predict_files
+from keras_resnet.inference import Predictor, evaluate_file, load, predict_files
 
 
 @pytest.fixture
@@ -195,6 +195,70 @@ def test_files_that_are_refused(tmp_path, make, reason):
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*.ran"))
+
+
+def outputs_two(path):
+    inputs = keras.Input((4, 4, 1))
+    x = keras.layers.Flatten()(inputs)
+    keras.Model(inputs, [keras.layers.Dense(2)(x), keras.layers.Dense(3)(x)]).save(path)
+
+
+def has_no_input(path):
+    keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(2)]).save(path)
+
+
+def takes_four_channels(path):
+    small_model(keras.Input((4, 4, 4))).save(path)
+
+
+def small_model(inputs, activation=None, kernel="glorot_uniform"):
+    x = keras.layers.Flatten()(inputs)
+    dense = keras.layers.Dense(3, activation, kernel_initializer=kernel)
+    return keras.Model(inputs, dense(x))
+
+
+@pytest.mark.parametrize("save", [outputs_two, has_no_input, takes_four_channels])
+def test_models_of_another_kind_are_refused(tmp_path, save):
+    save(tmp_path / "model.keras")
+    with pytest.raises(InputError, match="must take images"):
+        load(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"class_names": ["a", "b"]},
+        {"class_names": 5},
+        {"class_names": "abc"},
+    ],
+)
+def test_cards_that_do_not_fit_are_refused(tmp_path, card):
+    archive.save_model(small_model(keras.Input((4, 4, 1))), tmp_path / "model.keras", card)
+    with pytest.raises(InputError, match="the model has 3 outputs, and its card"):
+        load(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("data", [["x"], {"dataset": 5}, {"dataset": None}, {"other": 1}])
+def test_cards_that_name_no_data_are_as_good_as_none(tmp_path, data):
+    path = tmp_path / "model.keras"
+    archive.save_model(small_model(keras.Input((4, 4, 1))), path, {"data": data})
+    with pytest.raises(InputError, match="name --dataset"):
+        evaluate_file(path)
+
+
+def test_a_softmax_is_not_applied_twice():
+    inputs = keras.Input((4, 4, 1))
+    with_softmax, logits = small_model(inputs, "softmax"), small_model(inputs)
+    logits.set_weights(with_softmax.get_weights())
+    images = np.random.default_rng(0).integers(0, 2, (5, 4, 4, 1), dtype="uint8")
+    expected = Predictor(logits)(images)
+    np.testing.assert_allclose(Predictor(with_softmax)(images), expected, atol=1e-6)
+
+
+def test_a_model_that_answers_nan_is_refused():
+    model = small_model(keras.Input((4, 4, 1)), kernel=keras.initializers.Constant(np.nan))
+    with pytest.raises(InputError, match="not finite"):
+        Predictor(model)(np.ones((1, 4, 4, 1), "uint8"))
 
 
 def test_a_run_that_is_not_finished_says_so(trained_run, tmp_path):

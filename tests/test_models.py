@@ -192,12 +192,19 @@ def test_bad_arguments_are_errors_with_rule_and_value(arguments, message):
         build_resnet(**{"spec": "resnet18", **arguments})
 
 
-def test_stage_without_blocks_and_first_stage_of_another_width_are_errors():
-    x = keras.Input((8, 8, 3))
+def test_a_stage_without_blocks_is_an_error():
     with pytest.raises(InputError, match=r"`num_blocks` .*got 0"):
-        residual_stage(x, 3, 0)
-    with pytest.raises(InputError, match="use_1x1conv"):
-        residual_stage(x, 4, 1, first_stage=True)
+        residual_stage(keras.Input((8, 8, 3)), 3, 0)
+
+
+def test_a_first_stage_keeps_the_size_and_brings_the_width():
+    x = keras.Input((8, 8, 3))
+    for filters, use_1x1conv in ((3, False), (4, True)):
+        output = residual_stage(x, filters, 2, first_stage=True, name="stage1")
+        assert output.shape == (None, 8, 8, filters)
+        model = keras.Model(x, output)
+        assert model.get_layer("stage1_block1").use_1x1conv is use_1x1conv
+        assert model.get_layer("stage1_block2").use_1x1conv is False
 
 
 # The dense network

@@ -8,12 +8,14 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import keras
 import numpy as np
 import pytest
 from conftest import command, run_command
+from PIL import Image
 
 import keras_resnet
 from keras_resnet import training
@@ -254,6 +256,18 @@ def test_a_stop_signal_saves_and_exits(number, fashion_folder, tmp_path):
     assert len(read_history(run_dir / "history.csv")) >= 1
 
 
+def test_killed_while_data_are_loaded_a_run_keeps_its_settings(tmp_path, tiny, fashion):
+    first = train(tiny, fashion, "seed", epochs=1, run_dir=tmp_path / "run", **SMALL)
+    settings = json.loads((first.run_dir / "config.json").read_text())["settings"]
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "config.json").write_text(json.dumps({"settings": settings}))
+    run = train(dataset=fashion, run_dir=killed, resume=True, verbose=False)
+    config = json.loads((killed / "config.json").read_text())
+    assert config["settings"] == settings and config["recipe"]["name"] == "seed"
+    assert len(run.history) == 1
+
+
 def test_a_finished_run_resumed_writes_what_is_missing(tmp_path, tiny, fashion):
     run = train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
     for name in ("model.keras", "report.md"):
@@ -279,6 +293,55 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tiny, fashion, monkeyp
     best = load_model(tmp_path / "run" / "checkpoints" / "best.keras")
     assert all(np.isfinite(weights).all() for weights in best.get_weights())
     assert not (tmp_path / "run" / "model.keras").exists()
+
+
+def test_a_loss_that_breaks_in_the_last_step_is_not_saved(tmp_path, tiny, fashion):
+    # One step: its own loss is from before the update, the measured one is not.
+    settings = {**SMALL, "batch_size": 1200, "learning_rate": 1e30}
+    with pytest.raises(TrainingError, match=r"after epoch 1, step 1, the loss .*(nan|inf)"):
+        train(tiny, fashion, "seed", epochs=1, run_dir=tmp_path / "run", **settings)
+    assert not list((tmp_path / "run").rglob("*.keras"))
+
+
+def test_memory_that_runs_out_is_named(tmp_path, tiny, fashion):
+    settings = {**SMALL, "image_size": 200_000}
+    with pytest.raises(TrainingError, match="out of memory at --batch-size 64 and --image-size"):
+        train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **settings)
+
+
+def test_an_image_lost_in_mid_run_is_named(tmp_path, tiny, fashion_folder):
+    copy = tmp_path / "images"
+    shutil.copytree(fashion_folder, copy)
+    data = keras_resnet.load_dataset(f"folder:{copy}")
+    lost = data.splits["validation"].images.sources[-1]
+    os.unlink(lost)
+    with pytest.raises(TrainingError, match=f"{lost}.*--resume"):
+        train(tiny, data, epochs=1, run_dir=tmp_path / "run", **SMALL)
+
+
+def test_killed_between_two_checkpoint_files_nothing_is_lost(tmp_path, tiny, fashion):
+    # The process ends, as by SIGKILL, with best.keras written and last.keras not renamed yet.
+    script = """
+import os, sys
+from keras_resnet import callbacks, load_dataset, models, train
+models.SPECS["tiny"] = models.Spec((1, 1), (8, 16))
+callbacks.shutil.copyfile = lambda a, b: os._exit(9)
+train("tiny", "folder:" + sys.argv[1], run_dir=sys.argv[2], epochs=1, image_size=28)
+"""
+    folder = tmp_path / "images"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = fashion.splits["train"].images[index, :, :, 0]
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    run_dir = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", script, folder, run_dir], capture_output=True)
+    assert done.returncode == 9, done.stderr
+    assert all("partial" in path.name for path in run_dir.rglob("*.keras"))
+    run = train(run_dir=run_dir, resume=True, verbose=False)
+    assert len(run.history) == 1
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names == {"best.keras", "last.keras"}
 
 
 def test_a_write_that_fails_leaves_the_last_checkpoint_whole(tmp_path, tiny, fashion):
@@ -312,10 +375,22 @@ def test_too_little_space_is_found_before_training(tmp_path, tiny, fashion, monk
 
 
 def test_a_folder_in_use_is_refused(tmp_path, tiny, fashion):
-    (tmp_path / "note.txt").write_text("mine")
+    names = ["note.txt", ".download.partial", ".last.0123abcd.partial.keras"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match="not empty"):
         train(tiny, fashion, epochs=1, run_dir=tmp_path, **SMALL)
-    assert (tmp_path / "note.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_what_cannot_begin_leaves_no_folder(tmp_path, tiny):
+    with pytest.raises(InputError, match="no_such"):
+        train(tiny, f"folder:{tmp_path}/no_such", run_dir=tmp_path / "a" / "b", verbose=False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "own").mkdir()
+    with pytest.raises(InputError, match="no_such"):
+        train(tiny, f"folder:{tmp_path}/no_such", run_dir=tmp_path / "own", verbose=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["own"]
 
 
 @pytest.mark.parametrize(

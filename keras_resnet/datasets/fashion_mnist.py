@@ -7,6 +7,7 @@ from keras_resnet.datasets import tfds
 from keras_resnet.datasets.base import Dataset, Split, fingerprint_arrays
 from keras_resnet.datasets.idx import find_idx, read_idx
 from keras_resnet.errors import InputError
+from keras_resnet.files import expand_user
 
 NAME = "fashion_mnist"
 CLASS_NAMES = (
@@ -107,7 +108,7 @@ def _find_idx_folder(data_dir):
     if data_dir is None:
         folders = [DEBIAN_FOLDER]
     else:
-        folders = [Path(data_dir).expanduser() / name for name in IDX_SUBFOLDERS]
+        folders = [expand_user(data_dir) / name for name in IDX_SUBFOLDERS]
     present = {folder: [name for name in SHA256 if find_idx(folder, name)] for folder in folders}
     folder = max(folders, key=lambda folder: len(present[folder]))
     if not present[folder]:

@@ -3,7 +3,6 @@
 import collections
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -16,12 +15,12 @@ from keras_resnet.datasets.images import (
     check_channels,
     check_image_size,
     map_threads,
-    one_line,
     open_upright,
-    printable,
+    printable_path,
 )
 from keras_resnet.datasets.sharing import stratified_share
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, one_line
+from keras_resnet.files import expand_user
 
 _LISTED = 10
 
@@ -55,7 +54,7 @@ def load_folder(
     Raises:
         InputError: The folder has another form, or files cannot be read.
     """
-    root = Path(path).expanduser()
+    root = expand_user(path)
     if channels is not None:
         check_channels(channels)
     if image_size is not None:
@@ -64,7 +63,10 @@ def load_folder(
     files = [file for name in class_names for file in _class_files(root / name)]
     looks, bad = _look_at_all(files)
     if bad and not skip_bad:
-        raise InputError(_bad_files_message(root, bad))
+        raise InputError(
+            f"{printable_path(root)}: there are {_list_bad_files(root, bad)}; remove them, or skip "
+            "them with --skip-bad (`skip_bad=True`)"
+        )
     files = list(looks)
     labels = np.array([class_names.index(file.parent.name) for file in files], np.int64)
     _check_counts(root, class_names, labels)
@@ -76,13 +78,13 @@ def load_folder(
         name: Split(ImageFiles([files[i] for i in part], image_size, channels), labels[part])
         for name, part in zip(("train", "validation"), parts, strict=True)
     }
-    skipped = f", {len(bad)} unreadable files skipped" if bad else ""
+    skipped = f", skipped {_list_bad_files(root, bad)}" if bad else ""
     return Dataset(
         name=f"folder:{path}",
         class_names=tuple(class_names),
         splits=splits,
         source=(
-            f"image folder {printable(root)}: {len(files)} images, "
+            f"image folder {printable_path(root)}: {len(files)} images, "
             f"{len(class_names)} classes{skipped}"
         ),
         fingerprint=_fingerprint(root, looks),
@@ -95,7 +97,7 @@ def _entries(folder):
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise InputError(
-            f"{printable(folder)}: the folder cannot be read: {error.strerror}"
+            f"{printable_path(folder)}: the folder cannot be read: {error.strerror}"
         ) from None
     return [entry for entry in entries if not entry.name.startswith(".")]
 
@@ -104,12 +106,12 @@ def _class_names(root):
     names = [entry.name for entry in _entries(root) if entry.is_dir()]
     if len(names) < 2:
         raise InputError(
-            f"{printable(root)}: must hold one sub-folder for each class, at least 2, "
+            f"{printable_path(root)}: must hold one sub-folder for each class, at least 2, "
             f"found {len(names)}"
         )
     for name in names:
-        if name != printable(name):
-            raise InputError(f"{printable(root / name)}: a class name must be valid UTF-8")
+        if name != printable_path(name):
+            raise InputError(f"{printable_path(root / name)}: a class name must be printable UTF-8")
     return names
 
 
@@ -118,11 +120,13 @@ def _class_files(folder):
     nested = next((entry for entry in entries if entry.is_dir()), None)
     if nested:
         raise InputError(
-            f"{printable(nested)}: a class folder must hold images only, found a folder; "
-            f"if {printable(folder.name)} is no class, give folder:{printable(folder)}"
+            f"{printable_path(nested)}: a class folder must hold images only, found a folder; "
+            f"if {printable_path(folder.name)} is no class, give folder:{printable_path(folder)}"
         )
     if not entries:
-        raise InputError(f"{printable(folder)}: the class folder is empty; add images or remove it")
+        raise InputError(
+            f"{printable_path(folder)}: the class folder is empty; add images or remove it"
+        )
     return entries
 
 
@@ -158,16 +162,13 @@ def _look_at_all(files):
     return looks, bad
 
 
-def _bad_files_message(root, bad):
+def _list_bad_files(root, bad):
     listed = (
-        f"{printable(file.relative_to(root))} ({_reason(bad[file])})"
+        f"{printable_path(file.relative_to(root))} ({_reason(bad[file])})"
         for file in list(bad)[:_LISTED]
     )
     more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-    return (
-        f"{printable(root)}: {len(bad)} files cannot be read as images: {', '.join(listed)}{more}; "
-        "remove them, or skip them with --skip-bad (`skip_bad=True`)"
-    )
+    return f"{len(bad)} files that cannot be read as images: {', '.join(listed)}{more}"
 
 
 def _reason(error):
@@ -181,8 +182,8 @@ def _check_counts(root, class_names, labels):
     for name, count in zip(class_names, counts, strict=True):
         if count < 2:
             raise InputError(
-                f"{printable(root / name)}: a class needs at least 2 readable images, one to train "
-                f"and one to validate, found {count}"
+                f"{printable_path(root / name)}: a class needs at least 2 readable images, one to "
+                f"train and one to validate, found {count}"
             )
 
 
@@ -197,8 +198,8 @@ def _reading_size(looks, image_size):
     if image_size is None:
         second, b = others[0]
         raise InputError(
-            f"images of {len(examples)} sizes ({printable(a)} is {first[1]}×{first[0]}, "
-            f"{printable(b)} is {second[1]}×{second[0]}): choose one with --image-size "
+            f"images of {len(examples)} sizes ({printable_path(a)} is {first[1]}×{first[0]}, "
+            f"{printable_path(b)} is {second[1]}×{second[0]}): choose one with --image-size "
             "(`image_size`)"
         )
     return image_size

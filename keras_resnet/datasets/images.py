@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_resnet.errors import InputError
+from keras_resnet import tables
+from keras_resnet.errors import InputError, one_line
 
 # Modes whose pixels are one grey value. A palette counts as colour, whatever its colours are.
 GREY_MODES = frozenset({"1", "L", "LA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -183,16 +184,10 @@ class ImageFiles:
         try:
             return decode_image(source, self.shape[1:3], self.shape[3])
         except Exception as error:  # See `open_upright`.
-            name = f"image {index}" if isinstance(source, bytes) else printable(source)
+            name = f"image {index}" if isinstance(source, bytes) else printable_path(source)
             raise InputError(f"{name}: cannot be decoded: {one_line(error)}") from error
 
 
-def printable(path):
+def printable_path(path):
     """Returns `path` as text that can always be printed, even if its bytes are not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "replace")
-
-
-def one_line(error):
-    """Returns the first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return tables.printable(os.fsencode(path).decode("utf-8", "replace"))

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from keras_resnet.datasets.base import Dataset, Split, fingerprint_arrays
-from keras_resnet.datasets.images import ImageFiles, check_image_size, one_line
+from keras_resnet.datasets.images import ImageFiles, check_image_size
 from keras_resnet.datasets.sharing import stratified_share
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, one_line
+from keras_resnet.files import expand_user
 
 # Enough for a server that stumbles. TFDS's own 10 make a machine without network wait 3 minutes.
 _DOWNLOAD_RETRIES = 3
@@ -88,7 +89,7 @@ def load_tfds(
 def data_root(data_dir):
     """Returns the folder where TFDS keeps its sets, without importing TFDS."""
     default = Path("~") / "tensorflow_datasets"
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or default).expanduser()
+    return expand_user(data_dir or os.environ.get("TFDS_DATA_DIR") or default)
 
 
 def keras_runs_on_tensorflow():

@@ -152,7 +152,7 @@ def spoil(folder):
 def test_unreadable_files_are_all_named(folder):
     spoiled = spoil(folder)
     message = error_of(folder)
-    assert f"{len(spoiled)} files cannot be read" in message
+    assert f"{len(spoiled)} files that cannot be read" in message
     assert "--skip-bad" in message
     for name, reason in spoiled.items():
         assert name in message
@@ -172,7 +172,7 @@ def test_ten_unreadable_files_are_listed(folder):
     for i in range(13):
         (folder / "bag" / f"note{i:02}.txt").write_text("no")
     message = error_of(folder)
-    assert "13 files cannot be read" in message
+    assert "13 files that cannot be read" in message
     assert "note09.txt" in message
     assert "note10.txt" not in message
     assert "and 3 more" in message
