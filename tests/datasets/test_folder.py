@@ -163,7 +163,8 @@ def test_unreadable_files_can_be_skipped(folder):
     clean = load(folder)
     spoiled = spoil(folder)
     dataset = load(folder, skip_bad=True)
-    assert dataset.source.endswith(f"30 images, 3 classes, {len(spoiled)} unreadable files skipped")
+    assert f"30 images, 3 classes, skipped {len(spoiled)} files" in dataset.source
+    assert all(name in dataset.source for name in spoiled)
     assert dataset.fingerprint == clean.fingerprint
     assert sum(map(len, dataset.splits.values())) == 30
 
@@ -208,7 +209,7 @@ def test_names_that_are_not_utf8(folder):
     (folder / "bag" / name).write_text("no")
     assert "caf\ufffd.txt" in error_of(folder)
     (folder / os.fsdecode(b"caf\xe9")).mkdir()
-    assert "must be valid UTF-8" in error_of(folder)
+    assert "must be printable UTF-8" in error_of(folder)
 
 
 @pytest.mark.parametrize(
