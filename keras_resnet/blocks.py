@@ -71,6 +71,20 @@ class PaddedConv2D(keras.layers.Conv2D):
         """Returns the output's shape for an input of `input_shape`; `None` is an unknown size."""
         return super().compute_output_shape(self._pad(input_shape))
 
+    def convolution_op(self, inputs, kernel):
+        """Convolves, with the part of `kernel` that meets the image rather than its padding.
+
+        Over a single pixel, which the last stage sees of images of 28 or 32 pixels, that is the
+        middle of the kernel alone: the same numbers for a ninth of the weights read.
+        """
+        if self.padding == "same":
+            middle = (
+                slice(length // 2, length // 2 + 1) if size == 1 else slice(None)
+                for size, length in zip(inputs.shape[1:3], self.kernel_size, strict=True)
+            )
+            kernel = kernel[tuple(middle)]
+        return super().convolution_op(inputs, kernel)
+
     def call(self, inputs):
         """Convolves `inputs`."""
         if self.padding == "valid" and max(self.kernel_size) > 1:

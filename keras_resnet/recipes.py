@@ -48,7 +48,7 @@ RECIPES = {
         "over 90 % on Fashion-MNIST in minutes, on two CPU cores",
         epochs=2,
         batch_size=128,
-        image_size=32,
+        image_size=28,
         learning_rate=2e-3,
         schedule="cosine",
     ),

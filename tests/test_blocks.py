@@ -6,6 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -327,3 +328,21 @@ def test_bad_units_are_an_error(value):
 def test_even_kernels_are_an_error():
     with pytest.raises(InputError, match="`kernel_size` must be odd, got 2"):
         PaddedConv2D(3, 2)
+
+
+# Maps of one pixel, where only the middle of a kernel is used
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (2, 1)])
+def test_a_map_of_one_pixel_gives_the_numbers_of_the_whole_kernel(size):
+    layer = PaddedConv2D(4, 3)
+    x = keras.random.normal((2, *size, 3))
+    layer.build(x.shape)
+    with tf.GradientTape(persistent=True) as tape:
+        ours = tf.reduce_sum(layer(x) ** 2)
+        whole = keras.ops.conv(x, layer.kernel.value, padding="same", data_format="channels_last")
+        theirs = tf.reduce_sum((whole + layer.bias.value) ** 2)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    gradients = [tape.gradient(loss, layer.kernel.value).numpy() for loss in (ours, theirs)]
+    assert np.any(gradients[0]) and np.any(gradients[0] == 0)
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)

@@ -79,7 +79,7 @@ def trained_pair():
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("size", [96, 97, 224])
+@pytest.mark.parametrize("size", [28, 96, 97, 224])
 def test_logits_agree(trained_pair, batch, size, count):
     net, model = trained_pair
     images, _ = batch(0, count, size)
