@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import random
 import shlex
 from pathlib import Path
@@ -136,6 +137,18 @@ class Batches(keras.utils.PyDataset):
         except InputError as error:
             self.failure = error  # TensorFlow would hide which error it was
             raise
+
+
+def _check_same_recipe(run_dir, config, recipe):
+    known = config.get("recipe")
+    # Through JSON, as config.json has gone: tuples become lists.
+    now = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    changed = [name for name in now if known and known.get(name) != now[name]]
+    if set(changed) - {"description"}:
+        raise InputError(
+            f"{run_dir}: the recipe has changed since the run was started "
+            f"({', '.join(changed)}): start a new run"
+        )
 
 
 def _check_same_data(run_dir, config, dataset):
@@ -458,6 +471,8 @@ def train(
     config = run_folder.read_config(run_dir, DEFAULTS) if resume else None
     settings = _resolve_settings(given, config)
     recipe = _apply_overrides(settings)
+    if config:
+        _check_same_recipe(run_dir, config, recipe)
     look_up(SPECS, settings["model"], "model")
     precision, reason = choose_precision(settings["precision"])
     run_dir = Path(run_dir or run_folder.default_run_dir(settings["model"], settings["recipe"]))

@@ -407,6 +407,14 @@ def test_resume_refuses_other_settings(tmp_path, tiny, fashion, change, message)
         train(**{"dataset": fashion, **change}, run_dir=tmp_path / "run", resume=True)
 
 
+def test_resume_refuses_a_recipe_that_was_edited(tmp_path, tiny, fashion, monkeypatch):
+    train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+    edited = dataclasses.replace(training.RECIPES["quick"], warmup=0.5)
+    monkeypatch.setitem(training.RECIPES, "quick", edited)
+    with pytest.raises(InputError, match=r"the recipe has changed .*\(warmup\)"):
+        train(dataset=fashion, run_dir=tmp_path / "run", resume=True, verbose=False)
+
+
 def test_resume_refuses_other_data(tmp_path, tiny, fashion):
     train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
     other = dataclasses.replace(fashion, fingerprint="0" * 64)
