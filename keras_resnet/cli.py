@@ -4,6 +4,7 @@ Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import os
@@ -93,73 +94,36 @@ _TRAIN_OPTIONS = {
 
 _JSON_OPTION = {"--json": {"action": "store_true", "help": "print JSON instead of a table"}}
 
+_MODEL_ARGUMENT = {
+    "model": {"metavar": "RUN_OR_MODEL", "help": "a run folder or a .keras file"},
+}
 
-def _add_options(parser, options):
-    for name, arguments in options.items():
-        parser.add_argument(name, **arguments)
+_PREDICT_OPTIONS = {
+    "images": {"metavar": "IMAGE", "nargs": "+", "help": "an image file"},
+    "--top": {
+        "type": _positive(int),
+        "default": 3,
+        "metavar": "K",
+        "help": "labels an image (default: 3)",
+    },
+    "--invert": {
+        "choices": ("auto", "yes", "no"),
+        "default": "auto",
+        "help": "swap light and dark; auto (default) does where the image's border is light and "
+        "the training images' is dark, or the other way round",
+    },
+}
 
-
-def _parser():
-    parser = argparse.ArgumentParser(
-        prog="keras-resnet", description="Residual networks in Keras 3: train, evaluate, predict."
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    recipes = "\n".join(f"  {name}: {recipe.description}" for name, recipe in RECIPES.items())
-    train = commands.add_parser(
-        "train",
-        help="train a network and write a run folder",
-        description="Train a network with model.fit and write a run folder.",
-        epilog=f"recipes:\n{recipes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_options(train, _TRAIN_OPTIONS)
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure a trained model",
-        description="Measure a trained model on the split that a data set holds for that.",
-    )
-    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder or a .keras file")
-    _add_options(evaluate, {**_DATA_OPTIONS, **_JSON_OPTION})
-
-    predict = commands.add_parser(
-        "predict",
-        help="name what is on images",
-        description="Name what is on images of any size, colour or grey.",
-    )
-    predict.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder or a .keras file")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
-    predict.add_argument(
-        "--top", type=_positive(int), default=3, metavar="K", help="labels an image (default: 3)"
-    )
-    predict.add_argument(
-        "--invert",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="swap light and dark; auto (default) does where the image's border is light and the "
-        "training images' is dark, or the other way round",
-    )
-    _add_options(predict, _JSON_OPTION)
-
-    summary = commands.add_parser(
-        "summary",
-        help="walk an input's shape through a network",
-        description="Print each module of a network with its output shape and parameters.",
-    )
-    summary.add_argument("model", metavar="MODEL", help="resnet18, resnet34 or dense_resnet")
-    summary.add_argument(
-        "--input-shape",
-        type=_positive(int),
-        nargs="+",
-        metavar="N",
-        help="height, width and channels (default: 224 224 1), or features (default: 12)",
-    )
-    summary.add_argument(
-        "--num-classes", type=_positive(int), metavar="N", help="number of outputs"
-    )
-    return parser
+_SUMMARY_OPTIONS = {
+    "model": {"metavar": "MODEL", "help": "resnet18, resnet34 or dense_resnet"},
+    "--input-shape": {
+        "type": _positive(int),
+        "nargs": "+",
+        "metavar": "N",
+        "help": "height, width and channels (default: 224 224 1), or features (default: 12)",
+    },
+    "--num-classes": {"type": _positive(int), "metavar": "N", "help": "number of outputs"},
+}
 
 
 def _train(args):
@@ -216,7 +180,57 @@ def _summary(args):
     print(format_table([*rows, {**total, "output_shape": ""}], columns))
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "summary": _summary}
+Command = collections.namedtuple("Command", "run help description options epilog")
+
+_COMMANDS = {
+    "train": Command(
+        _train,
+        "train a network and write a run folder",
+        "Train a network with model.fit and write a run folder.",
+        _TRAIN_OPTIONS,
+        "\n".join(["recipes:", *(f"  {name}: {row.description}" for name, row in RECIPES.items())]),
+    ),
+    "evaluate": Command(
+        _evaluate,
+        "measure a trained model",
+        "Measure a trained model on the split that a data set holds for that.",
+        {**_MODEL_ARGUMENT, **_DATA_OPTIONS, **_JSON_OPTION},
+        None,
+    ),
+    "predict": Command(
+        _predict,
+        "name what is on images",
+        "Name what is on images of any size, colour or grey.",
+        {**_MODEL_ARGUMENT, **_PREDICT_OPTIONS, **_JSON_OPTION},
+        None,
+    ),
+    "summary": Command(
+        _summary,
+        "walk an input's shape through a network",
+        "Print each module of a network with its output shape and parameters.",
+        _SUMMARY_OPTIONS,
+        None,
+    ),
+}
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="keras-resnet", description="Residual networks in Keras 3: train, evaluate, predict."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.description,
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for option, arguments in command.options.items():
+            subparser.add_argument(option, **arguments)
+    return parser
 
 
 @contextlib.contextmanager
@@ -281,7 +295,7 @@ def main(arguments=None):
         sys.stdout.reconfigure(errors="replace")
     try:
         _import_keras()
-        _COMMANDS[args.command](args)
+        _COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except tuple(_STATUS) as error:
         status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))

@@ -1,5 +1,6 @@
 """The command line, as a user runs it."""
 
+import gzip
 import json
 import os
 import re
@@ -247,3 +248,56 @@ def test_a_failed_run_is_one_line_and_status_1(fashion_folder, tmp_path):
     assert re.match(r"keras-resnet: the loss became (nan|inf) in epoch 1, step \d+ of \d+", message)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "model.keras").exists()
+
+
+def changed(data, offset, value):
+    """Returns `data` with one byte replaced."""
+    return data[:offset] + bytes([value]) + data[offset + 1 :]
+
+
+# file -> (what is done to its unpacked bytes, what the line then says). None: no such file.
+FAULTS = {
+    "missing file": ("train-labels-idx1-ubyte", None, "missing"),
+    "wrong magic number": (
+        "t10k-labels-idx1-ubyte",
+        lambda data: changed(data, 3, 9),
+        "magic",
+    ),
+    "label out of range": ("t10k-labels-idx1-ubyte", lambda data: changed(data, 20, 10), "10"),
+    "count in the header": ("train-labels-idx1-ubyte", lambda data: changed(data, 7, 1), "60000"),
+    "cut short": ("t10k-images-idx3-ubyte", lambda data: data[:-1], "bytes"),
+    "one pixel": ("t10k-images-idx3-ubyte", lambda data: changed(data, 5000, 77), "sha256"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "gzip"])
+def test_faulty_fashion_mnist_is_one_line_and_status_2(fault, packed, idx_folder, tmp_path, capfd):
+    name, change, expected = FAULTS[fault]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in idx_folder.glob("*.gz"):
+        if path.name != f"{name}.gz":
+            (folder / path.name).symlink_to(path)
+    if change is not None:
+        data = change(gzip.decompress((idx_folder / f"{name}.gz").read_bytes()))
+        file = folder / (f"{name}.gz" if packed else name)
+        file.write_bytes(gzip.compress(data, 1) if packed else data)
+    assert main(["train", "--data-dir", str(folder), "--run-dir", str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert name in error and expected in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-9], lambda data: changed(data, 3000, 0)])
+def test_a_damaged_gzip_is_one_line_and_status_2(change, idx_folder, tmp_path, capfd):
+    for path in idx_folder.glob("*.gz"):
+        (tmp_path / path.name).symlink_to(path)
+    damaged = tmp_path / "t10k-images-idx3-ubyte.gz"
+    data = change(damaged.read_bytes())
+    damaged.unlink()
+    damaged.write_bytes(data)
+    assert main(["train", "--data-dir", str(tmp_path), "--run-dir", str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1 and str(damaged) in error
