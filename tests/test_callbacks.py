@@ -1,6 +1,10 @@
 """The progress bar, which only a terminal shows, and the names of learning's figures."""
 
 import io
+import signal
+import threading
+
+import pytest
 
 from keras_resnet.callbacks import Progress, catching_stop_signals
 from keras_resnet.training import train
@@ -45,21 +49,34 @@ def test_a_log_has_one_line_an_epoch():
     )
 
 
-def test_signal_handlers_are_put_back():
-    import signal
-
+@pytest.fixture
+def sigint():
+    """Lets a test set what Ctrl-C does; a shell may have started pytest with it ignored."""
     before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signal_handlers_are_put_back(sigint):
+    sigint(signal.default_int_handler)
     with catching_stop_signals() as received:
         signal.raise_signal(signal.SIGINT)
         assert received == [signal.SIGINT]
         # A second one acts as it always does.
-        assert signal.getsignal(signal.SIGINT) is before
-    assert signal.getsignal(signal.SIGINT) is before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c(sigint):
+    sigint(signal.SIG_IGN)
+    with catching_stop_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == []
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_run_in_a_thread_leaves_signals_alone(tmp_path, tiny, fashion):
-    import threading
-
     runs = []
     settings = {"image_size": 28, "epochs": 1, "precision": "float32", "verbose": False}
     thread = threading.Thread(
