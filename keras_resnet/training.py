@@ -459,8 +459,18 @@ def train(
         Interrupted: On Ctrl-C or SIGTERM.
 
     Example:
-        >>> run = train("resnet18", "fashion_mnist", "quick")  # doctest: +SKIP
-        >>> run.report["accuracy"]  # doctest: +SKIP
+        A small network on images of noise, for a second; `train()` alone is the real thing.
+
+        >>> import tempfile
+        >>> from keras_resnet import Spec, Split
+        >>> images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), dtype="uint8")
+        >>> noise = Split(images, np.arange(32) % 2)
+        >>> data = Dataset("noise", ("a", "b"), {"train": noise, "test": noise}, "made here", "0")
+        >>> SPECS["small"] = Spec((1,), (4,))
+        >>> run = train("small", data, epochs=1, run_dir=tempfile.mkdtemp(), verbose=False)
+        >>> del SPECS["small"]
+        >>> len(run.history), run.report["num_images"], (run.run_dir / "report.md").is_file()
+        (1, 32, True)
     """
     given = {name: value for name, value in locals().items() if name in DEFAULTS}
     in_memory = dataset if isinstance(dataset, Dataset) else None

@@ -83,7 +83,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_one_file_gives_the_same_logits_and_trains_without_tensorflow(folder, backend):
-    pytest.importorskip(backend)
+    if not os.environ.get("CI"):  # where a change is checked all backends are there
+        pytest.importorskip(backend)
     run_python(LOAD_AND_TRAIN, folder, backend=backend)
     expected, logits = np.load(folder / "tensorflow.npy"), np.load(folder / f"{backend}.npy")
     assert np.abs(expected).max() > 1e-2

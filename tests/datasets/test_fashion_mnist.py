@@ -27,7 +27,8 @@ def no_other_places(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def prepared(idx_folder, tmp_path_factory):
     """A data folder in which TFDS's own builder has prepared Fashion-MNIST."""
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     manual = tmp_path_factory.mktemp("manual")
     for name in SHA256:
         packed = (idx_folder / f"{name}.gz").read_bytes()
@@ -199,7 +200,8 @@ def test_half_prepared_folders_are_not_taken(linked):
 
 
 def test_another_set_under_the_name(tmp_path, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     examples = [(i, {"image": np.zeros((28, 28, 1), np.uint8), "label": 0}) for i in range(4)]
     features = tfds.features.FeaturesDict(
         {
@@ -220,7 +222,6 @@ def test_another_set_under_the_name(tmp_path, monkeypatch):
 
 
 def test_a_download_that_fails_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd, caplog):
-    pytest.importorskip("tensorflow_datasets")
     root = tmp_path / "tfds"
     monkeypatch.setenv("TFDS_DATA_DIR", str(root))
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "nothing")

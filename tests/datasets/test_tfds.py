@@ -3,14 +3,13 @@ import os
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from keras_resnet.datasets import load_dataset
 from keras_resnet.datasets.images import ImageFiles
 from keras_resnet.datasets.tfds import data_root, keras_runs_on_tensorflow
 from keras_resnet.errors import InputError
-
-tfds = pytest.importorskip("tensorflow_datasets")
 
 NAMES = ["hat", "shoe"]
 LABELS = [0, 1, 1, 0, 0, 1, 0, 1]
