@@ -303,9 +303,10 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except OSError as error:
-        # What was printed and could not be written must not be tried again at the exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.filename is None:  # no file's: our own output could not be written
+            # Python would try again at the exit.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has gone, as in `… | head`
             return 1
         where = f"{error.filename}: " if error.filename else ""
