@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import random
 import shlex
+import traceback
 from pathlib import Path
 
 import keras
@@ -294,6 +296,27 @@ def _restore(model, run_dir):
     return history
 
 
+@contextlib.contextmanager
+def _releasing_batches():
+    """Frees the iterators of a `model.fit` that ends in an error, before the error goes on.
+
+    The error's traceback keeps them. One that lives until the interpreter ends has a TensorFlow
+    thread that asks Python for a batch and gets no answer: the process hangs, its error printed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+        # By the frames' callers: Keras takes its own frames out of the traceback.
+        for frame, _ in traceback.walk_stack(innermost):
+            try:
+                frame.clear()
+            except RuntimeError:  # This one is still running, and so are its callers.
+                break
+        gc.collect()
+        raise
+
+
 def _fit(plan, model, history):
     """Runs `model.fit` from the epoch after `history`, which grows with each epoch."""
     size, epochs = plan.recipe.batch_size, plan.recipe.epochs
@@ -313,15 +336,16 @@ def _fit(plan, model, history):
             *([progress] if plan.verbose else []),
         ]
         try:
-            model.fit(
-                batches,
-                validation_data=measured,
-                initial_epoch=len(history),
-                epochs=epochs,
-                shuffle=False,  # the batches are shuffled already
-                verbose=0,
-                callbacks=watchers,
-            )
+            with _releasing_batches():
+                model.fit(
+                    batches,
+                    validation_data=measured,
+                    initial_epoch=len(history),
+                    epochs=epochs,
+                    shuffle=False,  # the batches are shuffled already
+                    verbose=0,
+                    callbacks=watchers,
+                )
             if received:
                 raise Interrupted("after the last epoch")
         except Interrupted as stop:

@@ -297,6 +297,39 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tiny, fashion, monkeyp
     assert not (tmp_path / "run" / "model.keras").exists()
 
 
+# Images that take their time: whenever a step ends, TensorFlow is waiting for the next batch.
+SLOW_AND_DIVERGING = """
+import sys, time
+import numpy as np
+from keras_resnet import Dataset, Spec, Split, models, train
+
+class Slow:
+    shape = (64, 8, 8, 1)
+    __len__ = lambda self: 64
+
+    def __getitem__(self, chosen):
+        time.sleep(0.2)
+        shape = (len(chosen), *self.shape[1:])
+        return np.random.default_rng(0).integers(0, 256, shape, dtype="uint8")
+
+models.SPECS["small"] = Spec((1,), (4,))
+split = Split(Slow(), np.arange(64) % 2)
+data = Dataset("slow", ("a", "b"), {"train": split, "test": split}, "made here", "0")
+train("small", data, batch_size=4, learning_rate=1e38, run_dir=sys.argv[1], precision="float32")
+"""
+
+
+def test_a_script_that_lets_the_error_pass_ends(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_AND_DIVERGING, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "TrainingError: the loss became" in done.stderr
+
+
 def test_a_loss_that_breaks_in_the_last_step_is_not_saved(tmp_path, tiny, fashion):
     # One step: its own loss is from before the update, the measured one is not.
     settings = {**SMALL, "batch_size": 1200, "learning_rate": 1e30}
