@@ -109,14 +109,117 @@ def batch_norm(**kwargs):
     return keras.layers.BatchNormalization(**{**BATCH_NORM, **kwargs})
 
 
+def has_bias(use_bias, normalized):
+    """Returns whether a convolution has a bias, by a network's `use_bias`.
+
+    Args:
+        use_bias: True, False, or "unnormalized".
+        normalized: Whether a BatchNormalization follows the convolution, which takes any bias
+            off again.
+    """
+    return not normalized if use_bias == "unnormalized" else use_bias
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class SqueezeExcitation(keras.layers.Layer):
+    """Weighs the channels of an image by what the whole image holds.
+
+    The mean of each channel goes through two fully connected layers, the first with fewer units;
+    a sigmoid of the second's output multiplies the channel.
+
+    Args:
+        reduction: How many times fewer units the first layer has than there are channels; it has
+            at least 8.
+        **kwargs: What `keras.layers.Layer` takes.
+
+    Input shape:
+        (batch, height, width, channels).
+
+    Output shape:
+        That of the input.
+
+    Source:
+        Hu et al., Squeeze-and-Excitation Networks, 2018, section 3.
+
+    Example:
+        >>> tuple(SqueezeExcitation()(keras.random.normal((4, 6, 6, 32))).shape)
+        (4, 6, 6, 32)
+    """
+
+    def __init__(self, reduction=16, **kwargs):
+        super().__init__(**kwargs)
+        check_count("reduction", reduction)
+        self.reduction = reduction
+
+    def build(self, input_shape):
+        """Makes both layers for the channels of `input_shape`."""
+        channels = input_shape[-1]
+        units = max(8, channels // self.reduction)
+        self.fc1 = keras.layers.Dense(units, "relu", dtype=self.dtype_policy, name="fc1")
+        self.fc2 = keras.layers.Dense(channels, "sigmoid", dtype=self.dtype_policy, name="fc2")
+        self.fc1.build((None, channels))
+        self.fc2.build((None, units))
+
+    def compute_output_shape(self, input_shape):
+        """Returns `input_shape`: every channel stays."""
+        return tuple(input_shape)
+
+    def call(self, inputs):
+        """Returns `inputs`, each channel multiplied by its weight in 0 … 1."""
+        return inputs * self.fc2(self.fc1(ops.mean(inputs, axis=(1, 2))))[:, None, None, :]
+
+    def get_config(self):
+        """Returns the arguments that make this layer again."""
+        return {**super().get_config(), "reduction": self.reduction}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class EdgePadding2D(keras.layers.Layer):
+    """Repeats the outermost pixels once on all four sides.
+
+    Under a 3×3 max pooling that is what padding with -inf is, as PyTorch's pooling does, also for
+    negative pixels: a repeated pixel is never larger than the one beside it. And it keeps
+    infinities out of a graph that may be quantised.
+
+    Input shape:
+        (batch, height, width, channels).
+
+    Output shape:
+        (batch, height + 2, width + 2, channels).
+
+    Example:
+        >>> tuple(EdgePadding2D()(keras.random.normal((4, 6, 5, 3))).shape)
+        (4, 8, 7, 3)
+    """
+
+    def compute_output_shape(self, input_shape):
+        """Returns the output's shape for an input of `input_shape`; `None` is an unknown size."""
+        rows, columns = (None if size is None else size + 2 for size in input_shape[1:3])
+        return (input_shape[0], rows, columns, input_shape[3])
+
+    def call(self, inputs):
+        """Returns `inputs` with a border one pixel wide."""
+        x = ops.concatenate([inputs[:, :1], inputs, inputs[:, -1:]], axis=1)
+        return ops.concatenate([x[:, :, :1], x, x[:, :, -1:]], axis=2)
+
+
 class _Residual(keras.layers.Layer):
     """``relu(branch(x) + shortcut(x))``, where a path is a list of layers, each fed by the last.
 
     A subclass makes its layers in `__init__` and lists them in `branch` and `shortcut`.
     Both paths must give the same shape: adding would otherwise broadcast in silence.
+
+    With pre-activation the ReLU of the sum is gone; `entry` comes first, and the branch starts at
+    its end, as does a shortcut that `shortcut_projects`. The identity starts at the input.
     """
 
     mismatch_advice = ""
+    pre_activation = False
+    shortcut_projects = False
+
+    @property
+    def entry(self):
+        return []
 
     @property
     def branch(self):
@@ -128,6 +231,7 @@ class _Residual(keras.layers.Layer):
 
     def build(self, input_shape):
         self._check_input(input_shape)
+        self._walk_shape(self.entry, input_shape, build=True)
         branch = self._walk_shape(self.branch, input_shape, build=True)
         shortcut = self._walk_shape(self.shortcut, input_shape, build=True)
         if not self._shapes_agree(branch, shortcut):
@@ -159,20 +263,44 @@ class _Residual(keras.layers.Layer):
         return self._walk_shape(self.branch, input_shape)
 
     def call(self, inputs, training=None):
-        """Returns ``relu(branch(inputs) + shortcut(inputs))``.
+        """Returns the sum of both paths, through a ReLU unless the block is pre-activated.
 
         `training` reaches the layers of both paths through Keras's call context.
         """
-        branch = shortcut = inputs
-        for layer in self.branch:
-            branch = layer(branch)
-        for layer in self.shortcut:
-            shortcut = layer(shortcut)
-        return ops.relu(branch + shortcut)
+        entered = _walk(self.entry, inputs)
+        branch = _walk(self.branch, entered)
+        shortcut = _walk(self.shortcut, entered if self.shortcut_projects else inputs)
+        total = branch + shortcut
+        return total if self.pre_activation else ops.relu(total)
+
+
+def _walk(path, x):
+    for layer in path:
+        x = layer(x)
+    return x
+
+
+# The order of convolution, normalisation and activation: He et al. 2016b, figure 1 (a) and (b).
+_ORDER = {False: ("conv", "bn", "relu"), True: ("bn", "relu", "conv")}
+
+# What reduces the shortcut instead of the stride of its 1×1 convolution.
+SHORTCUT_POOLS = {
+    # He et al. 2019 (Bag of Tricks), figure 2 (c): no pixel is thrown away.
+    "average": lambda strides, **kwargs: keras.layers.AveragePooling2D(
+        2, strides, padding="same", data_format="channels_last", **kwargs
+    ),
+    # Every second pixel as it is: the identity of a block that halves the size.
+    "subsample": lambda strides, **kwargs: keras.layers.MaxPooling2D(
+        1, strides, data_format="channels_last", **kwargs
+    ),
+}
 
 
 class _ConvResidual(_Residual):
-    """What the convolutional blocks share: arguments, parts, the shortcut, serialisation."""
+    """What the convolutional blocks share: arguments, parts, both paths, serialisation.
+
+    A subclass says which convolutions its branch has, and whether it is pre-activated.
+    """
 
     expansion = 1  # output channels per filter
 
@@ -184,44 +312,115 @@ class _ConvResidual(_Residual):
         *,
         use_bias=True,
         shortcut_norm=False,
+        shortcut_pool=None,
         zero_init_residual=False,
+        stride_on_1x1=False,
+        groups=1,
+        width_per_group=64,
+        se_reduction=None,
+        stochastic_depth=0.0,
+        norm_epsilon=BATCH_NORM["epsilon"],
         kernel_initializer=TORCH_UNIFORM,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_count("filters", filters)
-        check_count("strides", strides)
         self.filters = filters
         self.strides = strides
         self.use_1x1conv = use_1x1conv
         self.use_bias = use_bias
         self.shortcut_norm = shortcut_norm
+        self.shortcut_pool = shortcut_pool
         self.zero_init_residual = zero_init_residual
+        self.stride_on_1x1 = stride_on_1x1
+        self.groups = groups
+        self.width_per_group = width_per_group
+        self.se_reduction = se_reduction
+        self.stochastic_depth = stochastic_depth
+        self.norm_epsilon = norm_epsilon
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.shortcut_conv = self.shortcut_bn = None
-        if use_1x1conv:
-            self.shortcut_conv = self._conv(filters * self.expansion, 1, strides, "shortcut_conv")
-            if shortcut_norm:
+        self._check_arguments()
+        self._make_branch()
+        self._make_shortcut()
+
+    def _check_arguments(self):
+        for name in ("filters", "strides", "groups", "width_per_group"):
+            check_count(name, getattr(self, name))
+        if self.use_bias not in (True, False, "unnormalized"):
+            raise InputError(
+                f"`use_bias` must be True, False or 'unnormalized', got {self.use_bias!r}"
+            )
+        if self.shortcut_pool not in (None, *SHORTCUT_POOLS):
+            raise InputError(
+                f"`shortcut_pool` must be None or one of {', '.join(SHORTCUT_POOLS)}, "
+                f"got {self.shortcut_pool!r}"
+            )
+        if not 0 <= self.stochastic_depth < 1:
+            raise InputError(
+                f"`stochastic_depth` must be at least 0 and below 1, got {self.stochastic_depth!r}"
+            )
+
+    def _convolutions(self):
+        """Returns (filters, kernel size, strides, groups) of each convolution of the branch."""
+        raise NotImplementedError
+
+    def _make_branch(self):
+        convolutions = self._convolutions()
+        for number, arguments in enumerate(convolutions, start=1):
+            last = number == len(convolutions)
+            # Pre-activated, the branch ends in a convolution; otherwise in a normalisation.
+            zero = last and self.zero_init_residual
+            normalized = not (last and self.pre_activation)
+            start = {"zero": zero and self.pre_activation, "normalized": normalized}
+            setattr(self, f"conv{number}", self._conv(f"conv{number}", *arguments, **start))
+            zero = zero and not self.pre_activation
+            setattr(self, f"bn{number}", self._norm(f"bn{number}", zero))
+            if self.pre_activation or not last:
+                relu = keras.layers.ReLU(dtype=self.dtype_policy, name=f"relu{number}")
+                setattr(self, f"relu{number}", relu)
+        self.se = self.drop_path = None
+        if self.se_reduction is not None:
+            self.se = SqueezeExcitation(self.se_reduction, dtype=self.dtype_policy, name="se")
+        if self.stochastic_depth:
+            # One draw an image, and the scale that keeps the expected sum.
+            self.drop_path = keras.layers.Dropout(
+                self.stochastic_depth, (None, 1, 1, 1), dtype=self.dtype_policy, name="drop_path"
+            )
+
+    def _make_shortcut(self):
+        self.shortcut_reduce = self.shortcut_conv = self.shortcut_bn = None
+        strides = self.strides
+        if self.shortcut_pool and strides > 1:
+            pool = SHORTCUT_POOLS[self.shortcut_pool]
+            self.shortcut_reduce = pool(strides, dtype=self.dtype_policy, name="shortcut_reduce")
+            strides = 1
+        if self.use_1x1conv:
+            channels = self.filters * self.expansion
+            self.shortcut_conv = self._conv(
+                "shortcut_conv", channels, 1, strides, normalized=self.shortcut_norm
+            )
+            if self.shortcut_norm:
                 self.shortcut_bn = self._norm("shortcut_bn")
 
-    def _conv(self, filters, kernel_size, strides, name):
+    def _conv(self, name, filters, kernel_size, strides, groups=1, *, normalized, zero=False):
         return PaddedConv2D(
             filters,
             kernel_size,
             strides,
-            use_bias=self.use_bias,
+            groups=groups,
+            use_bias=has_bias(self.use_bias, normalized),
             # One initializer object draws the same numbers each time: every layer needs a copy.
-            kernel_initializer=self.kernel_initializer.clone(),
+            kernel_initializer="zeros" if zero else self.kernel_initializer.clone(),
             dtype=self.dtype_policy,
             name=name,
         )
 
-    def _norm(self, name, last=False):
-        gamma = "zeros" if last and self.zero_init_residual else "ones"
-        return batch_norm(gamma_initializer=gamma, dtype=self.dtype_policy, name=name)
-
-    def _relu(self, name):
-        return keras.layers.ReLU(dtype=self.dtype_policy, name=name)
+    def _norm(self, name, zero=False):
+        return batch_norm(
+            gamma_initializer="zeros" if zero else "ones",
+            epsilon=self.norm_epsilon,
+            dtype=self.dtype_policy,
+            name=name,
+        )
 
     @property
     def mismatch_advice(self):
@@ -231,8 +430,31 @@ class _ConvResidual(_Residual):
         )
 
     @property
+    def shortcut_projects(self):
+        return self.use_1x1conv
+
+    @property
+    def _layers_in_order(self):
+        numbers = range(1, len(self._convolutions()) + 1)
+        names = [f"{part}{n}" for n in numbers for part in _ORDER[self.pre_activation]]
+        return [getattr(self, name) for name in names if hasattr(self, name)]
+
+    @property
+    def entry(self):
+        """The layers that come before both paths; a pre-activated block's first two."""
+        return self._layers_in_order[:2] if self.pre_activation else []
+
+    @property
+    def branch(self):
+        """The layers whose output is added to the shortcut's."""
+        layers = self._layers_in_order[2:] if self.pre_activation else self._layers_in_order
+        return layers + [layer for layer in (self.se, self.drop_path) if layer is not None]
+
+    @property
     def shortcut(self):
-        return [layer for layer in (self.shortcut_conv, self.shortcut_bn) if layer is not None]
+        """The layers that the input goes through on its way around the branch; often none."""
+        layers = (self.shortcut_reduce, self.shortcut_conv, self.shortcut_bn)
+        return [layer for layer in layers if layer is not None]
 
     def _check_input(self, input_shape):
         if len(input_shape) != 4:
@@ -244,16 +466,19 @@ class _ConvResidual(_Residual):
 
     def _shapes_agree(self, branch, shortcut):
         # With an unknown height or width both shapes say None; a stride still tells them apart.
-        unknown = None in branch[1:3] and self.strides > 1 and not self.use_1x1conv
+        unknown = None in branch[1:3] and self.strides > 1 and not self.shortcut
         return branch == shortcut and not unknown
 
     def get_config(self):
         """Returns the arguments that make this layer again."""
-        names = ("filters", "strides", "use_1x1conv", "use_bias", "shortcut_norm")
+        names = (
+            *("filters", "strides", "use_1x1conv", "use_bias", "shortcut_norm", "shortcut_pool"),
+            *("zero_init_residual", "stride_on_1x1", "groups", "width_per_group", "se_reduction"),
+            *("stochastic_depth", "norm_epsilon"),
+        )
         return {
             **super().get_config(),
             **{name: getattr(self, name) for name in names},
-            "zero_init_residual": self.zero_init_residual,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
 
@@ -273,10 +498,25 @@ class ResidualBlock(_ConvResidual):
             width, rounding up.
         use_1x1conv: Whether the shortcut has a 1×1 convolution. Needed where `strides` is not 1
             or the input does not have `filters` channels.
-        use_bias: Whether convolutions have biases.
+        use_bias: Whether convolutions have biases; "unnormalized": only those that no
+            BatchNormalization follows.
         shortcut_norm: Whether a BatchNormalization follows the 1×1 convolution.
-        zero_init_residual: Whether the last BatchNormalization's gamma starts at zero, so that
-            the block starts as the identity followed by ReLU (Goyal et al. 2017, section 5.1).
+        shortcut_pool: What reduces the shortcut where `strides` is not 1: None, the 1×1's own
+            stride; "average", a 2×2 average pooling before it (ResNet-D); "subsample", every
+            second pixel, with or without a 1×1.
+        zero_init_residual: Whether the branch starts at zero, so that the block starts as the
+            identity followed by ReLU (Goyal et al. 2017, section 5.1): the last normalisation's
+            gamma; pre-activated, the last convolution's kernel.
+        stride_on_1x1: Whether a bottleneck's stride is that of its first 1×1 convolution, as in
+            2016, and not of its 3×3. Nothing to the basic block.
+        groups: Number of groups of a bottleneck's 3×3 convolution (ResNeXt: Xie et al. 2017);
+            1 for the basic block.
+        width_per_group: Channels of a group in a bottleneck of 64 filters (128: Wide ResNet); 64
+            for the basic block.
+        se_reduction: None, or the `reduction` of a `SqueezeExcitation` at the branch's end.
+        stochastic_depth: The probability that training drops the branch, image by image (Huang
+            et al., Deep Networks with Stochastic Depth, 2016).
+        norm_epsilon: The `epsilon` of every BatchNormalization.
         kernel_initializer: How convolution kernels start; the default is PyTorch's.
         **kwargs: What `keras.layers.Layer` takes (`name`, `dtype`, `trainable`).
 
@@ -287,8 +527,8 @@ class ResidualBlock(_ConvResidual):
         (batch, ceil(height / strides), ceil(width / strides), filters).
 
     Raises:
-        InputError: On building, if the two paths give different shapes, or the input does not
-            have four axes.
+        InputError: If an argument is out of range; on building, if the two paths give different
+            shapes, or the input does not have four axes.
 
     Source:
         He et al., Deep Residual Learning for Image Recognition, 2016, figure 2 and section 3.2.
@@ -301,18 +541,93 @@ class ResidualBlock(_ConvResidual):
         (4, 3, 3, 6)
     """
 
-    def __init__(self, filters, strides=1, use_1x1conv=False, **kwargs):
-        super().__init__(filters, strides, use_1x1conv, **kwargs)
-        self.conv1 = self._conv(filters, 3, strides, "conv1")
-        self.bn1 = self._norm("bn1")
-        self.relu1 = self._relu("relu1")
-        self.conv2 = self._conv(filters, 3, 1, "conv2")
-        self.bn2 = self._norm("bn2", last=True)
+    def _check_arguments(self):
+        super()._check_arguments()
+        if (self.groups, self.width_per_group) != (1, 64):
+            raise InputError(
+                "the basic block takes `groups` 1 and `width_per_group` 64, got "
+                f"{self.groups} and {self.width_per_group}; bottlenecks take others"
+            )
 
-    @property
-    def branch(self):
-        """The layers whose output is added to the shortcut's."""
-        return [self.conv1, self.bn1, self.relu1, self.conv2, self.bn2]
+    def _convolutions(self):
+        return [(self.filters, 3, self.strides), (self.filters, 3, 1)]
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class BottleneckBlock(_ConvResidual):
+    """The bottleneck block: 1×1 to fewer channels, 3×3, 1×1 to four times as many.
+
+    ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))``.
+
+    Arguments and errors are those of `ResidualBlock`. `filters` is the number of channels in the
+    middle, at `groups` 1 and `width_per_group` 64; the block gives four times `filters`.
+
+    Input shape:
+        (batch, height, width, channels); batch, height and width may be unknown.
+
+    Output shape:
+        (batch, ceil(height / strides), ceil(width / strides), 4 * filters).
+
+    Source:
+        He et al., Deep Residual Learning for Image Recognition, 2016, figure 5. The stride stands
+        on the 3×3 convolution, as in every set of weights published since ("v1.5");
+        `stride_on_1x1` brings back the paper's. For groups: Xie et al., Aggregated Residual
+        Transformations, 2017, figure 3 (c).
+
+    Example:
+        >>> x = keras.random.normal((4, 6, 6, 16))
+        >>> tuple(BottleneckBlock(4)(x).shape)
+        (4, 6, 6, 16)
+        >>> tuple(BottleneckBlock(8, strides=2, use_1x1conv=True)(x).shape)
+        (4, 3, 3, 32)
+    """
+
+    expansion = 4
+
+    def _convolutions(self):
+        width = self.filters * self.width_per_group // 64 * self.groups
+        first, second = (self.strides, 1) if self.stride_on_1x1 else (1, self.strides)
+        return [
+            (width, 1, first),
+            (width, 3, second, self.groups),
+            (self.filters * self.expansion, 1, 1),
+        ]
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class PreActResidualBlock(ResidualBlock):
+    """The basic block with normalisation and ReLU before each convolution, none after the sum.
+
+    ``conv2(relu(bn2(conv1(h)))) + shortcut`` with ``h = relu(bn1(x))``: the shortcut is x itself,
+    or a 1×1 convolution of h. Arguments, shapes and errors are those of `ResidualBlock`.
+
+    Source:
+        He et al., Identity Mappings in Deep Residual Networks, 2016, figure 1 (b).
+
+    Example:
+        >>> tuple(PreActResidualBlock(3)(keras.random.normal((4, 6, 6, 3))).shape)
+        (4, 6, 6, 3)
+    """
+
+    pre_activation = True
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class PreActBottleneckBlock(BottleneckBlock):
+    """The bottleneck with normalisation and ReLU before each convolution, none after the sum.
+
+    Arguments, shapes and errors are those of `BottleneckBlock`; the shortcut is that of
+    `PreActResidualBlock`.
+
+    Source:
+        He et al., Identity Mappings in Deep Residual Networks, 2016, figure 1 (b).
+
+    Example:
+        >>> tuple(PreActBottleneckBlock(4)(keras.random.normal((4, 6, 6, 16))).shape)
+        (4, 6, 6, 16)
+    """
+
+    pre_activation = True
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -36,6 +36,23 @@ def check_count(name, value, least=1):
         raise InputError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
 
 
+def look_up(table, key, argument):
+    """Returns `table[key]`.
+
+    Args:
+        table: The table, a dict.
+        key: The row's name.
+        argument: What the caller calls the key, for the error.
+
+    Raises:
+        InputError: If there is no such row; it lists those there are.
+    """
+    try:
+        return table[key]
+    except (KeyError, TypeError):
+        raise InputError(f"`{argument}` must be one of {', '.join(table)}, got {key!r}") from None
+
+
 def one_line(error):
     """Returns the first line of an error's message, or its type's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

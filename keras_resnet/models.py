@@ -10,80 +10,195 @@ import re
 import keras
 
 from keras_resnet.blocks import (
+    BATCH_NORM,
     TORCH_UNIFORM,
+    BottleneckBlock,
     DenseResidualBlock,
+    EdgePadding2D,
     PaddedConv2D,
+    PreActBottleneckBlock,
+    PreActResidualBlock,
     ResidualBlock,
     batch_norm,
+    has_bias,
 )
-from keras_resnet.errors import InputError, check_count
+from keras_resnet.errors import InputError, check_count, look_up
+
+# name -> the block as it is, and pre-activated.
+BLOCKS = {
+    "basic": (ResidualBlock, PreActResidualBlock),
+    "bottleneck": (BottleneckBlock, PreActBottleneckBlock),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Depth and width of a network: He et al. 2016, table 1.
+    """Depth and width of a network: He et al. 2016a, table 1, and what others added.
 
     Attributes:
         blocks: Number of residual blocks in each stage.
         filters: Number of filters of each stage; the stem has as many as the first.
-        block: The class of its blocks.
+        block: A row of `BLOCKS`: "basic" or "bottleneck".
+        groups: See `BottleneckBlock`.
+        width_per_group: See `BottleneckBlock`.
+        shortcut_pool: See `ResidualBlock`.
+        se_reduction: See `ResidualBlock`.
+        stem: The row of `STEMS` that it has unless another is asked for.
     """
 
     blocks: tuple[int, ...]
     filters: tuple[int, ...] = (64, 128, 256, 512)
-    block: type = ResidualBlock
+    block: str = "basic"
+    groups: int = 1
+    width_per_group: int = 64
+    shortcut_pool: str | None = None
+    se_reduction: int | None = None
+    stem: str = "imagenet"
 
     def __post_init__(self):
-        if len(self.blocks) != len(self.filters):
+        if len(self.blocks) != len(self.filters) or not self.blocks:
             raise InputError(
-                "`blocks` and `filters` need one number a stage each, "
+                "`blocks` and `filters` need one number a stage each, and at least one stage, "
                 f"got {self.blocks} and {self.filters}"
             )
+        look_up(BLOCKS, self.block, "block")
 
+    @property
+    def block_args(self):
+        """What every block of the network takes."""
+        names = ("groups", "width_per_group", "shortcut_pool", "se_reduction")
+        return {name: getattr(self, name) for name in names}
+
+
+def _bottlenecks(*blocks, **kwargs):
+    return Spec(blocks, block="bottleneck", **kwargs)
+
+
+# ResNet-D: He et al. 2019, Bag of Tricks for Image Classification, section 4.
+_D = {"stem": "deep", "shortcut_pool": "average"}
 
 SPECS = {
+    # He et al. 2016a, table 1.
     "resnet18": Spec((2, 2, 2, 2)),
     "resnet34": Spec((3, 4, 6, 3)),
+    "resnet50": _bottlenecks(3, 4, 6, 3),
+    "resnet101": _bottlenecks(3, 4, 23, 3),
+    "resnet152": _bottlenecks(3, 8, 36, 3),
+    # He et al. 2016b, table 5; meant for variant "v2".
+    "resnet200": _bottlenecks(3, 24, 36, 3),
+    "resnet18d": Spec((2, 2, 2, 2), **_D),
+    "resnet34d": Spec((3, 4, 6, 3), **_D),
+    "resnet50d": _bottlenecks(3, 4, 6, 3, **_D),
+    "resnet101d": _bottlenecks(3, 4, 23, 3, **_D),
+    # Hu et al. 2018, table 1.
+    "seresnet50": _bottlenecks(3, 4, 6, 3, se_reduction=16),
+    # Xie et al. 2017, table 1.
+    "resnext50_32x4d": _bottlenecks(3, 4, 6, 3, groups=32, width_per_group=4),
+    "resnext101_32x8d": _bottlenecks(3, 4, 23, 3, groups=32, width_per_group=8),
+    "resnext101_64x4d": _bottlenecks(3, 4, 23, 3, groups=64, width_per_group=4),
+    # Zagoruyko and Komodakis, Wide Residual Networks, 2016, table 8.
+    "wide_resnet50_2": _bottlenecks(3, 4, 6, 3, width_per_group=128),
+    "wide_resnet101_2": _bottlenecks(3, 4, 23, 3, width_per_group=128),
 }
 
-# What a block takes, and (`kernel_initializer`) the stem too.
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A form of the network: what its blocks take, and what changes around them.
+
+    Attributes:
+        use_bias: See `ResidualBlock`; the stem's too.
+        shortcut_norm: See `ResidualBlock`.
+        kernel_initializer: How convolution kernels start; the stem's too.
+        norm_epsilon: The `epsilon` of every BatchNormalization.
+        stride_on_1x1: See `ResidualBlock`.
+        shortcut_pool: See `ResidualBlock`; the spec's own goes before.
+        pre_activation: Whether normalisation and ReLU come before each convolution: the stem has
+            none then, and one more of each follows the last stage.
+        halving_block: Which block of a stage halves height and width: 0, the first, of every
+            stage but the first; -1, the last, of every stage but the last.
+        pool_padding: What surrounds the stem's pooling: "zeros" or "edge"; see `EdgePadding2D`.
+    """
+
+    use_bias: bool | str
+    shortcut_norm: bool
+    kernel_initializer: dict | str
+    norm_epsilon: float = BATCH_NORM["epsilon"]
+    stride_on_1x1: bool = False
+    shortcut_pool: str | None = None
+    pre_activation: bool = False
+    halving_block: int = 0
+    pool_padding: str = "zeros"
+
+    @property
+    def block_args(self):
+        """What every block of the network takes."""
+        names = ("use_bias", "shortcut_norm", "kernel_initializer", "norm_epsilon", "stride_on_1x1")
+        return {name: getattr(self, name) for name in names}
+
+
+# He et al., Delving Deep into Rectifiers, 2015, by the kernel's outputs, as torchvision draws it.
+_HE_NORMAL = {
+    "class_name": "VarianceScaling",
+    "config": {"scale": 2.0, "mode": "fan_out", "distribution": "untruncated_normal"},
+}
+
 VARIANTS = {
     # The textbook's: biases everywhere, a bare 1x1 convolution as shortcut, PyTorch's own init.
-    "d2l": {"use_bias": True, "shortcut_norm": False, "kernel_initializer": TORCH_UNIFORM},
-    # What published weights have. He et al. 2015 init, as torchvision draws it.
-    "torchvision": {
-        "use_bias": False,
-        "shortcut_norm": True,
-        "kernel_initializer": {
-            "class_name": "VarianceScaling",
-            "config": {"scale": 2.0, "mode": "fan_out", "distribution": "untruncated_normal"},
-        },
-    },
+    "d2l": Variant(True, False, TORCH_UNIFORM),
+    # What published weights have.
+    "torchvision": Variant(False, True, _HE_NORMAL),
+    # He et al. 2016a.
+    "v1": Variant(False, True, _HE_NORMAL, stride_on_1x1=True),
+    # He et al. 2016b.
+    "v2": Variant(False, False, _HE_NORMAL, pre_activation=True, pool_padding="edge"),
+    # The forms of keras.applications: ResNet50 …, and ResNet50V2 ….
+    "keras_v1": Variant(True, True, "glorot_uniform", 1.001e-5, stride_on_1x1=True),
+    "keras_v2": Variant(
+        "unnormalized",
+        False,
+        "glorot_uniform",
+        1.001e-5,
+        shortcut_pool="subsample",
+        pre_activation=True,
+        halving_block=-1,
+    ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Stem:
+    """What comes before the first stage.
+
+    Attributes:
+        convolutions: (kernel size, strides, share of the first stage's filters) of each.
+        pool: Whether a 3×3 max pooling at stride 2 follows.
+    """
+
+    convolutions: tuple[tuple[int, int, float], ...]
+    pool: bool
+
 
 STEMS = {
-    # He et al. 2016, table 1: conv1 and the max pooling of conv2_x.
-    "imagenet": {"kernel_size": 7, "strides": 2, "pool": True},
-    # For images of 28 to 64 pixels: He et al. 2016, section 4.2.
-    "small": {"kernel_size": 3, "strides": 1, "pool": False},
+    # He et al. 2016a, table 1: conv1 and the max pooling of conv2_x.
+    "imagenet": Stem(((7, 2, 1),), pool=True),
+    # For images of 28 to 64 pixels: He et al. 2016a, section 4.2.
+    "small": Stem(((3, 1, 1),), pool=False),
+    # Three 3×3 for the 7×7: He et al. 2019, figure 2 (b).
+    "deep": Stem(((3, 2, 0.5), (3, 1, 0.5), (3, 1, 1)), pool=True),
 }
 
+_POOL_PADDINGS = {
+    # PyTorch pads its pooling with -inf; zeros are the same after a ReLU, and only there.
+    "zeros": lambda name: keras.layers.ZeroPadding2D(1, data_format="channels_last", name=name),
+    "edge": lambda name: EdgePadding2D(name=name),
+}
 
-def look_up(table, key, argument):
-    """Returns `table[key]`.
-
-    Args:
-        table: The table, a dict.
-        key: The row's name.
-        argument: What the caller calls the key, for the error.
-
-    Raises:
-        InputError: If there is no such row; it lists those there are.
-    """
-    try:
-        return table[key]
-    except (KeyError, TypeError):
-        raise InputError(f"`{argument}` must be one of {', '.join(table)}, got {key!r}") from None
+# `pooling` -> what makes one number a channel, without and with the classifier.
+_POOLINGS = {
+    "avg": keras.layers.GlobalAveragePooling2D,
+    "max": keras.layers.GlobalMaxPooling2D,
+}
 
 
 def _check_input_shape(shape):
@@ -113,48 +228,70 @@ def _logits(x, num_classes):
     )(x)
 
 
-def _stem(x, filters, kernel_size, strides, pool, use_bias, kernel_initializer):
-    x = PaddedConv2D(
-        filters,
-        kernel_size,
-        strides,
-        use_bias=use_bias,
-        kernel_initializer=kernel_initializer,
-        name="stem_conv",
-    )(x)
-    x = batch_norm(name="stem_bn")(x)
-    x = keras.layers.ReLU(name="stem_relu")(x)
-    if pool:
-        # PyTorch pads its pooling with -inf; zeros are the same after a ReLU, and only there.
-        x = keras.layers.ZeroPadding2D(1, data_format="channels_last", name="stem_pad")(x)
+def _norm_relu(x, module, number, variant):
+    x = batch_norm(epsilon=variant.norm_epsilon, name=f"{module}_bn{number}")(x)
+    return keras.layers.ReLU(name=f"{module}_relu{number}")(x)
+
+
+def _stem(x, filters, stem, variant):
+    last = len(stem.convolutions)
+    for index, (kernel_size, strides, share) in enumerate(stem.convolutions, start=1):
+        number = index if last > 1 else ""
+        # Pre-activated, the first block normalises what the stem gives.
+        normalized = index < last or not variant.pre_activation
+        x = PaddedConv2D(
+            round(filters * share),
+            kernel_size,
+            strides,
+            use_bias=has_bias(variant.use_bias, normalized),
+            kernel_initializer=variant.kernel_initializer,
+            name=f"stem_conv{number}",
+        )(x)
+        if normalized:
+            x = _norm_relu(x, "stem", number, variant)
+    if stem.pool:
+        x = _POOL_PADDINGS[variant.pool_padding]("stem_pad")(x)
         x = keras.layers.MaxPooling2D(3, 2, data_format="channels_last", name="stem_pool")(x)
     return x
 
 
 def residual_stage(
-    x, filters, num_blocks, first_stage=False, *, block=ResidualBlock, name="stage", **block_args
+    x,
+    filters,
+    num_blocks,
+    first_stage=False,
+    *,
+    block=ResidualBlock,
+    halving_block=0,
+    stochastic_depth=0.0,
+    name="stage",
+    **block_args,
 ):
     """Applies a stage: `num_blocks` residual blocks with the same number of filters.
 
     The first block halves height and width, unless `first_stage`: the stem has already reduced
-    the size then. It has a 1×1 convolution on its shortcut where its output has another shape
-    than `x`.
+    the size then. A block has a 1×1 convolution on its shortcut where its output has another shape
+    than its input.
 
     Args:
         x: A Keras tensor, (batch, height, width, channels).
         filters: Number of filters of each block.
         num_blocks: Number of blocks, at least 1.
-        first_stage: Whether this is the stage right behind the stem.
+        first_stage: Whether height and width stay, as right behind the stem.
         block: The class of the blocks.
+        halving_block: Index of the block that halves height and width: 0, the first, or -1, the
+            last (as keras.applications has it in ResNetV2).
+        stochastic_depth: The blocks' `stochastic_depth`: a number, or a list of one a block.
         name: The stage's name; its blocks are called ``{name}_block1``, ``{name}_block2``, …
         **block_args: Further arguments of `block`.
 
     Returns:
         A Keras tensor, (batch, ceil(height / 2), ceil(width / 2), filters), or of the same height
-        and width as `x` if `first_stage`.
+        and width as `x` if `first_stage`; four times as many channels if `block` is a bottleneck.
 
     Raises:
-        InputError: If `num_blocks` is not a positive whole number.
+        InputError: If `num_blocks` is not a positive whole number, or `stochastic_depth` has
+            another length.
 
     Source:
         He et al. 2016, table 1: conv2_x … conv5_x.
@@ -167,16 +304,61 @@ def residual_stage(
         (None, 28, 28, 128)
     """
     check_count("num_blocks", num_blocks)
-    for index in range(num_blocks):
-        halve = index == 0 and not first_stage
+    rates = stochastic_depth
+    if not isinstance(rates, (list, tuple)):
+        rates = [rates] * num_blocks
+    if len(rates) != num_blocks:
+        raise InputError(
+            f"`stochastic_depth` needs one number a block, got {len(rates)} for {num_blocks} blocks"
+        )
+    subsamples = block_args.get("shortcut_pool") == "subsample"
+    for index, rate in enumerate(rates):
+        halve = index == halving_block % num_blocks and not first_stage
+        widen = x.shape[-1] != filters * block.expansion
         x = block(
             filters,
             strides=2 if halve else 1,
-            use_1x1conv=halve or x.shape[-1] != filters * block.expansion,
+            use_1x1conv=widen or (halve and not subsamples),
+            stochastic_depth=rate,
             name=f"{name}_block{index + 1}",
             **block_args,
         )(x)
     return x
+
+
+def _stages(x, spec, variant, stochastic_depth, **block_args):
+    """Applies every stage; returns what each gives."""
+    total, outputs = sum(spec.blocks), []
+    # Huang et al. 2016, equation 4: from nothing at the input to the whole at the last block.
+    rates = [stochastic_depth * (block + 1) / total for block in range(total)]
+    block_args = {**variant.block_args, **spec.block_args, **block_args}
+    block_args["shortcut_pool"] = spec.shortcut_pool or variant.shortcut_pool
+    unhalved = 0 if variant.halving_block == 0 else len(spec.blocks) - 1
+    for index, (num_blocks, filters) in enumerate(zip(spec.blocks, spec.filters, strict=True)):
+        x = residual_stage(
+            x,
+            filters,
+            num_blocks,
+            first_stage=index == unhalved,
+            block=BLOCKS[spec.block][variant.pre_activation],
+            halving_block=variant.halving_block,
+            stochastic_depth=[rates.pop(0) for _ in range(num_blocks)],
+            name=f"stage{index + 1}",
+            **block_args,
+        )
+        outputs.append(x)
+    return outputs
+
+
+def _head(x, variant, num_classes, include_top, pooling):
+    if variant.pre_activation:
+        x = _norm_relu(x, "final", "", variant)
+    if include_top:
+        pooling = pooling or "avg"
+    if pooling:
+        pool = look_up(_POOLINGS, pooling, "pooling")
+        x = pool(data_format="channels_last", name=f"global_{pooling}_pool")(x)
+    return _logits(x, num_classes) if include_top else x
 
 
 def build_resnet(
@@ -185,8 +367,12 @@ def build_resnet(
     num_classes=10,
     *,
     variant="d2l",
-    stem="imagenet",
+    stem=None,
+    include_top=True,
+    pooling=None,
+    features=False,
     zero_init_residual=False,
+    stochastic_depth=0.0,
     name=None,
 ):
     """Builds a residual network: stem, stages, global average pooling, logits.
@@ -198,52 +384,62 @@ def build_resnet(
     Args:
         spec: The name of a row of `SPECS`, or a `Spec` of your own.
         input_shape: (height, width, channels); height and width may be None.
-        num_classes: Number of logits.
-        variant: The form of the blocks, a row of `VARIANTS`: "d2l" (the textbook's: biases, bare
-            1×1 shortcut) or "torchvision" (no biases, BatchNorm on the shortcut).
-        stem: A row of `STEMS`: "imagenet" (7×7 at stride 2, max pooling) or "small" (3×3 at
-            stride 1, no pooling).
-        zero_init_residual: Whether every block starts as the identity.
+        num_classes: Number of logits; without meaning if not `include_top`.
+        variant: The form of the network, a row of `VARIANTS`: "d2l" (the textbook's: biases, bare
+            1×1 shortcut), "torchvision" (no biases, BatchNorm on the shortcut), "v1" (as
+            "torchvision", a bottleneck's stride on its first 1×1), "v2" (pre-activation), or
+            "keras_v1" and "keras_v2" (those of keras.applications).
+        stem: A row of `STEMS`: "imagenet" (7×7 at stride 2, max pooling), "small" (3×3 at
+            stride 1, no pooling) or "deep" (three 3×3, max pooling); by default the spec's own.
+        include_top: Whether the network ends in logits. If not, it ends in what the last stage
+            gives, or in one number a channel where `pooling` is given.
+        pooling: "avg" or "max", over height and width; the logits' own is "avg".
+        features: Whether to return what every stage gives as well, for a detector or a segmenter.
+        zero_init_residual: Whether every block's branch starts at zero.
+        stochastic_depth: The probability that training drops the last block's branch; it grows
+            evenly from the first block to the last.
         name: The model's name; by default the spec's.
 
     Returns:
         A `keras.Model`: float images, (batch, height, width, channels), to logits, (batch,
-        num_classes).
+        num_classes). With `features`, to a dict: "stage1", "stage2", … (batch, height / 4, width
+        / 4, channels) and so on by halves, and "output", what it would return otherwise. What a
+        stage gives is what the next one takes: pre-activated, a sum that is not yet normalised.
 
     Raises:
         InputError: If an argument names no row of its table or is out of range.
 
     Source:
-        He et al., Deep Residual Learning for Image Recognition, 2016, table 1.
+        He et al., Deep Residual Learning for Image Recognition, 2016 (2016a), table 1; He et al.,
+        Identity Mappings in Deep Residual Networks, 2016 (2016b).
 
     Example:
         >>> build_resnet(Spec((1, 1), (8, 16)), (32, 32, 3), stem="small").output_shape
         (None, 10)
+        >>> backbone = build_resnet(
+        ...     "resnet18", (96, 96, 3), include_top=False, pooling="avg", features=True
+        ... )
+        >>> backbone.output_shape["stage3"], backbone.output_shape["output"]
+        ((None, 6, 6, 256), (None, 512))
     """
     if not isinstance(spec, Spec):
         name = name or spec
         spec = look_up(SPECS, spec, "spec")
     _check_input_shape(input_shape)
     check_count("num_classes", num_classes)
-    blocks = look_up(VARIANTS, variant, "variant")
-    stem = look_up(STEMS, stem, "stem")
+    variant = look_up(VARIANTS, variant, "variant")
+    stem = look_up(STEMS, stem or spec.stem, "stem")
+    if pooling is not None:
+        look_up(_POOLINGS, pooling, "pooling")
 
     inputs = _features(tuple(input_shape))
-    stem_args = {key: blocks[key] for key in ("use_bias", "kernel_initializer")}
-    x = _stem(inputs, spec.filters[0], **stem, **stem_args)
-    for index, (num_blocks, filters) in enumerate(zip(spec.blocks, spec.filters, strict=True)):
-        x = residual_stage(
-            x,
-            filters,
-            num_blocks,
-            first_stage=index == 0,
-            block=spec.block,
-            name=f"stage{index + 1}",
-            zero_init_residual=zero_init_residual,
-            **blocks,
-        )
-    x = keras.layers.GlobalAveragePooling2D(data_format="channels_last", name="global_avg_pool")(x)
-    return keras.Model(inputs, _logits(x, num_classes), name=name or "resnet")
+    x = _stem(inputs, spec.filters[0], stem, variant)
+    stages = _stages(x, spec, variant, stochastic_depth, zero_init_residual=zero_init_residual)
+    outputs = _head(stages[-1], variant, num_classes, include_top, pooling)
+    if features:
+        named = {f"stage{index}": stage for index, stage in enumerate(stages, start=1)}
+        outputs = {**named, "output": outputs}
+    return keras.Model(inputs, outputs, name=name or "resnet")
 
 
 def build_resnet18(input_shape=(224, 224, 1), num_classes=10, **kwargs):
@@ -282,6 +478,41 @@ def build_resnet34(input_shape=(224, 224, 1), num_classes=10, **kwargs):
         (None, 1000)
     """
     return build_resnet("resnet34", input_shape, num_classes, **kwargs)
+
+
+def build_resnet50(input_shape=(224, 224, 1), num_classes=10, **kwargs):
+    """Builds ResNet-50, of bottlenecks; arguments and result as for `build_resnet18`.
+
+    Source:
+        He et al., Deep Residual Learning for Image Recognition, 2016, table 1, 50-layer; figure 5.
+
+    Example:
+        >>> count_parameters(build_resnet50((224, 224, 3), 1000, variant="torchvision"))
+        25557032
+    """
+    return build_resnet("resnet50", input_shape, num_classes, **kwargs)
+
+
+def build_resnet101(input_shape=(224, 224, 1), num_classes=10, **kwargs):
+    """Builds ResNet-101, of bottlenecks: `build_resnet18` with the 101-layer column of table 1.
+
+    Example:
+        >>> model = build_resnet101((64, 64, 3), include_top=False)
+        >>> model.output_shape
+        (None, 2, 2, 2048)
+    """
+    return build_resnet("resnet101", input_shape, num_classes, **kwargs)
+
+
+def build_resnet152(input_shape=(224, 224, 1), num_classes=10, **kwargs):
+    """Builds ResNet-152, of bottlenecks: `build_resnet18` with the 152-layer column of table 1.
+
+    Example:
+        >>> model = build_resnet152((224, 224, 3), 1000, variant="v2")
+        >>> sum(layer.name.startswith("stage3_") for layer in model.layers)
+        36
+    """
+    return build_resnet("resnet152", input_shape, num_classes, **kwargs)
 
 
 def build_dense_resnet(input_features=12, hidden_features=24, output_features=8, num_blocks=10):
@@ -412,7 +643,7 @@ def summarize_shapes(model, input_shape):
     outputs = walk.compute_output_spec([keras.KerasTensor(input_shape)])
     rows = {}
     for layer, output in zip(layers, outputs, strict=True):
-        module = re.sub(r"^(stem|stage\d+)_.*", r"\1", layer.name)
+        module = re.sub(r"^(stem|stage\d+|final)_.*", r"\1", layer.name)
         row = rows.setdefault(module, {"module": module, "output_shape": None, "parameters": 0})
         row["output_shape"] = tuple(output.shape)
         row["parameters"] += count_parameters(layer)

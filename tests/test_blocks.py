@@ -7,12 +7,24 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_resnet.blocks import DenseResidualBlock, PaddedConv2D, ResidualBlock
+from keras_resnet.blocks import (
+    BottleneckBlock,
+    DenseResidualBlock,
+    EdgePadding2D,
+    PaddedConv2D,
+    PreActBottleneckBlock,
+    PreActResidualBlock,
+    ResidualBlock,
+    SqueezeExcitation,
+)
 from keras_resnet.errors import InputError
+
+FOUR_BLOCKS = (ResidualBlock, BottleneckBlock, PreActResidualBlock, PreActBottleneckBlock)
 
 
 def normal(*shape, seed=0):
@@ -41,6 +53,14 @@ def policy():
         (ResidualBlock(6, strides=2, use_1x1conv=True), (4, 6, 6, 3), (4, 3, 3, 6)),
         (ResidualBlock(6, use_1x1conv=True), (4, 6, 6, 3), (4, 6, 6, 6)),
         (DenseResidualBlock(24), (4, 24), (4, 24)),
+        (BottleneckBlock(4), (4, 6, 6, 16), (4, 6, 6, 16)),
+        (BottleneckBlock(4, 2, True), (4, 7, 6, 3), (4, 4, 3, 16)),
+        (BottleneckBlock(4, 2, True, stride_on_1x1=True), (4, 7, 6, 3), (4, 4, 3, 16)),
+        (BottleneckBlock(8, groups=2, width_per_group=32), (4, 6, 6, 32), (4, 6, 6, 32)),
+        (PreActResidualBlock(6, 2, True), (4, 7, 6, 3), (4, 4, 3, 6)),
+        (PreActBottleneckBlock(4, 2, shortcut_pool="subsample"), (4, 7, 6, 16), (4, 4, 3, 16)),
+        (SqueezeExcitation(), (4, 7, 6, 16), (4, 7, 6, 16)),
+        (EdgePadding2D(), (4, 7, 6, 16), (4, 9, 8, 16)),
     ],
 )
 def test_output_shape(block, shape, expected):
@@ -55,14 +75,26 @@ def test_output_shape(block, shape, expected):
     channels=st.integers(1, 4),
     filters=st.integers(1, 4),
     strides=st.integers(1, 3),
+    kind=st.sampled_from(FOUR_BLOCKS),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "shortcut_pool": st.sampled_from(["average", "subsample"]),
+            "se_reduction": st.just(2),
+            "stride_on_1x1": st.booleans(),
+            "stochastic_depth": st.just(0.5),
+            "use_bias": st.sampled_from([True, False, "unnormalized"]),
+        },
+    ),
 )
-def test_computed_shape_is_the_real_one(height, width, channels, filters, strides):
+def test_computed_shape_is_the_real_one(height, width, channels, filters, strides, kind, options):
     shape = (2, height, width, channels)
-    block = ResidualBlock(filters, strides, use_1x1conv=True)
+    block = kind(filters, strides, use_1x1conv=True, **options)
     computed = block.compute_output_shape(shape)
     assert computed == tuple(block(np.ones(shape, "float32")).shape)
-    assert computed == (2, -(-height // strides), -(-width // strides), filters)
-    assert block.compute_output_shape((None, None, None, channels)) == (None, None, None, filters)
+    outputs = filters * kind.expansion
+    assert computed == (2, -(-height // strides), -(-width // strides), outputs)
+    assert block.compute_output_shape((None, None, None, channels)) == (None, None, None, outputs)
 
 
 def test_one_model_takes_any_batch_height_and_width():
@@ -138,8 +170,14 @@ def test_training_argument():
     [
         (lambda **kwargs: ResidualBlock(6, 2, use_1x1conv=True, **kwargs), (4, 6, 6, 3)),
         (lambda **kwargs: DenseResidualBlock(24, **kwargs), (4, 24)),
+        (
+            lambda **kwargs: PreActBottleneckBlock(
+                6, 2, True, shortcut_pool="average", se_reduction=4, stochastic_depth=0.1, **kwargs
+            ),
+            (4, 6, 6, 3),
+        ),
     ],
-    ids=["ResidualBlock", "DenseResidualBlock"],
+    ids=["ResidualBlock", "DenseResidualBlock", "PreActBottleneckBlock"],
 )
 @pytest.mark.parametrize("how", ["global policy", "dtype argument"])
 def test_dtype_policy(policy, make, shape, name, compute, variable, how):
@@ -182,6 +220,170 @@ def test_batch_norm_has_the_constants_of_pytorch():
     assert {(bn.epsilon, bn.momentum) for bn in (block.bn1, block.bn2)} == {(1e-5, 0.9)}
 
 
+# The four blocks and their options, against what their definitions say
+
+
+def random_weights(block, shape):
+    """Builds the block with weights and statistics as after training."""
+    block.build(shape)
+    rng = np.random.default_rng(0)
+    block.set_weights([rng.uniform(0.2, 1.0, w.shape) - 0.4 * (w.ndim > 1) for w in block.weights])
+    return block
+
+
+def parts(block, *names):
+    """Returns a function that applies the block's parts of these names, one after the other."""
+
+    def apply(x):
+        for name in names:
+            x = getattr(block, name)(x)
+        return x
+
+    return apply
+
+
+def test_a_bottleneck_is_three_convolutions_each_normalised():
+    block = random_weights(BottleneckBlock(3, 2, True, shortcut_norm=True), (2, 7, 7, 5))
+    x = normal(2, 7, 7, 5)
+    names = ("conv1", "bn1", "relu1", "conv2", "bn2", "relu2", "conv3", "bn3")
+    expected = ops.relu(parts(block, *names)(x) + parts(block, "shortcut_conv", "shortcut_bn")(x))
+    np.testing.assert_allclose(block(x), expected, rtol=1e-6)
+    assert [conv.kernel_size[0] for conv in (block.conv1, block.conv2, block.conv3)] == [1, 3, 1]
+    assert [conv.filters for conv in (block.conv1, block.conv2, block.conv3)] == [3, 3, 12]
+
+
+@pytest.mark.parametrize(("project", "channels"), [(True, 5), (False, 12)])
+def test_a_pre_activated_block_normalises_first_and_adds_last(project, channels):
+    block = random_weights(PreActBottleneckBlock(3, 1, project), (2, 7, 7, channels))
+    x = normal(2, 7, 7, channels)
+    entered = parts(block, "bn1", "relu1")(x)
+    branch = parts(block, "conv1", "bn2", "relu2", "conv2", "bn3", "relu3", "conv3")(entered)
+    # The projection sees what the branch sees, the identity what came in.
+    expected = branch + (block.shortcut_conv(entered) if project else x)
+    np.testing.assert_allclose(block(x), expected, rtol=1e-5, atol=1e-5)
+    block.conv3.bias.assign(block.conv3.bias - 100)
+    assert np.max(block(x)) < 0  # no ReLU behind the sum
+
+
+@pytest.mark.parametrize("kind", [PreActResidualBlock, PreActBottleneckBlock])
+def test_a_pre_activated_block_with_a_zero_branch_is_the_identity_on_anything(kind):
+    x = normal(4, 6, 6, 8)
+    block = kind(8 // kind.expansion, zero_init_residual=True)
+    np.testing.assert_array_equal(block(x), x)
+    np.testing.assert_array_equal(block(x, training=True), x)
+
+
+@pytest.mark.parametrize("on_1x1", [False, True])
+def test_the_stride_of_a_bottleneck_stands_where_it_is_asked_for(on_1x1):
+    block = BottleneckBlock(3, 2, True, stride_on_1x1=on_1x1)
+    strides = [conv.strides[0] for conv in (block.conv1, block.conv2, block.conv3)]
+    assert strides == ([2, 1, 1] if on_1x1 else [1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "use_bias", "biased"),
+    [
+        (BottleneckBlock, True, ["conv1", "conv2", "conv3", "shortcut_conv"]),
+        (BottleneckBlock, False, []),
+        (BottleneckBlock, "unnormalized", ["shortcut_conv"]),
+        (PreActBottleneckBlock, "unnormalized", ["conv3", "shortcut_conv"]),
+        (PreActResidualBlock, "unnormalized", ["conv2", "shortcut_conv"]),
+    ],
+)
+def test_biases_stand_where_they_are_asked_for(kind, use_bias, biased):
+    block = kind(4, 1, True, use_bias=use_bias)
+    block.build((1, 6, 6, 3))
+    assert {w.path.split("/")[-2] for w in block.weights if w.path.endswith("bias")} == set(biased)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+@pytest.mark.parametrize(
+    ("pool", "reduce"),
+    [
+        ("average", torch.nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)),
+        ("subsample", lambda x: x[:, :, ::2, ::2]),
+    ],
+)
+def test_a_pooled_shortcut_is_what_others_compute(pool, reduce, size):
+    block = ResidualBlock(3, 2, shortcut_pool=pool)
+    x = normal(2, size, size, 3)
+    theirs = reduce(torch.from_numpy(x.transpose(0, 3, 1, 2))).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(block.shortcut_reduce(x), theirs, rtol=1e-6)
+    assert block(x).shape == theirs.shape
+    # The convolution behind it has no stride of its own left.
+    assert ResidualBlock(3, 2, True, shortcut_pool=pool).shortcut_conv.strides == (1, 1)
+
+
+def test_grouped_convolution_is_that_of_pytorch():
+    conv = random_weights(PaddedConv2D(8, 3, 2, groups=4), (2, 7, 7, 12))
+    x = normal(2, 7, 7, 12)
+    kernel, bias = (torch.from_numpy(np.array(w)) for w in conv.weights)
+    theirs = torch.nn.functional.conv2d(
+        torch.from_numpy(x.transpose(0, 3, 1, 2)),
+        kernel.permute(3, 2, 0, 1),
+        bias,
+        stride=2,
+        padding=1,
+        groups=4,
+    )
+    np.testing.assert_allclose(conv(x), theirs.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_edge_padding_under_max_pooling_is_pytorchs_pooling_of_negative_pixels(size):
+    x = normal(2, size, size, 3) - 5
+    assert x.max() < 0
+    theirs = torch.nn.MaxPool2d(3, 2, padding=1)(torch.from_numpy(x.transpose(0, 3, 1, 2)))
+    ours = keras.layers.MaxPooling2D(3, 2)(EdgePadding2D()(x))
+    np.testing.assert_array_equal(ours, theirs.permute(0, 2, 3, 1))
+
+
+def test_squeeze_and_excitation_weighs_each_channel_by_the_image():
+    layer = random_weights(SqueezeExcitation(2), (2, 5, 4, 32))
+    x = normal(2, 5, 4, 32)
+    w1, b1, w2, b2 = (np.array(w) for w in layer.weights)
+    assert (w1.shape, w2.shape) == ((32, 16), (16, 32))
+    hidden = np.maximum(x.mean(axis=(1, 2)) @ w1 + b1, 0)
+    weights = 1 / (1 + np.exp(-(hidden @ w2 + b2)))
+    np.testing.assert_allclose(layer(x), x * weights[:, None, None], rtol=1e-5, atol=1e-6)
+    assert np.ptp(weights) > 0.1
+
+
+def test_squeeze_and_excitation_keeps_eight_units():
+    layer = SqueezeExcitation(16)
+    layer.build((None, 5, 5, 64))
+    assert layer.fc1.units == 8
+
+
+def test_squeeze_and_excitation_is_part_of_the_branch():
+    block = random_weights(ResidualBlock(8, se_reduction=2), (2, 6, 6, 8))
+    x = normal(2, 6, 6, 8)
+    branch = parts(block, "conv1", "bn1", "relu1", "conv2", "bn2", "se")(x)
+    np.testing.assert_allclose(block(x), ops.relu(branch + x), rtol=1e-5, atol=1e-5)
+
+
+def test_stochastic_depth_drops_whole_branches_in_training_alone():
+    keras.utils.set_random_seed(0)
+    rate = 0.3
+    block = random_weights(PreActResidualBlock(4, stochastic_depth=rate), (2, 6, 6, 4))
+    twin = PreActResidualBlock(4)
+    twin.build((2, 6, 6, 4))
+    twin.set_weights(block.get_weights())
+    x = normal(400, 6, 6, 4)
+    np.testing.assert_array_equal(block(x), twin(x))
+
+    for layer in (block, twin):  # the same branch in training: nothing but the drop is random
+        layer.bn1.trainable = layer.bn2.trainable = False
+    branch = np.array(twin(x, training=True)) - x
+    dropped = np.abs(np.array(block(x, training=True)) - x).max(axis=(1, 2, 3)) == 0
+    kept = np.array(block(x, training=True)) - x
+    share = dropped.mean()
+    assert share == pytest.approx(rate, abs=4 * np.sqrt(rate * (1 - rate) / 400))
+    alive = np.abs(kept).max(axis=(1, 2, 3)) > 0
+    assert 0 < alive.sum() < 400
+    np.testing.assert_allclose(kept[alive], branch[alive] / (1 - rate), rtol=1e-3, atol=1e-3)
+
+
 # Saving
 
 EVERY_ARGUMENT = [
@@ -198,6 +400,19 @@ EVERY_ARGUMENT = [
         trainable=False,
     ),
     ResidualBlock(3),
+    PreActBottleneckBlock(
+        4,
+        groups=2,
+        width_per_group=96,
+        shortcut_pool="average",
+        stride_on_1x1=True,
+        se_reduction=4,
+        stochastic_depth=0.25,
+        norm_epsilon=1e-3,
+        name="bottleneck",
+    ),
+    SqueezeExcitation(4, name="se", dtype="float64"),
+    EdgePadding2D(name="edge"),
     DenseResidualBlock(3, use_bias=False, name="dense", dtype="float64", trainable=False),
     PaddedConv2D(4, 5, strides=3, use_bias=False, activation="relu", name="conv"),
 ]
@@ -226,7 +441,14 @@ def test_config_holds_every_argument():
         "use_1x1conv": True,
         "use_bias": False,
         "shortcut_norm": True,
+        "shortcut_pool": None,
         "zero_init_residual": True,
+        "stride_on_1x1": False,
+        "groups": 1,
+        "width_per_group": 64,
+        "se_reduction": None,
+        "stochastic_depth": 0.0,
+        "norm_epsilon": 1e-5,
     }
 
 
@@ -241,6 +463,9 @@ np.save(sys.argv[2], model(np.load(sys.argv[2])))
 def test_saved_model_gives_the_same_numbers_in_a_new_process(tmp_path):
     inputs = keras.Input((6, 6, 3))
     x = ResidualBlock(6, 2, True, shortcut_norm=True, use_bias=False)(inputs)
+    x = BottleneckBlock(4, 1, True, groups=2, width_per_group=64, se_reduction=2)(x)
+    x = PreActBottleneckBlock(4, stochastic_depth=0.5)(x)
+    x = PreActResidualBlock(6, 1, True, shortcut_pool="average")(x)
     x = keras.layers.Flatten()(ResidualBlock(6, zero_init_residual=True)(x))
     model = keras.Model(inputs, DenseResidualBlock(54)(x))
     model.compile("sgd", "mse")
@@ -323,6 +548,24 @@ def test_bad_counts_are_an_error_with_rule_and_value(argument, value):
 def test_bad_units_are_an_error(value):
     with pytest.raises(InputError, match="`units` must be a whole number"):
         DenseResidualBlock(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (ResidualBlock, {"groups": 2}, "basic block takes `groups` 1 .*got 2 and 64"),
+        (PreActResidualBlock, {"width_per_group": 128}, "got 1 and 128"),
+        (BottleneckBlock, {"groups": 0}, "`groups` must be a whole number"),
+        (BottleneckBlock, {"use_bias": "some"}, "`use_bias` must be True, False or .*'some'"),
+        (BottleneckBlock, {"shortcut_pool": "max"}, "`shortcut_pool` must be None or .*'max'"),
+        (BottleneckBlock, {"stochastic_depth": 1.0}, "`stochastic_depth` must be .*got 1.0"),
+        (BottleneckBlock, {"stochastic_depth": -0.1}, "`stochastic_depth` must be .*got -0.1"),
+        (BottleneckBlock, {"se_reduction": 0}, "`reduction` must be a whole number"),
+    ],
+)
+def test_arguments_out_of_range_are_an_error(kind, arguments, message):
+    with pytest.raises(InputError, match=message):
+        kind(4, **arguments)
 
 
 def test_even_kernels_are_an_error():

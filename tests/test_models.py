@@ -7,15 +7,25 @@ import torch
 from keras import ops
 from torch_reference import ResNet18, dense_resnet
 
-from keras_resnet.blocks import DenseResidualBlock, ResidualBlock
+from keras_resnet.blocks import (
+    DenseResidualBlock,
+    PreActBottleneckBlock,
+    PreActResidualBlock,
+    ResidualBlock,
+)
 from keras_resnet.errors import InputError
 from keras_resnet.models import (
     SPECS,
+    STEMS,
+    VARIANTS,
     Spec,
     build_dense_resnet,
     build_resnet,
     build_resnet18,
     build_resnet34,
+    build_resnet50,
+    build_resnet101,
+    build_resnet152,
     count_parameters,
     residual_stage,
     summarize_shapes,
@@ -83,6 +93,9 @@ def test_small_stem_keeps_the_size():
         # Published weights' counts, of torchvision's resnet18 and resnet34.
         (build_resnet18, {"input_shape": (64, 64, 3), "num_classes": 1000}, 11_689_512),
         (build_resnet34, {"input_shape": (64, 64, 3), "num_classes": 1000}, 21_797_672),
+        (build_resnet50, {"input_shape": (64, 64, 3), "num_classes": 1000}, 25_557_032),
+        (build_resnet101, {"input_shape": (64, 64, 3), "num_classes": 1000}, 44_549_160),
+        (build_resnet152, {"input_shape": (64, 64, 3), "num_classes": 1000}, 60_192_808),
     ],
 )
 def test_parameter_count(build, arguments, count):
@@ -93,6 +106,24 @@ def test_parameter_count(build, arguments, count):
     assert sum(
         row["parameters"] for row in summarize_shapes(model, (1, *model.input_shape[1:]))
     ) == (count)
+
+
+# The counts that the publishers of these networks give, of timm and torchvision.
+COUNTS = {
+    "resnet18d": 11_708_744,
+    "resnet50d": 25_576_264,
+    "seresnet50": 28_088_024,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_count_of_the_relatives(name):
+    model = build_resnet(name, (64, 64, 3), 1000, variant="torchvision")
+    assert count_parameters(model) == COUNTS[name]
 
 
 def test_parameter_count_is_what_pytorch_counts():
@@ -166,6 +197,109 @@ def test_specs_are_data():
     }
     with pytest.raises(InputError, match="one number a stage"):
         Spec((2, 2), (64,))
+    with pytest.raises(InputError, match="`block` must be one of basic, bottleneck, got 'wide'"):
+        Spec((2,), (64,), "wide")
+    with pytest.raises(InputError, match="at least one stage"):
+        Spec((), ())
+
+
+# The family: variants, stems, and what a network may end in
+
+
+def test_pre_activation_moves_normalisation_from_the_stem_to_the_end():
+    model = build_resnet(TINY, (32, 32, 3), variant="v2")
+    assert [layer.name for layer in model.layers] == [
+        *("features", "stem_conv", "stem_pad", "stem_pool", "stage1_block1", "stage2_block1"),
+        *("final_bn", "final_relu", "global_avg_pool", "logits"),
+    ]
+    assert {type(layer) for layer in model.layers if "block" in layer.name} == {PreActResidualBlock}
+    rows = summarize_shapes(model, (1, 32, 32, 3))
+    modules = ["stem", "stage1", "stage2", "final", "global_avg_pool", "logits"]
+    assert [row["module"] for row in rows] == modules
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_every_variant_builds_and_trains(variant, stem, block):
+    spec = Spec((2, 2), (8, 16), block)
+    model = build_resnet(spec, (None, None, 3), variant=variant, stem=stem)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    images = np.random.default_rng(0).normal(size=(4, 33, 32, 3)).astype("float32")
+    before = [np.array(w) for w in model.trainable_variables]
+    assert np.isfinite(model.train_on_batch(images, np.arange(4)))
+    still = [
+        w.path
+        for w, old in zip(model.trainable_variables, before, strict=True)
+        # A bias in front of a BatchNormalization has no gradient: the mean takes it off again.
+        if np.array_equal(w, old) and not w.path.endswith("bias")
+    ]
+    assert not still
+
+
+def test_a_network_of_keras_applications_halves_in_the_last_block():
+    model = build_resnet(Spec((2, 2, 2), (4, 8, 16), "bottleneck"), (32, 32, 3), variant="keras_v2")
+    blocks = [layer for layer in model.layers if isinstance(layer, PreActBottleneckBlock)]
+    assert [block.strides for block in blocks] == [1, 2, 1, 2, 1, 1]
+    assert [block.use_1x1conv for block in blocks] == [True, False] * 3
+    assert {block.norm_epsilon for block in blocks} == {1.001e-5}
+    assert model.get_layer("final_bn").epsilon == 1.001e-5
+
+
+def test_the_deep_stem_has_three_convolutions_of_half_and_whole_width():
+    model = build_resnet("resnet18d", (64, 64, 3))
+    convs = [model.get_layer(f"stem_conv{number}") for number in (1, 2, 3)]
+    assert [(c.filters, c.kernel_size[0], c.strides[0]) for c in convs] == [
+        *((32, 3, 2), (32, 3, 1), (64, 3, 1)),
+    ]
+    assert model.get_layer("stage2_block1").shortcut_pool == "average"
+    # Another stem may be asked for.
+    assert build_resnet("resnet18d", (64, 64, 3), stem="small").get_layer("stem_conv")
+
+
+def test_stochastic_depth_grows_from_block_to_block():
+    model = build_resnet(Spec((2, 2), (4, 8)), (32, 32, 3), stochastic_depth=0.2)
+    blocks = [layer for layer in model.layers if isinstance(layer, ResidualBlock)]
+    rates = [block.stochastic_depth for block in blocks]
+    np.testing.assert_allclose(rates, [0.05, 0.1, 0.15, 0.2])
+
+
+def test_without_a_top_the_last_stage_or_its_pooling_is_left():
+    x = np.random.default_rng(0).normal(size=(2, 33, 32, 3)).astype("float32")
+    ends = {}
+    for pooling in (None, "avg", "max"):
+        keras.utils.set_random_seed(0)
+        model = build_resnet(TINY, (None, None, 3), include_top=False, pooling=pooling)
+        ends[pooling] = np.array(model(x))
+        assert not [layer.name for layer in model.layers if layer.name == "logits"]
+    assert ends[None].shape == (2, 5, 4, 8)
+    np.testing.assert_allclose(ends["avg"], ends[None].mean(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(ends["max"], ends[None].max(axis=(1, 2)))
+
+
+def test_logits_may_follow_a_maximum():
+    names = [layer.name for layer in build_resnet(TINY, (32, 32, 3), pooling="max").layers]
+    assert names[-2:] == ["global_max_pool", "logits"]
+
+
+@pytest.mark.parametrize("variant", ["d2l", "v2"])
+def test_features_are_what_the_stages_give(variant):
+    keras.utils.set_random_seed(0)
+    model = build_resnet(TINY, (None, None, 3), 7, variant=variant, features=True)
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype("float32")
+    outputs = model(x)
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {
+        "stage1": (2, 16, 16, 4),
+        "stage2": (2, 8, 8, 8),
+        "output": (2, 7),
+    }
+    for stage in (1, 2):
+        part = keras.Model(model.input, model.get_layer(f"stage{stage}_block1").output)
+        np.testing.assert_allclose(outputs[f"stage{stage}"], part(x), rtol=1e-5, atol=1e-6)
+    # The same weights without the dict give the same logits.
+    plain = build_resnet(TINY, (None, None, 3), 7, variant=variant)
+    plain.set_weights(model.get_weights())
+    np.testing.assert_allclose(outputs["output"], plain(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +308,9 @@ def test_specs_are_data():
         ({"spec": "resnet19"}, "`spec` must be one of resnet18, .*got 'resnet19'"),
         ({"spec": ["resnet18"]}, "`spec` must be one of"),
         ({"variant": "v9"}, "`variant` must be one of d2l, torchvision.*got 'v9'"),
-        ({"stem": "big"}, "`stem` must be one of imagenet, small, got 'big'"),
+        ({"stem": "big"}, "`stem` must be one of imagenet, small, deep, got 'big'"),
+        ({"pooling": "sum"}, "`pooling` must be one of avg, max, got 'sum'"),
+        ({"stochastic_depth": 1.5}, "`stochastic_depth` must be .*got"),
         ({"input_shape": (224, 224)}, r"`input_shape` must be .*got \(224, 224\)"),
         ({"input_shape": (1, 224, 224, 1)}, r"got \(1, 224, 224, 1\)"),
         ({"input_shape": (0, 224, 1)}, r"got \(0, 224, 1\)"),
@@ -195,6 +331,16 @@ def test_bad_arguments_are_errors_with_rule_and_value(arguments, message):
 def test_a_stage_without_blocks_is_an_error():
     with pytest.raises(InputError, match=r"`num_blocks` .*got 0"):
         residual_stage(keras.Input((8, 8, 3)), 3, 0)
+
+
+def test_a_stage_takes_one_rate_a_block_or_one_for_all():
+    x = keras.Input((8, 8, 3))
+    for rates, expected in ((0.5, [0.5, 0.5]), ([0.1, 0.2], [0.1, 0.2])):
+        model = keras.Model(x, residual_stage(x, 3, 2, stochastic_depth=rates, name="stage1"))
+        blocks = [model.get_layer(f"stage1_block{number}") for number in (1, 2)]
+        assert [block.stochastic_depth for block in blocks] == expected
+    with pytest.raises(InputError, match="one number a block, got 1 for 2 blocks"):
+        residual_stage(x, 3, 2, stochastic_depth=[0.1])
 
 
 def test_a_first_stage_keeps_the_size_and_brings_the_width():
