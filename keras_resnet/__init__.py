@@ -8,7 +8,10 @@ __version__ = "0.1.0"
 
 # name -> module. A module is imported when one of its names is first used.
 _EXPORTS = {
+    "BottleneckBlock": "blocks",
     "DenseResidualBlock": "blocks",
+    "PreActBottleneckBlock": "blocks",
+    "PreActResidualBlock": "blocks",
     "ResidualBlock": "blocks",
     "SPECS": "models",
     "Spec": "models",
@@ -16,12 +19,19 @@ _EXPORTS = {
     "build_resnet": "models",
     "build_resnet18": "models",
     "build_resnet34": "models",
+    "build_resnet50": "models",
+    "build_resnet101": "models",
+    "build_resnet152": "models",
     "count_parameters": "models",
     "residual_stage": "models",
     "summarize_shapes": "models",
     "Augmentation": "preprocessing",
     "ImagePreprocessing": "preprocessing",
     "with_preprocessing": "preprocessing",
+    "adapt_channels": "weights",
+    "load_keras_applications_weights": "weights",
+    "load_torch_weights": "weights",
+    "save_torch_weights": "weights",
     "Dataset": "datasets",
     "Split": "datasets",
     "load_dataset": "datasets",
@@ -36,10 +46,14 @@ _EXPORTS = {
     "InputError": "errors",
     "TrainingError": "errors",
 }
+# Modules that are used under their own name, as in `keras_resnet.weights.load_torch_weights`.
+_MODULES = ("weights",)
 __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

@@ -1,0 +1,30 @@
+"""Checkpoints of PyTorch and of keras.applications, into our models and out again."""
+
+from keras_resnet.weights.conversion import convert
+from keras_resnet.weights.layouts import LAYOUTS, Checkpoint, detect_layout, inspect_tensors
+from keras_resnet.weights.transfer import (
+    Transfer,
+    adapt_channels,
+    load_keras_applications_weights,
+    load_tensors,
+    load_torch_weights,
+    read_tensors,
+    save_torch_weights,
+    torch_state_dict,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "Checkpoint",
+    "Transfer",
+    "adapt_channels",
+    "convert",
+    "detect_layout",
+    "inspect_tensors",
+    "load_keras_applications_weights",
+    "load_tensors",
+    "load_torch_weights",
+    "read_tensors",
+    "save_torch_weights",
+    "torch_state_dict",
+]

@@ -1,0 +1,297 @@
+"""Weights into our models, and out again: every tensor used once, or nothing changed."""
+
+import contextlib
+import dataclasses
+import os
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_resnet.errors import InputError, look_up
+from keras_resnet.weights.applications import read_keras_applications
+from keras_resnet.weights.checkpoint import read_checkpoint, write_checkpoint
+from keras_resnet.weights.layouts import LAYOUTS, detect_layout
+
+_HEAD = ("logits/kernel", "logits/bias")
+_FIRST = ("stem_conv/kernel", "stem_conv1/kernel")
+
+# How many names of a kind an error lists.
+_LISTED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """What was loaded.
+
+    Attributes:
+        layout: The row of `LAYOUTS` that the names were of.
+        num_tensors: How many tensors were loaded.
+        skipped: The names of those that were left out: the head's, if that was asked for.
+        adapted: (channels of the checkpoint, channels of the model) where the first convolution
+            was changed to fit; else None.
+    """
+
+    layout: str
+    num_tensors: int
+    skipped: tuple[str, ...]
+    adapted: tuple[int, int] | None
+
+
+def adapt_channels(kernel, channels):
+    """Fits a convolution's kernel to images of another number of channels.
+
+    To one channel it sums over the inputs: a grey image gives what the same image in colour, its
+    channels equal, gave before. From one channel each of several gets an equal share: an image of
+    equal channels gives what its grey form gave.
+
+    Args:
+        kernel: (height, width, channels, filters), a NumPy array.
+        channels: The number of channels wanted.
+
+    Returns:
+        A NumPy array, (height, width, `channels`, filters), of the same dtype.
+
+    Raises:
+        InputError: If neither number of channels is 1, and they differ.
+
+    Example:
+        >>> kernel = np.ones((7, 7, 3, 64), "float32")
+        >>> adapt_channels(kernel, 1).shape, float(adapt_channels(kernel, 1).max())
+        ((7, 7, 1, 64), 3.0)
+    """
+    present = kernel.shape[2]
+    if present == channels:
+        return kernel
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    if present == 1:
+        return np.repeat(kernel / channels, channels, axis=2).astype(kernel.dtype)
+    raise InputError(
+        "kernels are fitted from any number of channels to 1, and from 1 to any number, "
+        f"got {present} to {channels}"
+    )
+
+
+def load_torch_weights(model, source, *, layout=None, skip_head=False, adapt_input=False):
+    """Loads a PyTorch checkpoint into a model of ours.
+
+    The layout is recognised by the tensors' names: torchvision's, timm's, Hugging Face's, the
+    textbook's; see `LAYOUTS`. Either every tensor has its place and every place its tensor, or
+    nothing is changed. PyTorch's ``num_batches_tracked``, a count, has no place and needs none.
+
+    Args:
+        model: A network of `build_resnet`, of the depth, variant and stem of the checkpoint's, or
+            one that `with_preprocessing` has put preprocessing before.
+        source: The path of a `.safetensors` file (PyTorch is not needed), or of a `.pth`, `.pt`
+            or `.bin` file (it is; code in the file is never run); or a state dict, of tensors or
+            of NumPy arrays.
+        layout: A row of `LAYOUTS`, instead of recognising it.
+        skip_head: Whether the logits' weights stay as they are.
+        adapt_input: Whether the first convolution may be fitted to another number of channels;
+            see `adapt_channels`.
+
+    Returns:
+        A `Transfer`.
+
+    Raises:
+        InputError: If the source cannot be read or does not fit: one line lists what is missing,
+            of no use, and of another shape.
+
+    Example:
+        >>> from keras_resnet import Spec, build_resnet
+        >>> spec = Spec((1,), (4,))
+        >>> model = build_resnet(spec, (32, 32, 3), variant="torchvision")
+        >>> state = torch_state_dict(build_resnet(spec, (32, 32, 3), variant="torchvision"))
+        >>> load_torch_weights(model, state)
+        Transfer(layout='torchvision', num_tensors=17, skipped=(), adapted=None)
+    """
+    with _naming(source):
+        return load_tensors(
+            model,
+            read_checkpoint(source),
+            layout=layout,
+            skip_head=skip_head,
+            adapt_input=adapt_input,
+        )
+
+
+def load_keras_applications_weights(model, source, *, skip_head=False, adapt_input=False):
+    """Loads the weights of ResNet50/101/152, or of their V2, from keras.applications.
+
+    Args:
+        model: A network of `build_resnet` of the same depth, and of variant "keras_v1" or, for V2,
+            "keras_v2".
+        source: A model of keras.applications; a `.keras` file of it; or a `.h5` file of its
+            weights, as keras.applications publishes them.
+        skip_head: Whether the logits' weights stay as they are.
+        adapt_input: Whether the first convolution may be fitted to another number of channels;
+            see `adapt_channels`.
+
+    Returns:
+        A `Transfer`. Keras's models put out probabilities unless they are built with
+        ``classifier_activation=None``, ours logits.
+
+    Raises:
+        InputError: If the source cannot be read or does not fit.
+    """
+    with _naming(source):
+        tensors = read_keras_applications(source)
+        return load_tensors(model, tensors, skip_head=skip_head, adapt_input=adapt_input)
+
+
+def read_tensors(source):
+    """Reads a checkpoint of any kind that can be loaded, PyTorch's or keras.applications'.
+
+    Args:
+        source: What `load_torch_weights` or `load_keras_applications_weights` take.
+
+    Returns:
+        A dict: names -> NumPy arrays.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    suffix = os.path.splitext(source)[1].lower() if isinstance(source, (str, os.PathLike)) else None
+    of_keras = isinstance(source, keras.Model) or suffix in (".keras", ".h5")
+    return read_keras_applications(source) if of_keras else read_checkpoint(source)
+
+
+def load_tensors(model, tensors, *, layout=None, skip_head=False, adapt_input=False):
+    """Loads what `read_tensors` has read.
+
+    Args:
+        model: See `load_torch_weights`, as for all that follow.
+        tensors: Names -> NumPy arrays.
+        layout: A row of `LAYOUTS`, instead of recognising it.
+        skip_head: Whether the logits' weights stay as they are.
+        adapt_input: Whether the first convolution may be fitted.
+
+    Returns:
+        A `Transfer`.
+
+    Raises:
+        InputError: If the tensors do not fit.
+    """
+    layout = layout or detect_layout(tensors)
+    row = look_up(LAYOUTS, layout, "layout")
+    head = {row.name(path) for path in _HEAD}
+    skipped = head if skip_head else set()
+    left = {name: array for name, array in tensors.items() if name not in skipped}
+    places = _places(model, layout, row)
+    places = {name: weight for name, weight in places.items() if name not in skipped}
+    adapted, arrays, mis_shaped = None, {}, []
+    for name in sorted(places.keys() & left.keys()):
+        path, shape = places[name].path, tuple(places[name].shape)
+        array = row.to_ours(path, left[name])
+        if adapt_input and path in _FIRST and array.ndim == 4 and array.shape[2] != shape[2]:
+            adapted = (array.shape[2], shape[2])
+            array = adapt_channels(array, shape[2])
+        arrays[name] = array
+        if array.shape != shape:
+            theirs = row.from_ours(path, np.empty(shape, "bool")).shape
+            mis_shaped.append(f"{name} is {left[name].shape}, must be {theirs}")
+    faults = {
+        "missing": sorted(places.keys() - left.keys()),
+        "of no use": sorted(left.keys() - places.keys()),
+        "of another shape": mis_shaped,
+    }
+    _refuse(faults, head)
+    for name, array in arrays.items():
+        places[name].assign(array)
+    return Transfer(layout, len(arrays), tuple(sorted(skipped & tensors.keys())), adapted)
+
+
+def torch_state_dict(model, layout="torchvision"):
+    """Returns a model's weights as a PyTorch state dict of NumPy arrays.
+
+    Args:
+        model: See `load_torch_weights`.
+        layout: A row of `LAYOUTS`, one of PyTorch's.
+
+    Raises:
+        InputError: If there is no such layout, or the model has parts that it has no names for.
+    """
+    of_torch = {name: row for name, row in LAYOUTS.items() if row.channels_first}
+    row = look_up(of_torch, layout, "layout")
+    state = {}
+    for name, weight in _places(model, layout, row).items():
+        array = row.from_ours(weight.path, ops.convert_to_numpy(weight))
+        state[name] = np.ascontiguousarray(array)
+    return state
+
+
+def save_torch_weights(model, path, layout="torchvision"):
+    """Writes a model's weights as a checkpoint that PyTorch's model of the same form loads.
+
+    The file has every tensor of that model's ``state_dict()``, bit for bit what was loaded from
+    it or trained here; ``num_batches_tracked``, which PyTorch counts and does not use, is 0.
+
+    Args:
+        model: See `load_torch_weights`.
+        path: A `.safetensors` file (PyTorch is not needed), or a `.pth` or `.pt` file (it is).
+        layout: A row of `LAYOUTS`: "torchvision", "timm_d", "timm_v2", "huggingface", "d2l", ….
+
+    Raises:
+        InputError: If there is no such layout, or no such kind of file.
+
+    Example:
+        >>> import tempfile
+        >>> from keras_resnet import Spec, build_resnet
+        >>> model = build_resnet(Spec((1,), (4,)), (32, 32, 3), variant="torchvision")
+        >>> path = f"{tempfile.mkdtemp()}/model.safetensors"
+        >>> save_torch_weights(model, path)
+        >>> load_torch_weights(model, path).num_tensors
+        17
+    """
+    state = torch_state_dict(model, layout)
+    means = [name for name in state if name.endswith("running_mean")]
+    for name in means:
+        state[name.replace("running_mean", "num_batches_tracked")] = np.array(0, "int64")
+    write_checkpoint(state, path)
+
+
+@contextlib.contextmanager
+def _naming(source):
+    """Puts a file's name before the errors about it."""
+    try:
+        yield
+    except InputError as error:
+        is_path = isinstance(source, (str, os.PathLike))
+        if not is_path or str(error).startswith(str(source)):
+            raise
+        raise InputError(f"{source}: {error}") from error
+
+
+def _places(model, layout, row):
+    """Returns their name -> our weight, for every weight of the model."""
+    places = {}
+    for weight in model.weights:
+        try:
+            name = row.name(weight.path)
+        except KeyError:
+            raise InputError(
+                f"the model must be one of `build_resnet`, got {model.name!r} with a weight "
+                f"{weight.path}"
+            ) from None
+        if name in places:
+            raise InputError(
+                f"layout {layout} is not of networks such as {model.name!r}: both "
+                f"{places[name].path} and {weight.path} would be its {name}"
+            )
+        places[name] = weight
+    return places
+
+
+def _refuse(faults, head):
+    """Raises one error that lists all that does not fit, if anything does not."""
+    if not any(faults.values()):
+        return
+    parts = []
+    for kind, names in faults.items():
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        parts += [f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{more})"] if names else []
+    advice = "build the model as the checkpoint's was: depth, variant, stem, channels, classes"
+    if {name.split(" ")[0] for names in faults.values() for name in names} <= head:
+        advice = "only the head does not fit: leave it out with `skip_head=True`, --skip-head"
+    raise InputError(f"tensors: {', '.join(parts)}; {advice}")

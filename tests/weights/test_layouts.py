@@ -1,0 +1,140 @@
+"""The name maps: each is the names of a real implementation, one for one."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references import (
+    huggingface_model,
+    keras_applications_model,
+    timm_model,
+    torchvision_model,
+)
+from torch_reference import ResNet18
+
+from keras_resnet.errors import InputError
+from keras_resnet.models import build_resnet
+from keras_resnet.weights.layouts import LAYOUTS, Layout, detect_layout, inspect_tensors
+
+
+def chapter():
+    """The textbook's network as it stands there: a Sequential of five stages and a head."""
+    parts = list(ResNet18().children())
+    stages = [torch.nn.Sequential(*parts[:4])]
+    stages += [torch.nn.Sequential(*parts[4 + 2 * i : 6 + 2 * i]) for i in range(4)]
+    return torch.nn.Sequential(*stages, *parts[-3:])
+
+
+def named_chapter():
+    """The textbook's other form: the stem's layers, then stages with names."""
+    net = torch.nn.Sequential(*list(chapter()[0].children()))
+    for number in range(1, 5):
+        net.add_module(f"resnet_block{number}", chapter()[number])
+    net.add_module("global_avg_pool", torch.nn.AdaptiveAvgPool2d(1))
+    net.add_module("fc", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(512, 10)))
+    return net
+
+
+# layout, the real network, our row of SPECS, the stem that its tensors show.
+REAL = [
+    ("d2l", chapter, "resnet18", "imagenet"),
+    ("d2l_named", named_chapter, "resnet18", "imagenet"),
+    ("torchvision", lambda: torchvision_model("resnet34"), "resnet34", "imagenet"),
+    ("torchvision", lambda: torchvision_model("resnext50_32x4d"), "resnext50_32x4d", "imagenet"),
+    ("torchvision", lambda: timm_model("seresnet50"), "seresnet50", "imagenet"),
+    ("timm_d", lambda: timm_model("resnet50d"), "resnet50d", "deep"),
+    ("timm_v2", lambda: timm_model("resnetv2_18"), "resnet18", "imagenet"),
+    ("timm_v2", lambda: timm_model("resnetv2_50d"), "resnet50d", "deep"),
+    ("huggingface", lambda: huggingface_model("resnet50"), "resnet50", "imagenet"),
+    ("keras_v1", lambda: keras_applications_model("ResNet50"), "resnet50", "imagenet"),
+    ("keras_v2", lambda: keras_applications_model("ResNet50V2"), "resnet50", "imagenet"),
+]
+
+
+def their_tensors(net):
+    """Returns name -> shape of every tensor that has a place in Keras."""
+    if isinstance(net, keras.Model):
+        return {weight.path: tuple(weight.shape) for weight in net.weights}
+    state = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    return {name: s for name, s in state.items() if not name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "make", "spec", "stem"), REAL, ids=[f"{row[0]}-{row[2]}" for row in REAL]
+)
+def test_names_and_shapes_are_those_of_the_real_network(layout, make, spec, stem):
+    theirs = their_tensors(make())
+    assert detect_layout(theirs) == layout
+    found = inspect_tensors({name: np.empty(shape, "bool") for name, shape in theirs.items()})
+    channels, classes = (1, 10) if layout.startswith("d2l") else (3, 1000)
+    assert (found.layout, found.variant, found.stem) == (layout, LAYOUTS[layout].variant, stem)
+    assert (found.channels, found.num_classes) == (channels, classes)
+    assert found.num_tensors == len(theirs)
+
+    model = build_resnet(spec, (None, None, channels), classes, variant=found.variant, stem=stem)
+    row = LAYOUTS[layout]
+    ours = {
+        row.name(weight.path): row.from_ours(weight.path, np.empty(weight.shape, "bool")).shape
+        for weight in model.weights
+    }
+    assert ours == theirs
+
+
+def test_every_layout_is_held_against_a_real_network():
+    assert {row[0] for row in REAL} == set(LAYOUTS)
+
+
+def test_a_mark_is_of_one_layout_alone():
+    for layout, make, _, _ in REAL:
+        names = their_tensors(make())
+        marked = {n for n, r in LAYOUTS.items() if any(re.fullmatch(r.marker, k) for k in names)}
+        assert marked == {layout}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layout=st.sampled_from(list(LAYOUTS)),
+    path=st.sampled_from(
+        [
+            "stem_conv/kernel",
+            "stage2_block1/conv2/kernel",
+            "stage1_block1/bn1/beta",
+            "stage1_block3/se/fc1/kernel",
+            "logits/kernel",
+            "logits/bias",
+        ]
+    ),
+    data=st.data(),
+)
+def test_the_order_of_axes_comes_back_bit_for_bit(layout, path, data):
+    ndim = {"kernel": 4 if "conv" in path else 2}.get(path.split("/")[-1], 1)
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim)))
+    ours = np.random.default_rng(0).normal(size=shape)
+    row: Layout = LAYOUTS[layout]
+    np.testing.assert_array_equal(row.to_ours(path, row.from_ours(path, ours)), ours)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"encoder.weight": (3, 3), "b": (1,)}, "2 tensors .encoder.weight, b, .*known: torchv"),
+        ({"conv1.weight": (64, 3, 5, 5)}, "conv1.weight is missing or is not 3×3 or 7×7"),
+        ({"conv1.weight": (64, 3, 7)}, "conv1.weight is missing or is not"),
+        ({"conv1.weight": (64,)}, "conv1.weight is missing or is not"),
+        ({"post_bn/gamma": (64,)}, "conv1_conv/kernel is missing"),
+    ],
+)
+def test_what_is_no_residual_network_is_said_so(tensors, message):
+    with pytest.raises(InputError, match=message):
+        inspect_tensors({name: np.empty(shape) for name, shape in tensors.items()})
+
+
+def test_a_layout_may_be_named():
+    tensors = {"stem.conv.weight": np.empty((64, 3, 7, 7))}
+    assert inspect_tensors(tensors, "timm_v2").num_classes is None
+    with pytest.raises(InputError, match="`layout` must be one of torchvision, timm_d"):
+        inspect_tensors(tensors, "caffe")

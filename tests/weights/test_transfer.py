@@ -1,0 +1,365 @@
+"""Weights in and out: every tensor once, everything that does not fit in one line."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import ops
+from references import randomize, timm_model, torchvision_model
+
+import keras_resnet
+from keras_resnet.errors import InputError
+from keras_resnet.models import Spec, build_resnet
+from keras_resnet.preprocessing import with_preprocessing
+from keras_resnet.weights import (
+    LAYOUTS,
+    adapt_channels,
+    load_keras_applications_weights,
+    load_torch_weights,
+    save_torch_weights,
+    torch_state_dict,
+)
+
+SMALL = Spec((1, 1), (4, 8), "bottleneck", se_reduction=2)
+
+
+def build(spec=SMALL, channels=3, classes=5, **kwargs):
+    """A small network of the form that published weights have, unless told otherwise."""
+    kwargs = {"variant": "torchvision", **kwargs}
+    return build_resnet(spec, (None, None, channels), classes, **kwargs)
+
+
+def random_state(seed=0, **kwargs):
+    """A state dict of the small network with random numbers in every place."""
+    rng = np.random.default_rng(seed)
+    state = torch_state_dict(build(**kwargs))
+    return {name: rng.uniform(0.1, 1, a.shape).astype("float32") for name, a in state.items()}
+
+
+def weights_of(model):
+    return {weight.path: ops.convert_to_numpy(weight) for weight in model.weights}
+
+
+# In and out
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_a_network_of_torchvision_goes_in_and_comes_out_bit_for_bit(tmp_path, suffix):
+    net = randomize(torchvision_model("resnet18", num_classes=7), 0)
+    model = build("resnet18", classes=7)
+    transfer = load_torch_weights(model, net.state_dict())
+    assert (transfer.layout, transfer.num_tensors) == ("torchvision", 102)
+
+    save_torch_weights(model, tmp_path / f"out{suffix}")
+    again = torchvision_model("resnet18", num_classes=7)
+    if suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(tmp_path / f"out{suffix}")
+    else:
+        state = torch.load(tmp_path / f"out{suffix}", weights_only=True)
+    assert set(state) == set(net.state_dict())
+    again.load_state_dict(state, strict=True)
+    for name, tensor in net.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("layout", [n for n, row in LAYOUTS.items() if row.channels_first])
+def test_every_layout_of_pytorch_is_written_and_read(tmp_path, layout):
+    variant = LAYOUTS[layout].variant
+    stem = "deep" if layout == "timm_d" else "imagenet"
+    spec = Spec((1, 2), (4, 8), "basic" if variant == "d2l" else "bottleneck")
+    source, target = (build(spec, variant=variant, stem=stem) for _ in range(2))
+    rng = np.random.default_rng(0)
+    source.set_weights([rng.normal(size=w.shape) for w in source.weights])
+    save_torch_weights(source, tmp_path / "w.safetensors", layout=layout)
+    assert load_torch_weights(target, tmp_path / "w.safetensors").layout == layout
+    for path, value in weights_of(source).items():
+        np.testing.assert_array_equal(weights_of(target)[path], value)
+
+
+def test_a_trained_network_of_ours_gives_its_logits_in_pytorch(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = build("resnet18")
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = np.random.default_rng(0).normal(size=(8, 33, 32, 3)).astype("float32")
+    model.fit(x, np.arange(8) % 5, epochs=2, verbose=0)
+    save_torch_weights(model, tmp_path / "trained.pth")
+    net = torchvision_model("resnet18", num_classes=5).eval()
+    net.load_state_dict(torch.load(tmp_path / "trained.pth", weights_only=True), strict=True)
+    with torch.no_grad():
+        theirs = net(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    ours = ops.convert_to_numpy(model(x))
+    assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-5
+
+
+def test_safetensors_go_both_ways_without_pytorch(tmp_path):
+    code = """
+import sys
+sys.modules["torch"] = None  # any import of it fails
+import keras_resnet
+from keras_resnet import Spec
+model = keras_resnet.build_resnet(Spec((1,), (4,)), (32, 32, 3), variant="torchvision")
+keras_resnet.weights.save_torch_weights(model, sys.argv[1])
+print(keras_resnet.load_torch_weights(model, sys.argv[1]).num_tensors)
+try:
+    keras_resnet.save_torch_weights(model, sys.argv[1].replace(".safetensors", ".pth"))
+except keras_resnet.InputError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "w.safetensors")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    count, error = done.stdout.splitlines()
+    assert count == "17"
+    assert "pip install torch" in error
+
+
+def test_a_classifier_with_preprocessing_takes_weights_too():
+    network = build(channels=3)
+    classifier = with_preprocessing(
+        build_resnet(SMALL, (32, 32, 3), 5, variant="torchvision"), (28, 28, 1), ["flip"]
+    )
+    state = random_state()
+    assert load_torch_weights(classifier, state) == load_torch_weights(network, state)
+    assert weights_of(classifier).keys() == weights_of(network).keys()
+    for path, value in weights_of(network).items():
+        np.testing.assert_array_equal(weights_of(classifier)[path], value)
+
+
+def test_names_are_at_the_top_of_the_package():
+    assert keras_resnet.weights.load_torch_weights is load_torch_weights
+    assert keras_resnet.load_torch_weights is load_torch_weights
+
+
+# What does not fit
+
+
+def without(*names):
+    return lambda state: [state.pop(name) for name in names]
+
+
+def reshaped(name, shape):
+    return lambda state: state.update({name: np.zeros(shape, "float32")})
+
+
+FAULTS = {
+    "missing": (without("bn1.weight"), ["1 missing (bn1.weight)", "depth, variant, stem"]),
+    "surplus": (reshaped("extra.weight", (3,)), ["1 of no use (extra.weight)"]),
+    "another shape": (
+        reshaped("layer1.0.conv1.weight", (4, 4, 3, 3)),
+        ["1 of another shape (layer1.0.conv1.weight is (4, 4, 3, 3), must be (4, 4, 1, 1))"],
+    ),
+    "vector for a kernel": (reshaped("fc.weight", (5,)), ["fc.weight is (5,), must be (5, 32)"]),
+    "another head": (
+        lambda state: (reshaped("fc.weight", (9, 32))(state), reshaped("fc.bias", (9,))(state)),
+        ["fc.weight is (9, 32), must be (5, 32)", "only the head", "--skip-head"],
+    ),
+    "no head": (without("fc.weight", "fc.bias"), ["2 missing (fc.bias, fc.weight)", "skip_head"]),
+    "all at once": (
+        lambda state: (without("bn1.weight", "bn1.bias")(state), reshaped("x", (1,))(state)),
+        ["2 missing (bn1.bias, bn1.weight)", "1 of no use (x)"],
+    ),
+    "square kernel the other way round": (
+        reshaped("layer2.0.conv1.weight", (16, 8, 1, 1)),
+        ["layer2.0.conv1.weight is (16, 8, 1, 1), must be (8, 16, 1, 1)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_fit_is_one_line_and_changes_nothing(fault):
+    spoil, expected = FAULTS[fault]
+    model, state = build(), random_state()
+    before = weights_of(model)
+    spoil(state)
+    with pytest.raises(InputError) as error:
+        load_torch_weights(model, state)
+    assert "\n" not in str(error.value)
+    for part in expected:
+        assert part in str(error.value)
+    for path, value in weights_of(model).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+def test_long_lists_are_cut_and_counted():
+    state = random_state()
+    few = {name: state[name] for name in ("conv1.weight", "fc.weight", "fc.bias")}
+    with pytest.raises(InputError, match=rf"{len(state) - 3} missing \(.*and \d+ more\)"):
+        load_torch_weights(build(), few)
+
+
+def test_an_error_names_the_file(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_torch_weights(build(SMALL), path)
+    with pytest.raises(InputError, match=rf"^{path}: tensors: \d+ missing"):
+        load_torch_weights(build(Spec((2, 1), (4, 8), "bottleneck", se_reduction=2)), path)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "model"),
+    [
+        ({"variant": "torchvision"}, {"variant": "d2l"}),
+        ({"variant": "d2l"}, {"variant": "torchvision"}),
+        ({"variant": "torchvision"}, {"variant": "v2"}),
+        ({"stem": "imagenet"}, {"stem": "small"}),
+        ({"channels": 3}, {"channels": 1}),
+    ],
+)
+def test_another_form_is_refused(checkpoint, model):
+    with pytest.raises(InputError, match="build the model as the checkpoint's was"):
+        load_torch_weights(build(**model), random_state(**checkpoint), layout="torchvision")
+
+
+def test_a_model_that_a_layout_has_no_names_for_is_refused():
+    bottlenecks = build(Spec((1,), (4,), "bottleneck"), variant="d2l")
+    with pytest.raises(InputError, match=r"layout d2l is not .*would be its 1\.0\.conv3\.weight"):
+        torch_state_dict(bottlenecks, "d2l")
+    inputs = keras.Input((4, 3))
+    other = keras.Model(inputs, keras.layers.GRU(2)(inputs))
+    with pytest.raises(InputError, match=r"must be one of `build_resnet`.*recurrent_kernel"):
+        torch_state_dict(other)
+
+
+# Heads and channels
+
+
+@pytest.mark.parametrize("classes", [9, 5])
+def test_a_head_may_be_left_as_it_is(classes):
+    model, state = build(classes=5), random_state(classes=classes)
+    head = [np.array(w) for w in model.get_layer("logits").weights]
+    transfer = load_torch_weights(model, state, skip_head=True)
+    assert transfer.skipped == ("fc.bias", "fc.weight")
+    assert transfer.num_tensors == len(state) - 2
+    for before, after in zip(head, model.get_layer("logits").weights, strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
+def test_a_network_without_a_head_takes_one_with_it():
+    backbone = build(include_top=False)
+    state = random_state()
+    with pytest.raises(InputError, match=r"2 of no use \(fc.bias, fc.weight\).*skip_head"):
+        load_torch_weights(backbone, state)
+    assert load_torch_weights(backbone, state, skip_head=True).num_tensors == len(state) - 2
+
+
+@pytest.mark.parametrize(("present", "wanted"), [(3, 1), (1, 3), (4, 1), (1, 5), (3, 3)])
+def test_adapted_channels_keep_what_equal_channels_gave(present, wanted):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(7, 7, present, 8)).astype("float32")
+    grey = rng.normal(size=(2, 16, 16, 1)).astype("float32")
+    adapted = adapt_channels(kernel, wanted)
+    assert (adapted.shape, adapted.dtype) == ((7, 7, wanted, 8), kernel.dtype)
+    before, after = (
+        ops.conv(np.repeat(grey, k.shape[2], axis=-1), k, padding="same") for k in (kernel, adapted)
+    )
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_between_two_others_have_no_rule():
+    with pytest.raises(InputError, match="got 3 to 4"):
+        adapt_channels(np.zeros((7, 7, 3, 8)), 4)
+
+
+@pytest.mark.parametrize(("checkpoint", "ours"), [(3, 1), (1, 3)])
+def test_a_checkpoint_is_adapted_only_where_that_is_asked_for(checkpoint, ours):
+    state = random_state(channels=checkpoint)
+    with pytest.raises(InputError, match=r"conv1.weight is \(4, \d, 7, 7\), must be"):
+        load_torch_weights(build(channels=ours), state)
+    model = build(channels=ours)
+    transfer = load_torch_weights(model, state, adapt_input=True)
+    assert transfer.adapted == (checkpoint, ours)
+    reference = build(channels=checkpoint)
+    load_torch_weights(reference, state)
+    grey = np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype("float32")
+    logits = [m(np.repeat(grey, m.input_shape[-1], axis=-1)) for m in (model, reference)]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_deep_stems_are_adapted_too():
+    net = timm_model("resnet18d", num_classes=5)
+    model = build("resnet18d", channels=1)
+    transfer = load_torch_weights(model, net.state_dict(), adapt_input=True)
+    assert (transfer.layout, transfer.adapted) == ("timm_d", (3, 1))
+
+
+# keras.applications
+
+
+@pytest.fixture(scope="module")
+def small_applications(tmp_path_factory):
+    """A network with the names of keras.applications, and every file that it can lie in."""
+    folder = tmp_path_factory.mktemp("applications")
+    ours = build(Spec((1,), (4,), "bottleneck"), variant="keras_v1")
+    row = LAYOUTS["keras_v1"]
+    rng = np.random.default_rng(0)
+    model = keras.applications.ResNet50(weights=None, classes=5, classifier_activation=None)
+    model.set_weights([rng.uniform(0.1, 1, w.shape) for w in model.weights])
+    model.save(folder / "model.keras")
+    model.save(folder / "model.h5")
+    legacy = folder / "weights.h5"
+    _save_as_published(model, legacy)
+    assert row.name(ours.weights[0].path) == "conv1_conv/kernel"
+    return model, folder
+
+
+def _save_as_published(model, path):
+    """Writes the weights as Keras 2 did, the form in which keras.applications publishes them."""
+    import h5py
+    from keras.src.legacy.saving import legacy_h5_format
+
+    with h5py.File(path, "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, model)
+
+
+@pytest.mark.parametrize("form", ["a model", "model.keras", "model.h5", "weights.h5"])
+def test_keras_applications_come_from_a_model_and_from_files(small_applications, form):
+    theirs, folder = small_applications
+    model = build("resnet50", variant="keras_v1")
+    source = theirs if form == "a model" else folder / form
+    transfer = load_keras_applications_weights(model, source)
+    assert (transfer.layout, transfer.num_tensors) == ("keras_v1", len(theirs.weights))
+    expected = {weight.path: np.array(weight) for weight in theirs.weights}
+    row = LAYOUTS["keras_v1"]
+    for path, value in weights_of(model).items():
+        np.testing.assert_array_equal(value, expected[row.name(path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.h5", None, "no such file"),
+        ("garbage.h5", b"no h5 at all", "cannot be read as weights of keras.applications"),
+        ("empty.h5", b"", "cannot be read as weights of keras.applications"),
+        ("garbage.keras", b"no zip at all", "garbage.keras"),
+        ("weights.npz", b"", "must be one of .keras, .h5"),
+    ],
+)
+def test_a_bad_file_of_keras_applications_is_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_keras_applications_weights(build(), tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_keras_3_saved_need_their_model(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model.save_weights(tmp_path / "new.weights.h5")
+    with pytest.raises(InputError, match="must be loaded into its own model"):
+        load_keras_applications_weights(build(), tmp_path / "new.weights.h5")
+
+
+def test_a_file_is_written_in_layouts_of_pytorch_alone(tmp_path):
+    with pytest.raises(InputError, match=r"`layout` must be one of torchvision.*got 'keras_v1'"):
+        save_torch_weights(build(), tmp_path / "w.safetensors", layout="keras_v1")
+    with pytest.raises(InputError, match=r"must end in \.safetensors"):
+        save_torch_weights(build(), tmp_path / "w.npz")
+    assert not list(tmp_path.iterdir())
