@@ -42,6 +42,14 @@ def _share(text):
     return value
 
 
+# The tables themselves would bring Keras with them; a name that is no row is answered with all.
+_NETWORKS = "resnet18 … resnet152, resnext50_32x4d, …: a row of models.SPECS"
+_FORM_OPTIONS = {
+    "--variant": {"metavar": "NAME", "help": "d2l, torchvision, v1, v2, keras_v1 or keras_v2"},
+    "--stem": {"metavar": "NAME", "help": "imagenet, small or deep"},
+}
+_NORMALIZE_HELP = "none, imagenet (what most published weights expect) or inception"
+
 # option -> arguments of add_argument. What `training.train` takes under the same name.
 _DATA_OPTIONS = {
     "--dataset": {
@@ -62,7 +70,7 @@ _DATA_OPTIONS = {
 }
 
 _TRAIN_OPTIONS = {
-    "--model": {"metavar": "NAME", "help": "resnet18 (default) or resnet34"},
+    "--model": {"metavar": "NAME", "help": f"{_NETWORKS}; default: resnet18"},
     **_DATA_OPTIONS,
     "--recipe": {"choices": tuple(RECIPES), "help": "how to train (default: quick); see below"},
     "--epochs": {"type": _positive(int), "metavar": "N", "help": "instead of the recipe's"},
@@ -77,6 +85,17 @@ _TRAIN_OPTIONS = {
         "metavar": "RATE",
         "help": "instead of the recipe's",
     },
+    **_FORM_OPTIONS,
+    "--init": {
+        "metavar": "FILE",
+        "help": "fine-tune: start from a checkpoint that `convert` reads, in its variant and stem; "
+        "a head of other classes is new",
+    },
+    "--freeze": {
+        "metavar": "NAMES",
+        "help": "modules that keep the weights of --init, such as stem,stage1 (see `summary`)",
+    },
+    "--normalize": {"metavar": "NAME", "help": f"{_NORMALIZE_HELP}; default: none"},
     "--precision": {
         "choices": PRECISIONS,
         "help": "what to compute in; auto (default) takes bfloat16 where the machine has it",
@@ -114,8 +133,42 @@ _PREDICT_OPTIONS = {
     },
 }
 
+_CONVERT_OPTIONS = {
+    "source": {
+        "metavar": "CHECKPOINT",
+        "help": "a .safetensors, .pth, .pt or .bin file of PyTorch's world, or a .h5 or .keras "
+        "file of keras.applications; code in it is never run",
+    },
+    "--model": {"metavar": "NAME", "required": True, "help": _NETWORKS},
+    "--out": {"metavar": "FILE", "required": True, "help": "the .keras file to write"},
+    "--num-classes": {
+        "type": _positive(int),
+        "metavar": "N",
+        "help": "what the head must have (default: what it has)",
+    },
+    **_FORM_OPTIONS,
+    "--layout": {
+        "metavar": "NAME",
+        "help": "whose names the tensors have, a row of weights.LAYOUTS (default: found out)",
+    },
+    "--skip-head": {
+        "action": "store_true",
+        "help": "leave the checkpoint's head out, for a new, untrained one of --num-classes",
+    },
+    "--normalize": {
+        "metavar": "NAME",
+        "help": "make a model of raw images, resized and normalised inside, for `predict` and "
+        f"`evaluate`: {_NORMALIZE_HELP}; default: the network alone",
+    },
+    "--image-size": {
+        "type": _positive(int),
+        "metavar": "PIXELS",
+        "help": "height and width that the network takes (default: any; 224 with --normalize)",
+    },
+}
+
 _SUMMARY_OPTIONS = {
-    "model": {"metavar": "MODEL", "help": "resnet18, resnet34 or dense_resnet"},
+    "model": {"metavar": "MODEL", "help": f"{_NETWORKS}; or dense_resnet"},
     "--input-shape": {
         "type": _positive(int),
         "nargs": "+",
@@ -123,16 +176,22 @@ _SUMMARY_OPTIONS = {
         "help": "height, width and channels (default: 224 224 1), or features (default: 12)",
     },
     "--num-classes": {"type": _positive(int), "metavar": "N", "help": "number of outputs"},
+    **_FORM_OPTIONS,
 }
+
+
+def _given(args, options):
+    """Returns what was given for options, under the names that functions have for them."""
+    names = [name.lstrip("-").replace("-", "_") for name in options]
+    return {name: getattr(args, name) for name in names}
 
 
 def _train(args):
     from keras_resnet.report import format_run
     from keras_resnet.training import train
 
-    options = [name.lstrip("-").replace("-", "_") for name in _TRAIN_OPTIONS]
     command = shlex.join(["keras-resnet", *args.words])
-    run = train(**{name: getattr(args, name) for name in options}, command=command)
+    run = train(**_given(args, _TRAIN_OPTIONS), command=command)
     print(format_run(run.run_dir, run.report))
 
 
@@ -167,11 +226,26 @@ def _predict(args):
     print(format_table(lines, columns))
 
 
+def _convert(args):
+    from keras_resnet.tables import format_table
+    from keras_resnet.weights import convert
+
+    found = convert(**_given(args, _CONVERT_OPTIONS))
+    if args.json:
+        print(json.dumps(found))
+        return
+    found["parameters"] = f"{found['parameters']:,}"
+    rows = [{"found": name.replace("_", " "), "": str(value)} for name, value in found.items()]
+    print(format_table(rows, ["found", ""]))
+
+
 def _summary(args):
     from keras_resnet.models import build_named, summarize_shapes
     from keras_resnet.tables import Column, format_table
 
-    model, input_shape = build_named(args.model, args.input_shape, args.num_classes)
+    model, input_shape = build_named(
+        args.model, args.input_shape, args.num_classes, args.variant, args.stem
+    )
     rows = summarize_shapes(model, (1, *input_shape))
     total = {"module": "total", "parameters": sum(row["parameters"] for row in rows)}
     for row in rows:
@@ -202,6 +276,13 @@ _COMMANDS = {
         "name what is on images",
         "Name what is on images of any size, colour or grey.",
         {**_MODEL_ARGUMENT, **_PREDICT_OPTIONS, **_JSON_OPTION},
+        None,
+    ),
+    "convert": Command(
+        _convert,
+        "make a model of a published checkpoint",
+        "Turn a checkpoint into a .keras file and print what was found in it.",
+        {**_CONVERT_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "summary": Command(

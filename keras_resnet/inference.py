@@ -27,7 +27,8 @@ class Predictor:
     Args:
         model: A Keras model: images to logits, or to probabilities if it ends in a softmax.
         card: What the model's file says about itself: "class_names"; "background" ("dark",
-            "light" or None) of the images it was trained on; "data", how to load them again.
+            "light" or None) of the images it was trained on; "data", how to load them again;
+            "takes_raw_images", false for a network without its preprocessing.
         path: The file it came from, for messages.
 
     Attributes:
@@ -40,6 +41,11 @@ class Predictor:
         self.card = card or {}
         self.path = path
         self.name = path or model.name
+        if self.card.get("takes_raw_images") is False:
+            raise InputError(
+                f"{self.name}: it takes floats that are normalised already, not images: convert "
+                "the checkpoint again with --normalize, such as --normalize imagenet"
+            )
         self.image_shape, outputs = self._check_shapes()
         self.gives_probabilities = _ends_in_softmax(model)
         names = self.card.get("class_names") or [f"class {i}" for i in range(outputs)]

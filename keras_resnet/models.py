@@ -560,7 +560,7 @@ def build_dense_resnet(input_features=12, hidden_features=24, output_features=8,
     return keras.Model(inputs, outputs, name="dense_resnet")
 
 
-def build_named(name, input_shape=None, num_classes=None):
+def build_named(name, input_shape=None, num_classes=None, variant=None, stem=None):
     """Builds what the command line names: a row of `SPECS`, or "dense_resnet".
 
     Args:
@@ -568,12 +568,14 @@ def build_named(name, input_shape=None, num_classes=None):
         input_shape: (height, width, channels), (224, 224, 1) by default; for "dense_resnet"
             (features,), (12,) by default.
         num_classes: Number of outputs; the builder's own default if None.
+        variant: A row of `VARIANTS`, "d2l" by default; not for "dense_resnet".
+        stem: A row of `STEMS`, the spec's own by default; not for "dense_resnet".
 
     Returns:
         The model, and its input shape without the batch.
 
     Raises:
-        InputError: If there is no such network, or the shape is not one of its kind.
+        InputError: If there is no such network, or an argument is not one of its kind.
 
     Example:
         >>> model, shape = build_named("dense_resnet")
@@ -584,7 +586,11 @@ def build_named(name, input_shape=None, num_classes=None):
     look_up(names, name, "model")
     if name != "dense_resnet":
         shape = tuple(input_shape or (224, 224, 1))
-        return build_resnet(name, shape, num_classes or 10), shape
+        form = {"variant": variant or "d2l", "stem": stem}
+        return build_resnet(name, shape, num_classes or 10, **form), shape
+    for argument, value in (("variant", variant), ("stem", stem)):
+        if value is not None:
+            raise InputError(f"dense_resnet has no `{argument}`, got {value!r}; leave it out")
     shape = tuple(input_shape or (12,))
     if len(shape) != 1:
         raise InputError(f"`input_shape` of dense_resnet must be one number, got {shape}")

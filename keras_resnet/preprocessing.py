@@ -13,6 +13,38 @@ from keras_resnet.errors import InputError, check_count, look_up
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.
 LUMA = (0.299, 0.587, 0.114)
 
+# name -> what is taken off and divided by, on the scale [0, 1]: a number, or one for each of red,
+# green and blue.
+NORMALIZATIONS = {
+    "none": (0.0, 1.0),
+    # What nearly all published weights were trained with: ImageNet's own mean and deviation.
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # To -1 … 1: timm's ResNetV2, and ResNet50V2 … of keras.applications.
+    "inception": (0.5, 0.5),
+}
+
+
+def find_normalization(name, channels):
+    """Returns the `mean` and `std` that `with_preprocessing` takes.
+
+    Args:
+        name: A row of `NORMALIZATIONS`.
+        channels: Channels of the images; grey ones get the average over the colours.
+
+    Raises:
+        InputError: If there is no such row.
+
+    Example:
+        >>> find_normalization("imagenet", 3)
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        >>> [round(value, 3) for value in find_normalization("imagenet", 1)]
+        [0.449, 0.226]
+    """
+    row = look_up(NORMALIZATIONS, name, "normalize")
+    if channels != 1:
+        return row
+    return tuple(sum(v) / len(v) if isinstance(v, tuple) else v for v in row)
+
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class ImagePreprocessing(keras.layers.Layer):

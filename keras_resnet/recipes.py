@@ -20,7 +20,7 @@ class Recipe:
         warmup: Share of all steps in which the rate rises from zero; "cosine" alone uses it.
         augmentation: Rows of `preprocessing.AUGMENTATIONS`.
         variant: A row of `models.VARIANTS`.
-        stem: A row of `models.STEMS`.
+        stem: A row of `models.STEMS`; None is the network's own.
     """
 
     description: str
@@ -33,7 +33,7 @@ class Recipe:
     warmup: float = 0.2
     augmentation: tuple[str, ...] = ()
     variant: str = "d2l"
-    stem: str = "imagenet"
+    stem: str | None = None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "image_size"):

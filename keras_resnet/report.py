@@ -143,8 +143,9 @@ def write_report(run_dir, config, history, evaluation, split):
 
     Args:
         run_dir: The run folder; it is made where it is missing.
-        config: What the run was: model, num_parameters, dataset, recipe, seed, precision,
-            backend, versions, git_commit, machine, command. What is missing or None is left out.
+        config: What the run was: settings, model, num_parameters, init, dataset, recipe, seed,
+            precision, backend, versions, git_commit, machine, command. What is missing or None is
+            left out.
         history: One mapping for each epoch; see `HISTORY_COLUMNS`. It may be empty.
         evaluation: The `evaluation.Evaluation` of the trained model.
         split: The `Split` that was evaluated.
@@ -409,6 +410,10 @@ def _confused(report):
 _SETUP = (
     ("Model", ("model",), str),
     ("Parameters", ("num_parameters",), "{:,}".format),
+    ("Trained of them", ("num_trained_parameters",), "{:,}".format),
+    ("Started from", ("settings", "init"), str),
+    ("", ("init", "sha256"), "sha256 {}".format),
+    ("Frozen", ("settings", "freeze"), ", ".join),
     ("Data set", ("dataset", "name"), str),
     ("Found", ("dataset", "source"), str),
     ("Images", ("dataset", "splits"), lambda splits: _pairs(splits, "{} {:,}")),
@@ -419,6 +424,8 @@ _SETUP = (
     ("Epochs", ("recipe", "epochs"), str),
     ("Batch size", ("recipe", "batch_size"), str),
     ("Image size", ("recipe", "image_size"), str),
+    ("Normalization", ("settings", "normalize"), str),
+    ("Variant", ("recipe", "variant"), str),
     ("Stem", ("recipe", "stem"), str),
     ("Optimizer", ("recipe", "optimizer"), str),
     ("Learning rate", ("recipe", "learning_rate"), str),

@@ -12,16 +12,17 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnet import archive, callbacks, files, run_folder
+from keras_resnet import archive, callbacks, files, fine_tuning, run_folder
 from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.datasets.images import border_level
-from keras_resnet.errors import InputError, Interrupted, TrainingError
+from keras_resnet.errors import InputError, Interrupted, TrainingError, look_up
 from keras_resnet.inference import Predictor, measure
-from keras_resnet.models import SPECS, build_resnet, count_parameters, look_up
+from keras_resnet.models import SPECS, STEMS, VARIANTS, build_resnet, count_parameters
 from keras_resnet.precision import POLICIES, choose_precision
-from keras_resnet.preprocessing import with_preprocessing
+from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
 from keras_resnet.recipes import RECIPES, Recipe
 from keras_resnet.report import write_history, write_report
+from keras_resnet.weights.conversion import Source
 
 # ----------------------------------------------------------------------------------------------
 # The settings of a run
@@ -54,6 +55,11 @@ DEFAULTS = {
     "batch_size": None,
     "image_size": None,
     "learning_rate": None,
+    "variant": None,
+    "stem": None,
+    "init": None,
+    "freeze": None,
+    "normalize": "none",
     "precision": "auto",
     "seed": 0,
     "validation_share": 0.1,
@@ -61,9 +67,11 @@ DEFAULTS = {
 }
 
 # Settings that replace the recipe's.
-_OVERRIDES = ("epochs", "batch_size", "image_size", "learning_rate")
+_OVERRIDES = ("epochs", "batch_size", "image_size", "learning_rate", "variant", "stem")
 # What the data loaders take.
 _DATA_SETTINGS = ("data_dir", "validation_share", "skip_bad", "seed")
+# Settings that name a row of a table.
+_TABLES = {"model": SPECS, "variant": VARIANTS, "stem": STEMS, "normalize": NORMALIZATIONS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +93,7 @@ class Run:
 
 def _resolve_settings(given, config):
     """Returns the settings of a run: those given, else those of the run resumed, else defaults."""
+    given = fine_tuning.plain_settings(given)
     given = {name: value for name, value in given.items() if value is not None}
     before = config["settings"] if config else DEFAULTS
     for name, value in given.items():
@@ -96,13 +105,19 @@ def _resolve_settings(given, config):
     settings = {**before, **given}
     if not isinstance(settings["seed"], int) or not 0 <= settings["seed"] < 2**31:
         raise InputError(f"`seed` must be a whole number in 0 … 2³¹ − 1, got {settings['seed']!r}")
+    choose_precision(settings["precision"])
+    for name, table in _TABLES.items():
+        if settings[name] is not None:
+            look_up(table, settings[name], name)
     return settings
 
 
-def _apply_overrides(settings):
+def _apply_overrides(settings, init):
     recipe = look_up(RECIPES, settings["recipe"], "recipe")
     changes = {name: settings[name] for name in _OVERRIDES if settings[name] is not None}
-    return dataclasses.replace(recipe, **changes)
+    recipe = fine_tuning.adopt_form(dataclasses.replace(recipe, **changes), init, settings)
+    stem = recipe.stem or SPECS[settings["model"]].stem
+    return dataclasses.replace(recipe, stem=stem)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -153,6 +168,17 @@ def _check_same_recipe(run_dir, config, recipe):
         )
 
 
+def _open_init(settings, config, run_dir):
+    """Returns the checkpoint to start from, if any; its weights only where they are needed."""
+    recorded = (config or {}).get("init")
+    needed = config is None or not _last_checkpoint(run_dir).exists()
+    return fine_tuning.open_init(settings, recorded, needed)
+
+
+def _last_checkpoint(run_dir):
+    return Path(run_dir) / "checkpoints" / "last.keras"
+
+
 def _check_same_data(run_dir, config, dataset):
     before = config.get("dataset", {}).get("fingerprint", dataset.fingerprint)
     if before != dataset.fingerprint:
@@ -168,9 +194,11 @@ class _Plan:
 
     settings: dict
     recipe: Recipe
+    init: Source | None
     dataset: Dataset
     card: dict
     precision: str
+    precision_reason: str
     run_dir: Path
     verbose: bool
 
@@ -191,10 +219,27 @@ class _Plan:
         return f"keras-resnet train --resume --run-dir {shlex.quote(str(self.run_dir))}"
 
 
-def _make_card(settings, dataset):
+def _make_plan(settings, recipe, init, in_memory, run_dir, verbose):
+    """Loads the data, unless they are in memory, and settles the rest."""
+    dataset = in_memory or load_dataset(
+        settings["dataset"],
+        image_size=recipe.image_size,
+        **{name: settings[name] for name in _DATA_SETTINGS},
+    )
+    card = _make_card(settings, recipe, init, dataset)
+    precision = choose_precision(settings["precision"])
+    return _Plan(settings, recipe, init, dataset, card, *precision, run_dir, verbose)
+
+
+def _make_card(settings, recipe, init, dataset):
     """Returns what every model file of the run says about itself."""
+    origin = {"file": Path(init.path).name, "sha256": init.sha256} if init else None
     return {
         "model": settings["model"],
+        "variant": recipe.variant,
+        "stem": recipe.stem,
+        "normalize": settings["normalize"],
+        "origin": origin,
         "class_names": list(dataset.class_names),
         "background": _background(dataset.splits["train"]),
         "data": {name: settings[name] for name in ("dataset", *_DATA_SETTINGS)},
@@ -211,13 +256,18 @@ def _background(split, sample=1000):
     return "dark" if level < 64 else "light" if level >= 192 else None
 
 
-def _describe(plan, reason, num_parameters, command):
+def _begin_config(settings, init):
+    """Returns what config.json holds before the data are loaded."""
+    return {"settings": settings, **({"init": fine_tuning.record(init)} if init else {})}
+
+
+def _describe(plan, num_parameters, command):
     """Returns what config.json holds: every setting, and what it was run on."""
     dataset, settings = plan.dataset, plan.settings
     return {
-        "settings": settings,
+        **_begin_config(settings, plan.init),
         "model": settings["model"],
-        "num_parameters": num_parameters,
+        **num_parameters,
         "dataset": {
             "name": dataset.name,
             "source": dataset.source,
@@ -230,7 +280,7 @@ def _describe(plan, reason, num_parameters, command):
         "recipe": {"name": settings["recipe"], **dataclasses.asdict(plan.recipe)},
         "seed": settings["seed"],
         "precision": plan.precision,
-        "precision_reason": reason,
+        "precision_reason": plan.precision_reason,
         "command": command,
         **run_folder.describe_surroundings(),
     }
@@ -238,17 +288,19 @@ def _describe(plan, reason, num_parameters, command):
 
 def _build_classifier(plan, precision):
     """Builds the network with its preprocessing in a precision; the policy in force stays."""
+    recipe, image_shape = plan.recipe, plan.dataset.image_shape
+    mean, std = find_normalization(plan.settings["normalize"], image_shape[-1])
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(POLICIES[precision])
     try:
         network = build_resnet(
             plan.settings["model"],
-            (plan.recipe.image_size, plan.recipe.image_size, plan.dataset.image_shape[-1]),
+            (recipe.image_size, recipe.image_size, image_shape[-1]),
             len(plan.dataset.class_names),
-            variant=plan.recipe.variant,
-            stem=plan.recipe.stem,
+            variant=recipe.variant,
+            stem=recipe.stem,
         )
-        return with_preprocessing(network, plan.dataset.image_shape, plan.recipe.augmentation)
+        return with_preprocessing(network, image_shape, recipe.augmentation, mean, std)
     finally:
         keras.config.set_dtype_policy(before)
 
@@ -288,7 +340,7 @@ def _bytes_on_disk(model):
 
 def _restore(model, run_dir):
     """Loads the last checkpoint, if there is one, and returns the history it holds."""
-    path = run_dir / "checkpoints" / "last.keras"
+    path = _last_checkpoint(run_dir)
     if not path.exists():
         return []
     history = archive.read_card(path).get("history", [])
@@ -380,13 +432,41 @@ def _finish(plan, model, config, history):
     return Run(plan.run_dir, final, history, report)
 
 
+def _start_from(plan, model):
+    """Loads the weights that the run starts from, and freezes those that it keeps."""
+    names, total = plan.settings["freeze"], count_parameters(model)
+    numbers = {"num_parameters": total}
+    if plan.init and plan.init.tensors:
+        classes = len(plan.dataset.class_names)
+        plan.say(f"init: {fine_tuning.load_init(model, plan.init, plan.recipe, classes)}")
+    if names:
+        fine_tuning.freeze(model.get_layer(plan.settings["model"]), names)
+        trained = numbers["num_trained_parameters"] = count_parameters(model)
+        plan.say(f"frozen: {', '.join(names)}; {trained:,} of {total:,} parameters are trained")
+    return numbers
+
+
 def _prepare(plan):
-    """Returns the compiled model and the history of its last checkpoint, if there is one."""
+    """Returns the compiled model, its numbers of parameters, and its last checkpoint's history."""
     _set_seed(plan.settings["seed"])
     model = _build_classifier(plan, plan.precision)
+    num_parameters = _start_from(plan, model)
     _compile(model, plan)
     run_folder.check_space(plan.run_dir, _bytes_on_disk(model))
-    return model, _restore(model, plan.run_dir)
+    return model, num_parameters, _restore(model, plan.run_dir)
+
+
+def _begin(plan, config, command):
+    """Returns what `_prepare` does, less the numbers, and the completed config.json."""
+    plan.say(f"data: {plan.dataset.source}")
+    backend = keras.backend.backend()
+    plan.say(f"precision: {plan.precision} ({plan.precision_reason}), backend: {backend}")
+    with _saying_what_is_left(plan):
+        model, num_parameters, history = _prepare(plan)
+        if "dataset" not in config:
+            config = _describe(plan, num_parameters, command)
+            files.write_json(plan.run_dir / run_folder.CONFIG, config)
+    return model, history, config
 
 
 def _run(plan, model, history, config):
@@ -436,6 +516,11 @@ def train(
     batch_size=None,
     image_size=None,
     learning_rate=None,
+    variant=None,
+    stem=None,
+    init=None,
+    freeze=None,
+    normalize=None,
     precision=None,
     seed=None,
     validation_share=None,
@@ -461,6 +546,15 @@ def train(
         batch_size: Images a step, instead of the recipe's.
         image_size: Height and width in pixels that the network sees, instead of the recipe's.
         learning_rate: Instead of the recipe's.
+        variant: A row of `models.VARIANTS`, instead of the recipe's or the checkpoint's.
+        stem: A row of `models.STEMS`, instead of the recipe's or the checkpoint's.
+        init: A checkpoint to start from, any file that `weights.convert` reads: fine-tuning. The
+            network gets the checkpoint's variant and stem; a head of another number of classes
+            is new, and the first convolution is fitted to the images' channels.
+        freeze: Modules that keep the weights of `init`, such as ["stem", "stage1"]; see
+            `summarize_shapes`.
+        normalize: A row of `preprocessing.NORMALIZATIONS`: "none" (the default: images in 0 … 1),
+            "imagenet", what most published weights expect, or "inception".
         precision: "auto" (the default), "float32", "bfloat16" or "float16"; see
             `choose_precision`.
         seed: Whole number; 0 by default. It sets the first weights and the order of the images.
@@ -504,34 +598,21 @@ def train(
         raise InputError("`resume` needs the `run_dir` of the run to go on with")
     config = run_folder.read_config(run_dir, DEFAULTS) if resume else None
     settings = _resolve_settings(given, config)
-    recipe = _apply_overrides(settings)
+    init = _open_init(settings, config, run_dir)
+    recipe = _apply_overrides(settings, init)
     if config:
         _check_same_recipe(run_dir, config, recipe)
-    look_up(SPECS, settings["model"], "model")
-    precision, reason = choose_precision(settings["precision"])
     run_dir = Path(run_dir or run_folder.default_run_dir(settings["model"], settings["recipe"]))
     made = run_folder.make_run_dir(run_dir, resume)
     try:
-        config = config or {"settings": settings}
+        config = config or _begin_config(settings, init)
         files.write_json(run_dir / run_folder.CONFIG, config)
-        dataset = in_memory or load_dataset(
-            settings["dataset"],
-            image_size=recipe.image_size,
-            **{name: settings[name] for name in _DATA_SETTINGS},
-        )
-        _check_same_data(run_dir, config, dataset)
-        card = _make_card(settings, dataset)
-        plan = _Plan(settings, recipe, dataset, card, precision, run_dir, verbose)
-        plan.say(f"data: {dataset.source}")
-        plan.say(f"precision: {precision} ({reason}), backend: {keras.backend.backend()}")
-        with _saying_what_is_left(plan):
-            model, history = _prepare(plan)
-            if "dataset" not in config:
-                config = _describe(plan, reason, count_parameters(model), command)
-                files.write_json(run_dir / run_folder.CONFIG, config)
+        plan = _make_plan(settings, recipe, init, in_memory, run_dir, verbose)
+        _check_same_data(run_dir, config, plan.dataset)
+        begun = _begin(plan, config, command)
     except Exception:
         if not resume:
             run_folder.unmake_run_dir(run_dir, made)
         raise
     with _saying_what_is_left(plan):
-        return _run(plan, model, history, config)
+        return _run(plan, *begun)

@@ -46,6 +46,30 @@ def tiny(monkeypatch):
     return "tiny"
 
 
+def write_tiny(path, num_classes=12, channels=3, variant="torchvision", layout="torchvision"):
+    """Writes weights of "tiny" as a PyTorch checkpoint; returns the network they are of."""
+    from keras_resnet import models, weights
+
+    spec = models.Spec((1, 1), (8, 16))
+    network = models.build_resnet(spec, (28, 28, channels), num_classes, variant=variant)
+    random = np.random.default_rng(0)
+    for weight in network.weights:
+        # The same at every call, and none that another network has by chance.
+        kernel = weight.path.endswith("kernel")
+        low, high = (-0.2, 0.2) if kernel else (0.5, 1.5)
+        weight.assign(random.uniform(low, high, weight.shape))
+    weights.save_torch_weights(network, path, layout)
+    return network
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of "tiny": torchvision's names, colour images, 12 classes."""
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors"
+    write_tiny(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def idx_folder():
     """Debian's folder with the four real Fashion-MNIST files."""

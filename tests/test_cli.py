@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_command
 from PIL import Image
 
@@ -42,7 +43,7 @@ def test_help_is_quick_and_loads_no_framework():
     assert not re.search(r"\b(tensorflow|keras|jax|torch|numpy)\b", seen)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "summary"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "convert", "summary"])
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -71,6 +72,55 @@ def test_summary_prints_the_walk():
 def test_summary_of_the_dense_network(capsys):
     assert main(["summary", "dense_resnet", "--input-shape", "12"]) == 0
     assert "block10" in capsys.readouterr().out
+
+
+def test_summary_takes_a_variant_and_a_stem(capsys):
+    words = ["summary", "resnet50", "--input-shape", "32", "32", "3", "--num-classes", "1000"]
+    assert main([*words, "--variant", "torchvision", "--stem", "small"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    # 7×7 to 3×3: torchvision's 25,557,032 less 40 weights for each of 3×64 pairs of channels.
+    assert rows[0][:2] == ["stem", "1×32×32×64"] and rows[-1] == ["total", "25,549,352"]
+
+
+def test_convert_prints_what_it_found(checkpoint, tiny, tmp_path, capsys):
+    out = tmp_path / "model.keras"
+    words = ["convert", str(checkpoint), "--model", "tiny", "--num-classes", "12"]
+    assert main([*words, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for name, value in {
+        "layout": "torchvision",
+        "variant": "torchvision",
+        "num classes": "12",
+        "parameters": "6,260",
+        "tensors": "32",
+        "path": str(out),
+    }.items():
+        assert re.search(rf"^{name} +{re.escape(value)}$", printed, re.MULTILINE), name
+    assert main([*words, "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"], found["tensors"]) == (6260, 32)
+    # The network alone takes no images, and says what would.
+    image = tmp_path / "image.png"
+    Image.new("RGB", (40, 30)).save(image)
+    assert main(["predict", str(out), str(image)]) == 2
+    assert "--normalize imagenet" in capsys.readouterr().err
+    assert main([*words, "--out", str(out), "--normalize", "imagenet"]) == 0
+    assert main(["predict", str(out), str(image), "--top", "1"]) == 0
+    assert re.search(r"image\.png +no +class \d+ +0\.\d+", capsys.readouterr().out)
+
+
+def test_fine_tuning_from_a_shell(checkpoint, fashion_folder, tmp_path):
+    done = run_command(
+        *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
+        *("--init", checkpoint, "--freeze", "stem,stage1", "--normalize", "imagenet"),
+        *("--learning-rate", 1e-3, "--epochs", 3, "--batch-size", 32),
+        *("--run-dir", tmp_path / "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "new head: 4 classes, the checkpoint has 12" in done.stdout
+    assert "frozen: stem, stage1" in done.stdout
+    # Four classes; a network that learned nothing has 0.25.
+    assert float(re.search(r"accuracy +(\d\.\d+) ±", done.stdout)[1]) > 0.5
 
 
 def test_evaluate_prints_a_table_or_json(trained_run, capsys):
@@ -106,8 +156,10 @@ def test_predict_prints_a_table_or_json(trained_run, fashion_folder, capsys):
 
 
 @pytest.fixture
-def places(tmp_path, trained_run, fashion_folder):
+def places(tmp_path, tiny, trained_run, fashion_folder, checkpoint):
     """What the words in braces below stand for."""
+    (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:-100])
+    torch.save({"state_dict": {}, "args": Payload(tmp_path / "ran")}, tmp_path / "evil.pth")
     (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "old.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     (tmp_path / "text.keras").write_text("text")
@@ -124,7 +176,23 @@ def places(tmp_path, trained_run, fashion_folder):
     idx.mkdir()
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (idx / f"{name}-ubyte.gz").write_bytes(b"\x1f\x8b broken")
-    return {"tmp": tmp_path, "run": trained_run, "data": fashion_folder, "null": os.devnull}
+    return {
+        "tmp": tmp_path,
+        "run": trained_run,
+        "data": fashion_folder,
+        "null": os.devnull,
+        "weights": checkpoint,
+    }
+
+
+class Payload:
+    """What a pickle runs when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 BAD = {
@@ -179,6 +247,53 @@ BAD = {
         "predict {run} {tmp}/bad.png --top 0",
         "must be positive and at most 1e+06, got 0",
     ),
+    "no checkpoint": ("convert {tmp}/none.pth --model tiny --out {tmp}/m.keras", "no such checkp"),
+    "checkpoint cut short": (
+        "convert {tmp}/cut.safetensors --model tiny --out {tmp}/m.keras",
+        "cut.safetensors: cannot be read",
+    ),
+    "checkpoint with code": (
+        "convert {tmp}/evil.pth --model tiny --out {tmp}/m.keras",
+        "evil.pth: refused: it holds posix.mkdir",
+    ),
+    "checkpoint of another depth": (
+        "convert {weights} --model resnet18 --out {tmp}/m.keras",
+        "tiny.safetensors: tensors: 70 missing",
+    ),
+    "checkpoint of other classes": (
+        "convert {weights} --model tiny --num-classes 10 --out {tmp}/m.keras",
+        "the checkpoint's head has 12 classes, got `num_classes` 10: leave that out, or",
+    ),
+    "checkpoint without a network": ("convert {weights} --out {tmp}/m.keras", "required: --model"),
+    "checkpoint to no folder": (
+        "convert {weights} --model tiny --out {tmp}/no/m.keras",
+        "there is no folder",
+    ),
+    "checkpoint to PyTorch": ("convert {weights} --model tiny --out {tmp}/m.pth", "end in .keras"),
+    "start from a file cut short": (
+        "train --model tiny --init {tmp}/cut.safetensors --run-dir {tmp}/r",
+        "cut.safetensors: cannot be read",
+    ),
+    "start from code": (
+        "train --model tiny --init {tmp}/evil.pth --run-dir {tmp}/r",
+        "evil.pth: refused: it holds posix.mkdir",
+    ),
+    "start from another depth": (
+        "train --model resnet18 --dataset folder:{data} --init {weights} --run-dir {tmp}/r",
+        "tiny.safetensors: tensors: 70 missing",
+    ),
+    "freeze an unknown module": (
+        "train --model tiny --dataset folder:{data} --init {weights} --freeze stage9 "
+        "--run-dir {tmp}/r",
+        "stem, stage1, stage2, logits, got 'stage9'",
+    ),
+    "freeze what is random": ("train --freeze stem --run-dir {tmp}/r", "--freeze needs --init"),
+    "unknown normalization": (
+        "train --normalize zca --run-dir {tmp}/r",
+        "`normalize` must be one of none, imagenet, inception, got 'zca'",
+    ),
+    "unknown variant": ("summary resnet18 --variant v9", "`variant` must be one of d2l"),
+    "variant of the dense network": ("summary dense_resnet --variant v1", "has no `variant`"),
     "unknown network": ("summary vgg", "`model` must be one of"),
     "shape of two numbers": ("summary resnet18 --input-shape 224 224", "`input_shape` must be"),
     "shape of three numbers": (

@@ -1,6 +1,7 @@
 """Runs: what they leave, and how they end early and go on."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from conftest import command, run_command
+from conftest import command, run_command, write_tiny
 from PIL import Image
 
 import keras_resnet
@@ -402,6 +403,135 @@ def test_too_little_space_is_found_before_training(tmp_path, tiny, fashion, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"needs \d+ MiB of disk space, and 1 MiB are free"):
         train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+
+
+# ----------------------------------------------------------------------------------------------
+# Fine-tuning
+# ----------------------------------------------------------------------------------------------
+
+TUNED = {**SMALL, "freeze": ["stem", "stage1"], "learning_rate": 1e-3, "normalize": "imagenet"}
+
+
+def weights_of(model):
+    return {weight.path: np.array(weight) for weight in model.weights}
+
+
+def test_fine_tuning_moves_what_is_not_frozen_and_nothing_else(
+    tmp_path, tiny, fashion, checkpoint, capsys
+):
+    before = weights_of(write_tiny(tmp_path / "again.safetensors"))
+    # Grey images: what the colours' kernels would have given for equal colours.
+    before["stem_conv/kernel"] = before["stem_conv/kernel"].sum(axis=2, keepdims=True)
+    settings = {**TUNED, "verbose": True}
+    run = train(tiny, fashion, epochs=1, init=checkpoint, run_dir=tmp_path / "run", **settings)
+    after = weights_of(run.model.get_layer("tiny"))
+    frozen = {path for path in after if path.startswith(("stem_", "stage1_"))}
+    assert frozen and set(after) == set(before)
+    for path, weight in after.items():
+        same = weight.shape == before[path].shape and np.array_equal(weight, before[path])
+        assert same == (path in frozen), path  # moving statistics are among them
+    out = capsys.readouterr().out
+    assert "variant torchvision, stem imagenet, 30 tensors loaded; new head: 10 classes" in out
+    assert "the checkpoint has 12; first convolution adapted from 3 channels to 1" in out
+    assert "frozen: stem, stage1; 3,850 of 5,442 parameters are trained" in out
+
+
+def test_a_fine_tuned_run_says_what_it_came_from(tmp_path, tiny, fashion, checkpoint):
+    settings = {**TUNED, "freeze": "stem, stage1"}
+    run = train(tiny, fashion, epochs=1, init=checkpoint, run_dir=tmp_path / "run", **settings)
+    config = json.loads((run.run_dir / "config.json").read_text())
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert config["settings"]["init"] == str(checkpoint)
+    assert config["settings"]["freeze"] == ["stem", "stage1"]
+    assert config["init"]["sha256"] == digest and config["init"]["layout"] == "torchvision"
+    assert config["recipe"]["variant"] == "torchvision"
+    assert (config["num_parameters"], config["num_trained_parameters"]) == (5442, 3850)
+    report = (run.run_dir / "report.md").read_text()
+    assert all(text in report for text in (checkpoint.name, digest, "stem, stage1", "imagenet"))
+    card = read_card(run.run_dir / "model.keras")
+    assert (card["variant"], card["normalize"]) == ("torchvision", "imagenet")
+    assert card["origin"] == {"file": checkpoint.name, "sha256": digest}
+    # The model is whole: its preprocessing is inside, and all of it can be trained.
+    model = load_model(run.run_dir / "model.keras")
+    assert model.get_layer("preprocessing").mean == pytest.approx(0.449)
+    plain = keras_resnet.build_resnet(tiny, (28, 28, 1), variant="torchvision")
+    assert len(model.trainable_variables) == len(plain.trainable_variables)
+
+
+def test_a_head_of_the_same_classes_is_loaded(tmp_path, tiny, fashion, capsys):
+    source = tmp_path / "ten.safetensors"
+    network = write_tiny(source, 10, 1, "v2", "timm_v2")
+    settings = {**SMALL, "verbose": True, "learning_rate": 1e-30}
+    run = train(tiny, fashion, epochs=1, init=str(source), run_dir=tmp_path / "run", **settings)
+    assert "head of 10 classes loaded" in (out := capsys.readouterr().out)
+    assert "adapted" not in out and "frozen" not in out
+    # At a rate of nothing weights stay, but for the moving statistics.
+    after, before = weights_of(run.model.get_layer("tiny")), weights_of(network)
+    for name in ("logits/kernel", "stage2_block1/conv1/kernel", "final_bn/gamma"):
+        np.testing.assert_allclose(after[name], before[name], atol=1e-6)
+
+
+def test_a_variant_that_was_asked_for_goes_before_the_checkpoints(
+    tmp_path, tiny, fashion, checkpoint
+):
+    settings = {**SMALL, "variant": "v1"}
+    run = train(tiny, fashion, epochs=1, init=checkpoint, run_dir=tmp_path / "run", **settings)
+    assert run.report["config"]["recipe"]["variant"] == "v1"
+    assert run.report["config"]["init"]["variant"] == "torchvision"
+
+
+def test_resumed_it_needs_the_file_only_before_its_first_checkpoint(
+    tmp_path, tiny, fashion, checkpoint
+):
+    source = tmp_path / "tiny.safetensors"
+    shutil.copyfile(checkpoint, source)
+    run = train(tiny, fashion, epochs=1, init=source, run_dir=tmp_path / "run", **TUNED)
+    again = {"dataset": fashion, "run_dir": run.run_dir, "resume": True, "verbose": False}
+    source.unlink()
+    (run.run_dir / "model.keras").unlink()
+    resumed = train(freeze="stem,stage1", **again)
+    assert resumed.report["accuracy"] == run.report["accuracy"]
+    # As a run that was killed before its first checkpoint.
+    shutil.rmtree(run.run_dir / "checkpoints")
+    with pytest.raises(InputError, match="no such checkpoint file"):
+        train(**again)
+    write_tiny(source, 13)
+    with pytest.raises(InputError, match="not the file that the run was started with: sha256"):
+        train(**again)
+    shutil.copyfile(checkpoint, source)
+    assert train(**again).history[0]["loss"] == pytest.approx(run.history[0]["loss"], rel=0.02)
+    config = json.loads((run.run_dir / "config.json").read_text())
+    config["init"] = {"sha256": 1}
+    (run.run_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="damaged: its init is"):
+        train(**again)
+
+
+NOT_TUNED = {
+    "nothing to start from": ({"init": None}, "`freeze` needs `init`"),
+    "no such file": ({"init": "none.pth"}, "no such checkpoint file"),
+    "no path": ({"init": {}}, "`init` must be the path of a checkpoint, got dict"),
+    "no names": ({"freeze": 1}, "`freeze` must be a list of names of modules, got 1"),
+    "unknown module": (
+        {"freeze": "stem,stage3"},
+        "names modules of the network, stem, stage1, stage2, logits, got 'stage3'",
+    ),
+    "all": ({"freeze": "stem,stage1,stage2,logits"}, "must leave something to train"),
+    "unknown normalization": ({"normalize": "zca"}, "`normalize` must be one of none, imagenet"),
+    "unknown variant": ({"variant": "v3"}, "`variant` must be one of"),
+    "another depth": ({"model": "resnet18"}, r"tiny\.safetensors: tensors: \d+ missing"),
+    "another stem": ({"stem": "small"}, r"must be \(8, 1, 3, 3\)"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TUNED)
+def test_fine_tuning_that_cannot_begin_leaves_no_folder(tmp_path, tiny, fashion, checkpoint, case):
+    changes, expected = NOT_TUNED[case]
+    settings = {"model": tiny, "init": checkpoint, **TUNED, **changes}
+    with pytest.raises(InputError, match=expected) as caught:
+        train(dataset=fashion, epochs=1, run_dir=tmp_path / "a" / "run", **settings)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------

@@ -310,6 +310,6 @@ def inspect_tensors(tensors, layout=None):
         variant=row.variant,
         stem=stem,
         channels=kernel.shape[2],
-        num_classes=None if bias is None else bias.shape[axis],
+        num_classes=bias.shape[axis] if np.ndim(bias) else None,
         num_tensors=len(tensors),
     )
