@@ -67,5 +67,5 @@ def __dir__():
 
 # `keras.models.load_model` finds our layers once they are registered, so they are imported here.
 # The console script does without: Keras takes seconds, and `keras-resnet --help` needs none of it.
-if Path(sys.argv[0] if sys.argv else "").stem != "keras-resnet":
+if Path(sys.argv[0] if sys.argv else "").name not in ("keras-resnet", "keras-resnet.exe"):
     from keras_resnet import preprocessing  # noqa: F401  (imports blocks, too)

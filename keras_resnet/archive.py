@@ -137,7 +137,23 @@ def load_model(path):
         return keras.models.load_model(path, compile=False, safe_mode=True)
     # A damaged or hostile file can fail in any of Keras's, h5py's or zipfile's ways.
     except Exception as error:
-        raise InputError(f"{path}: cannot be loaded: {one_line(error)}") from error
+        raise InputError(f"{path}: cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error):
+    """Returns in one line why Keras did not load a model."""
+    text = str(error)
+    # Keras recommends to switch `safe_mode` off, which would run the code.
+    if "safe_mode" in text or "enable_unsafe_deserialization" in text:
+        return (
+            "it holds code (a Lambda layer, …) or names a file beside it, which is not run or "
+            "read: build the model of layers without such, and save it again"
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # "… Example error message for object <Dense …>:", and what it is stands below.
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return one_line(error)
 
 
 @_tensorflow_only_as_backend()

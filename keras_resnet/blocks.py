@@ -9,7 +9,7 @@ Layouts are channels last throughout, whatever `keras.config.image_data_format()
 import keras
 from keras import ops
 
-from keras_resnet.errors import InputError, check_count
+from keras_resnet.errors import InputError, check_count, check_share
 
 PACKAGE = "keras_resnet"
 
@@ -354,9 +354,11 @@ class _ConvResidual(_Residual):
                 f"`shortcut_pool` must be None or one of {', '.join(SHORTCUT_POOLS)}, "
                 f"got {self.shortcut_pool!r}"
             )
-        if not 0 <= self.stochastic_depth < 1:
+        check_share("stochastic_depth", self.stochastic_depth)
+        if self.filters * self.width_per_group < 64:
             raise InputError(
-                f"`stochastic_depth` must be at least 0 and below 1, got {self.stochastic_depth!r}"
+                "`filters` times `width_per_group` must be at least 64, for a channel in the "
+                f"middle, got {self.filters} and {self.width_per_group}"
             )
 
     def _convolutions(self):

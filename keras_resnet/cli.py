@@ -48,7 +48,10 @@ _FORM_OPTIONS = {
     "--variant": {"metavar": "NAME", "help": "d2l, torchvision, v1, v2, keras_v1 or keras_v2"},
     "--stem": {"metavar": "NAME", "help": "imagenet, small or deep"},
 }
-_NORMALIZE_HELP = "none, imagenet (what most published weights expect) or inception"
+_NORMALIZE_HELP = (
+    "none, imagenet (what PyTorch's published weights expect), inception (keras.applications' V2) "
+    "or caffe (keras.applications' ResNet50/101/152)"
+)
 
 # option -> arguments of add_argument. What `training.train` takes under the same name.
 _DATA_OPTIONS = {

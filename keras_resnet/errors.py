@@ -36,6 +36,24 @@ def check_count(name, value, least=1):
         raise InputError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
 
 
+def check_share(name, value):
+    """Raises an `InputError` unless `value` is a number of at least 0 and below 1.
+
+    Args:
+        name: What the caller calls the value.
+        value: Anything.
+
+    Example:
+        >>> check_share("stochastic_depth", 0.2)
+        >>> check_share("stochastic_depth", 1)
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: `stochastic_depth` must be at least 0 and below 1, got 1
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise InputError(f"`{name}` must be at least 0 and below 1, got {value!r}")
+
+
 def look_up(table, key, argument):
     """Returns `table[key]`.
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from keras_resnet.errors import InputError
-from keras_resnet.models import summarize_shapes
+from keras_resnet.models import module_of
 from keras_resnet.weights.conversion import Source, open_source
 from keras_resnet.weights.layouts import Checkpoint
 
@@ -33,7 +33,7 @@ def plain_settings(settings):
         names = freeze.split(",") if isinstance(freeze, str) else freeze
         if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
             raise InputError(f"`freeze` must be a list of names of modules, got {freeze!r}")
-        settings["freeze"] = [name.strip() for name in names] or None
+        settings["freeze"] = list(dict.fromkeys(name.strip() for name in names)) or None
     return settings
 
 
@@ -160,8 +160,9 @@ def freeze(network, names):
         >>> sorted({variable.path.split("/")[0] for variable in network.trainable_variables})
         ['logits', 'stage2_block1']
     """
-    rows = summarize_shapes(network, (1, *network.input_shape[1:]))
-    modules = [row["module"] for row in rows if row["parameters"]]
+    if isinstance(names, str):
+        raise InputError(f"`names` must be a list of modules, got {names!r}")
+    modules = list(dict.fromkeys(module_of(layer) for layer in network.layers if layer.weights))
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise InputError(
@@ -169,7 +170,6 @@ def freeze(network, names):
         )
     if not set(modules) - set(names):
         raise InputError(f"`freeze` must leave something to train, got all of {', '.join(modules)}")
-    prefixes = tuple(f"{name}_" for name in names)
     for layer in network.layers:
-        if layer.name in names or layer.name.startswith(prefixes):
+        if module_of(layer) in names:
             layer.trainable = False

@@ -22,7 +22,7 @@ from keras_resnet.blocks import (
     batch_norm,
     has_bias,
 )
-from keras_resnet.errors import InputError, check_count, look_up
+from keras_resnet.errors import InputError, check_count, check_share, look_up
 
 # name -> the block as it is, and pre-activated.
 BLOCKS = {
@@ -56,11 +56,14 @@ class Spec:
     stem: str = "imagenet"
 
     def __post_init__(self):
-        if len(self.blocks) != len(self.filters) or not self.blocks:
+        lists = all(isinstance(v, (tuple, list)) for v in (self.blocks, self.filters))
+        if not lists or len(self.blocks) != len(self.filters) or not self.blocks:
             raise InputError(
                 "`blocks` and `filters` need one number a stage each, and at least one stage, "
                 f"got {self.blocks} and {self.filters}"
             )
+        for count in (*self.blocks, *self.filters):
+            check_count("blocks` and `filters", count)
         look_up(BLOCKS, self.block, "block")
 
     @property
@@ -152,7 +155,8 @@ VARIANTS = {
     "v1": Variant(False, True, _HE_NORMAL, stride_on_1x1=True),
     # He et al. 2016b.
     "v2": Variant(False, False, _HE_NORMAL, pre_activation=True, pool_padding="edge"),
-    # The forms of keras.applications: ResNet50 …, and ResNet50V2 ….
+    # The forms of keras.applications: ResNet50 …, and ResNet50V2 …. In training its statistics
+    # move more slowly, with momentum 0.99; ours keep PyTorch's 0.9. Nothing else differs.
     "keras_v1": Variant(True, True, "glorot_uniform", 1.001e-5, stride_on_1x1=True),
     "keras_v2": Variant(
         "unnormalized",
@@ -419,18 +423,20 @@ def build_resnet(
         >>> backbone = build_resnet(
         ...     "resnet18", (96, 96, 3), include_top=False, pooling="avg", features=True
         ... )
-        >>> backbone.output_shape["stage3"], backbone.output_shape["output"]
+        >>> backbone.output["stage3"].shape, backbone.output["output"].shape
         ((None, 6, 6, 256), (None, 512))
     """
     if not isinstance(spec, Spec):
         name = name or spec
         spec = look_up(SPECS, spec, "spec")
     _check_input_shape(input_shape)
-    check_count("num_classes", num_classes)
+    if include_top:
+        check_count("num_classes", num_classes)
     variant = look_up(VARIANTS, variant, "variant")
     stem = look_up(STEMS, stem or spec.stem, "stem")
     if pooling is not None:
         look_up(_POOLINGS, pooling, "pooling")
+    check_share("stochastic_depth", stochastic_depth)
 
     inputs = _features(tuple(input_shape))
     x = _stem(inputs, spec.filters[0], stem, variant)
@@ -608,6 +614,16 @@ def count_parameters(model):
     return sum(int(keras.ops.size(weight)) for weight in model.trainable_variables)
 
 
+def module_of(layer):
+    """Returns the name of the module that a layer of a network is part of.
+
+    Example:
+        >>> [module_of(layer) for layer in build_resnet18().layers[-4:]]
+        ['stage4', 'stage4', 'global_avg_pool', 'logits']
+    """
+    return re.sub(r"^(stem|stage\d+|final)_.*", r"\1", layer.name)
+
+
 def summarize_shapes(model, input_shape):
     """Walks an input of `input_shape` through `model` and notes each module's output.
 
@@ -649,7 +665,7 @@ def summarize_shapes(model, input_shape):
     outputs = walk.compute_output_spec([keras.KerasTensor(input_shape)])
     rows = {}
     for layer, output in zip(layers, outputs, strict=True):
-        module = re.sub(r"^(stem|stage\d+|final)_.*", r"\1", layer.name)
+        module = module_of(layer)
         row = rows.setdefault(module, {"module": module, "output_shape": None, "parameters": 0})
         row["output_shape"] = tuple(output.shape)
         row["parameters"] += count_parameters(layer)

@@ -13,19 +13,24 @@ from keras_resnet.errors import InputError, check_count, look_up
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.
 LUMA = (0.299, 0.587, 0.114)
 
-# name -> what is taken off and divided by, on the scale [0, 1]: a number, or one for each of red,
-# green and blue.
+# name -> arguments of `ImagePreprocessing`: on the scale [0, 1], of red, green and blue.
 NORMALIZATIONS = {
-    "none": (0.0, 1.0),
-    # What nearly all published weights were trained with: ImageNet's own mean and deviation.
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    # To -1 … 1: timm's ResNetV2, and ResNet50V2 … of keras.applications.
-    "inception": (0.5, 0.5),
+    "none": {"mean": 0.0, "std": 1.0},
+    # What PyTorch's published weights were trained with: ImageNet's own mean and deviation.
+    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    # To -1 … 1: ResNet50V2 … of keras.applications ("tf" there), and some of timm's.
+    "inception": {"mean": 0.5, "std": 0.5},
+    # ResNet50 … of keras.applications: 0 … 255 less the mean, and blue first.
+    "caffe": {
+        "mean": (123.68 / 255, 116.779 / 255, 103.939 / 255),
+        "std": 1 / 255,
+        "reverse_channels": True,
+    },
 }
 
 
 def find_normalization(name, channels):
-    """Returns the `mean` and `std` that `with_preprocessing` takes.
+    """Returns the `mean`, `std` and `reverse_channels` that `with_preprocessing` takes, as a dict.
 
     Args:
         name: A row of `NORMALIZATIONS`.
@@ -36,14 +41,14 @@ def find_normalization(name, channels):
 
     Example:
         >>> find_normalization("imagenet", 3)
-        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        >>> [round(value, 3) for value in find_normalization("imagenet", 1)]
-        [0.449, 0.226]
+        {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+        >>> {name: round(value, 3) for name, value in find_normalization("imagenet", 1).items()}
+        {'mean': 0.449, 'std': 0.226}
     """
     row = look_up(NORMALIZATIONS, name, "normalize")
     if channels != 1:
         return row
-    return tuple(sum(v) / len(v) if isinstance(v, tuple) else v for v in row)
+    return {name: sum(v) / len(v) if isinstance(v, tuple) else v for name, v in row.items()}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -62,6 +67,7 @@ class ImagePreprocessing(keras.layers.Layer):
             colour becomes grey by its luma (ITU-R BT.601).
         mean: What is taken off, on the scale [0, 1]; a number, or one for each channel.
         std: What it is divided by then; a number, or one for each channel.
+        reverse_channels: Whether the result's channels are in the other order: blue, green, red.
         **kwargs: What `keras.layers.Layer` takes.
 
     Input shape:
@@ -82,7 +88,7 @@ class ImagePreprocessing(keras.layers.Layer):
         ((2, 96, 96, 1), 1.0)
     """
 
-    def __init__(self, image_size, channels=1, mean=0.0, std=1.0, **kwargs):
+    def __init__(self, image_size, channels=1, mean=0.0, std=1.0, reverse_channels=False, **kwargs):
         super().__init__(**kwargs)
         check_count("image_size", image_size)
         if channels not in (1, 3):
@@ -98,6 +104,7 @@ class ImagePreprocessing(keras.layers.Layer):
         self.channels = channels
         self.mean = mean
         self.std = std
+        self.reverse_channels = reverse_channels
 
     def build(self, input_shape):
         """Checks `input_shape`; there are no weights."""
@@ -124,11 +131,13 @@ class ImagePreprocessing(keras.layers.Layer):
             x = ops.repeat(x, self.channels, axis=-1)
         mean, std = (ops.cast(ops.array(v), exact) for v in (self.mean, self.std))
         x = (x / 255 - mean) / std
+        if self.reverse_channels:
+            x = ops.flip(x, axis=-1)
         return ops.cast(x, self.compute_dtype)
 
     def get_config(self):
         """Returns the arguments that make this layer again."""
-        names = ("image_size", "channels", "mean", "std")
+        names = ("image_size", "channels", "mean", "std", "reverse_channels")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
@@ -198,7 +207,9 @@ class Augmentation(keras.layers.Layer):
         return {**super().get_config(), "names": list(self.names)}
 
 
-def with_preprocessing(network, image_shape, augmentation=(), mean=0.0, std=1.0):
+def with_preprocessing(
+    network, image_shape, augmentation=(), mean=0.0, std=1.0, reverse_channels=False
+):
     """Puts preprocessing and augmentation before a network.
 
     Args:
@@ -207,6 +218,7 @@ def with_preprocessing(network, image_shape, augmentation=(), mean=0.0, std=1.0)
         augmentation: Rows of `AUGMENTATIONS`, active in training only.
         mean: See `ImagePreprocessing`.
         std: See `ImagePreprocessing`.
+        reverse_channels: See `ImagePreprocessing`.
 
     Returns:
         A Keras model: input "image", uint8, (batch, *image_shape), to the network's logits. Its
@@ -224,6 +236,7 @@ def with_preprocessing(network, image_shape, augmentation=(), mean=0.0, std=1.0)
             f"the network must take square images of a known size, got {height}x{width}"
         )
     inputs = keras.Input(tuple(image_shape), dtype="uint8", name="image")
-    x = ImagePreprocessing(height, channels, mean, std, name="preprocessing")(inputs)
+    normalization = {"mean": mean, "std": std, "reverse_channels": reverse_channels}
+    x = ImagePreprocessing(height, channels, **normalization, name="preprocessing")(inputs)
     x = Augmentation(augmentation, name="augmentation")(x)
     return keras.Model(inputs, network(x), name=f"{network.name}_classifier")

@@ -289,7 +289,7 @@ def _describe(plan, num_parameters, command):
 def _build_classifier(plan, precision):
     """Builds the network with its preprocessing in a precision; the policy in force stays."""
     recipe, image_shape = plan.recipe, plan.dataset.image_shape
-    mean, std = find_normalization(plan.settings["normalize"], image_shape[-1])
+    normalization = find_normalization(plan.settings["normalize"], image_shape[-1])
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(POLICIES[precision])
     try:
@@ -300,7 +300,7 @@ def _build_classifier(plan, precision):
             variant=recipe.variant,
             stem=recipe.stem,
         )
-        return with_preprocessing(network, image_shape, recipe.augmentation, mean, std)
+        return with_preprocessing(network, image_shape, recipe.augmentation, **normalization)
     finally:
         keras.config.set_dtype_policy(before)
 
@@ -369,24 +369,29 @@ def _releasing_batches():
         raise
 
 
+def _watchers(plan, batches, history, received):
+    """Returns the callbacks of a run, in the order in which they must be called."""
+    return [
+        # Not PyDataset's own on_epoch_end: Keras calls that once more as it builds the model.
+        keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: batches.shuffle(plan.settings["seed"], epoch)
+        ),
+        callbacks.EpochTimer(len(plan.train)),
+        callbacks.StopOnDivergence(),
+        callbacks.StopOnRequest(received),
+        callbacks.Recorder(plan.run_dir, plan.card, history),
+    ]
+
+
 def _fit(plan, model, history):
     """Runs `model.fit` from the epoch after `history`, which grows with each epoch."""
     size, epochs = plan.recipe.batch_size, plan.recipe.epochs
     batches, measured = Batches(plan.train, size), Batches(plan.evaluation, size)
     progress = callbacks.Progress(len(plan.train), size, epochs)
     with callbacks.catching_stop_signals() as received:
-        watchers = [
-            # Not PyDataset's own on_epoch_end: Keras calls that once more as it builds the model.
-            keras.callbacks.LambdaCallback(
-                on_epoch_begin=lambda epoch, logs: batches.shuffle(plan.settings["seed"], epoch)
-            ),
-            callbacks.EpochTimer(len(plan.train)),
-            callbacks.StopOnDivergence(),
-            callbacks.StopOnRequest(received),
-            callbacks.Recorder(plan.run_dir, plan.card, history),
-            # Last: an epoch that has its line has its checkpoint.
-            *([progress] if plan.verbose else []),
-        ]
+        watchers = _watchers(plan, batches, history, received)
+        if plan.verbose:
+            watchers.append(progress)  # last: an epoch that has its line has its checkpoint
         try:
             with _releasing_batches():
                 model.fit(
@@ -554,7 +559,7 @@ def train(
         freeze: Modules that keep the weights of `init`, such as ["stem", "stage1"]; see
             `summarize_shapes`.
         normalize: A row of `preprocessing.NORMALIZATIONS`: "none" (the default: images in 0 … 1),
-            "imagenet", what most published weights expect, or "inception".
+            "imagenet", what PyTorch's published weights expect, "inception" or "caffe".
         precision: "auto" (the default), "float32", "bfloat16" or "float16"; see
             `choose_precision`.
         seed: Whole number; 0 by default. It sets the first weights and the order of the images.

@@ -560,6 +560,7 @@ def test_bad_units_are_an_error(value):
         (BottleneckBlock, {"shortcut_pool": "max"}, "`shortcut_pool` must be None or .*'max'"),
         (BottleneckBlock, {"stochastic_depth": 1.0}, "`stochastic_depth` must be .*got 1.0"),
         (BottleneckBlock, {"stochastic_depth": -0.1}, "`stochastic_depth` must be .*got -0.1"),
+        (BottleneckBlock, {"width_per_group": 1}, "must be at least 64, .*got 4 and 1"),
         (BottleneckBlock, {"se_reduction": 0}, "`reduction` must be a whole number"),
     ],
 )

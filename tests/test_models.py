@@ -201,6 +201,10 @@ def test_specs_are_data():
         Spec((2,), (64,), "wide")
     with pytest.raises(InputError, match="at least one stage"):
         Spec((), ())
+    with pytest.raises(InputError, match=r"one number a stage each.*got 2 and"):
+        Spec(2)
+    with pytest.raises(InputError, match="must be a whole number of at least 1, got 0"):
+        Spec((1, 1), (8, 0))
 
 
 # The family: variants, stems, and what a network may end in
@@ -310,7 +314,9 @@ def test_features_are_what_the_stages_give(variant):
         ({"variant": "v9"}, "`variant` must be one of d2l, torchvision.*got 'v9'"),
         ({"stem": "big"}, "`stem` must be one of imagenet, small, deep, got 'big'"),
         ({"pooling": "sum"}, "`pooling` must be one of avg, max, got 'sum'"),
-        ({"stochastic_depth": 1.5}, "`stochastic_depth` must be .*got"),
+        ({"stochastic_depth": 1.5}, "`stochastic_depth` must be at least 0 .*got 1.5"),
+        ({"stochastic_depth": -0.1}, "`stochastic_depth` .*got -0.1"),
+        ({"stochastic_depth": "a"}, "`stochastic_depth` .*got 'a'"),
         ({"input_shape": (224, 224)}, r"`input_shape` must be .*got \(224, 224\)"),
         ({"input_shape": (1, 224, 224, 1)}, r"got \(1, 224, 224, 1\)"),
         ({"input_shape": (0, 224, 1)}, r"got \(0, 224, 1\)"),

@@ -10,8 +10,10 @@ from keras_resnet.errors import InputError
 from keras_resnet.models import Spec, build_resnet
 from keras_resnet.preprocessing import (
     AUGMENTATIONS,
+    NORMALIZATIONS,
     Augmentation,
     ImagePreprocessing,
+    find_normalization,
     with_preprocessing,
 )
 
@@ -312,3 +314,44 @@ def test_config_makes_the_same_layer(layer):
 def test_bad_arguments_are_errors_with_rule_and_value(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+# Normalisations
+
+
+@pytest.mark.parametrize(
+    ("name", "application"),
+    [
+        ("caffe", keras.applications.resnet),
+        ("inception", keras.applications.resnet_v2),
+    ],
+)
+def test_normalization_is_that_of_keras_applications(name, application):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype("uint8")
+    layer = ImagePreprocessing(8, 3, **find_normalization(name, 3))
+    expected = application.preprocess_input(images.astype("float32"))
+    np.testing.assert_allclose(layer(images), expected, rtol=1e-5, atol=1e-4)
+    assert np.abs(expected[..., 0] - expected[..., 2]).max() > 0.1
+
+
+def test_normalization_of_imagenet_is_that_of_torchvision():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype("uint8")
+    layer = ImagePreprocessing(8, 3, **find_normalization("imagenet", 3))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(layer(images), (images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_grey_images_are_normalised_by_the_average_of_the_colours(name):
+    normalization = find_normalization(name, 1)
+    layer = ImagePreprocessing(8, 1, **normalization)
+    images = np.full((1, 8, 8, 1), 51, "uint8")
+    expected = (0.2 - normalization["mean"]) / normalization["std"]
+    np.testing.assert_allclose(layer(images), np.full((1, 8, 8, 1), expected), rtol=1e-5)
+    restored = ImagePreprocessing.from_config(layer.get_config())
+    assert restored.get_config() == layer.get_config()
+
+
+def test_a_normalization_that_is_no_row_is_an_error():
+    with pytest.raises(InputError, match="`normalize` must be one of none, imagenet"):
+        find_normalization("zscore", 3)

@@ -256,6 +256,11 @@ def _arrays(label, content, limit):
         if size > limit:
             raise _size_error(label)
         arrays[name] = _array(label, name, value, dtype)
+        if arrays[name].size == 0:  # its other axes may claim any size, and networks are built so
+            raise InputError(
+                f"{label}: {name!r} must have at least one number along each axis, "
+                f"got shape {arrays[name].shape}"
+            )
     if not arrays:
         raise InputError(f"{label}: holds no tensors; save `model.state_dict()`")
     return _without_prefixes(arrays)
@@ -312,10 +317,11 @@ def _array(label, name, value, dtype):
 
 def _without_prefixes(arrays):
     """Takes off the prefixes that every name has; there may be several, in any order."""
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in arrays):
-            return _without_prefixes({name[len(prefix) :]: arrays[name] for name in arrays})
-    return arrays
+    while True:
+        shared = [p for p in _PREFIXES if all(name.startswith(p) for name in arrays)]
+        if not shared:
+            return arrays
+        arrays = {name.removeprefix(shared[0]): array for name, array in arrays.items()}
 
 
 def _dtype_error(label, name, dtype):

@@ -11,7 +11,7 @@ from keras_resnet.files import expand_user
 from keras_resnet.models import SPECS, STEMS, VARIANTS, build_resnet, count_parameters
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
 from keras_resnet.weights.layouts import LAYOUTS, Checkpoint, detect_layout, inspect_tensors
-from keras_resnet.weights.transfer import load_tensors, read_tensors
+from keras_resnet.weights.transfer import load_tensors, naming, read_tensors
 
 # What a raw image is resized to where nothing else is asked for: what weights of ImageNet expect.
 _IMAGE_SIZE = 224
@@ -42,7 +42,8 @@ class Source:
         """Loads the tensors; arguments, result and errors as for `load_torch_weights`."""
         layout = self.checkpoint.layout
         options = {"skip_head": skip_head, "adapt_input": adapt_input}
-        return _naming(self.path, load_tensors, model, self.tensors, layout=layout, **options)
+        with naming(self.path):
+            return load_tensors(model, self.tensors, layout=layout, **options)
 
 
 def open_source(path, layout=None):
@@ -62,29 +63,17 @@ def open_source(path, layout=None):
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"a checkpoint must be named by its path, got {type(path).__name__}")
     path = str(expand_user(path))
-    tensors = _naming(path, read_tensors, path)
-    checkpoint = _naming(path, _inspect, tensors, layout)
+    with naming(path):
+        tensors = read_tensors(path)
+        checkpoint = _inspect(tensors, layout)
     # After the reader, which refuses what has no end, such as a pipe.
     return Source(path, _sha256(path), checkpoint, tensors)
-
-
-def _naming(path, function, *args, **kwargs):
-    """Calls a function; an error about a file says which."""
-    try:
-        return function(*args, **kwargs)
-    except InputError as error:
-        if str(error).startswith(path):
-            raise
-        raise InputError(f"{path}: {error}") from error
 
 
 def _inspect(tensors, layout):
     layout = layout or detect_layout(tensors)
     _check_head(tensors, look_up(LAYOUTS, layout, "layout"))
-    checkpoint = inspect_tensors(tensors, layout)
-    if checkpoint.channels == 0:
-        raise InputError("the first convolution must take a channel or more, got 0")
-    return checkpoint
+    return inspect_tensors(tensors, layout)
 
 
 def _check_head(tensors, row):
@@ -174,8 +163,8 @@ def _build(source, found, size, normalize):
     transfer = source.load_into(network, skip_head=found["head"] == "new")
     if normalize is None:
         return network, transfer
-    mean, std = find_normalization(normalize, shape[-1])
-    return with_preprocessing(network, shape, mean=mean, std=std), transfer
+    normalization = find_normalization(normalize, shape[-1])
+    return with_preprocessing(network, shape, **normalization), transfer
 
 
 def _describe_input(channels, size, normalize):

@@ -14,6 +14,8 @@ from keras_resnet.models import STEMS
 
 _BLOCK = re.compile(r"stage(\d+)_block(\d+)$")
 
+_BRANCH = {f"{part}{n}": f"{part}{n}" for part in ("conv", "bn") for n in (1, 2, 3)}
+
 _TORCH = {
     "kernel": ".weight",
     "bias": ".bias",
@@ -33,12 +35,13 @@ class Layout:
         variant: The row of `models.VARIANTS` that its networks have.
         block: What a name within a block begins with. It may use {stage} and {block}, counted
             from 1, {stage0} and {block0}, counted from 0, and {stage2}, the stage counted from 2.
-        names: Our layer's name (within a block, the path in it) -> theirs. Where there is no
-            entry the names are the same, but for dots.
+        names: Our layer's name (within a block, the path in it) -> theirs. The convolutions and
+            normalisations of a branch, conv1, bn1, …, need no entry where they have the same name.
         variables: The variable's name -> what their name ends in.
         channels_first: Whether kernels have PyTorch's order of axes.
         dense_as_conv: Our Dense layers that are 1×1 convolutions there.
         marker: A pattern that one tensor's name matches in this layout alone.
+        also: Further variants that its library builds, from the same names and shapes.
     """
 
     description: str
@@ -49,22 +52,27 @@ class Layout:
     variables: dict = dataclasses.field(default_factory=lambda: _TORCH)
     channels_first: bool = True
     dense_as_conv: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def name(self, path):
         """Returns their name of the variable that Keras calls `path`.
+
+        Raises:
+            KeyError: If there is no such thing in networks of this layout.
 
         Example:
             >>> LAYOUTS["torchvision"].name("stage2_block1/shortcut_bn/moving_mean")
             'layer2.0.downsample.1.running_mean'
         """
         first, *inner, variable = path.split("/")
-        prefix, part = "", first
+        prefix, part, names = "", first, self.names
         if match := _BLOCK.match(first):
             stage, block = map(int, match.groups())
             indices = {"stage0": stage - 1, "stage2": stage + 1, "block0": block - 1}
             prefix = self.block.format(stage=stage, block=block, **indices)
             part = "/".join(inner)
-        return prefix + self.names.get(part, part.replace("/", ".")) + self.variables[variable]
+            names = {**_BRANCH, **names}
+        return prefix + names[part] + self.variables[variable]
 
     def from_ours(self, path, array):
         """Returns the array of our variable `path` with their order of axes.
@@ -132,6 +140,7 @@ _HUGGINGFACE = Layout(
         "logits": "classifier.1",
     },
     marker=r"resnet\.embedder\..*",
+    also=("v1",),  # downsample_in_bottleneck=True
 )
 
 _CHAPTER = Layout(
@@ -166,7 +175,7 @@ LAYOUTS = {
         _TORCHVISION,
         description="timm's ResNet-D: a deep stem, an average pooling in the shortcut",
         names={
-            **_TORCHVISION.names,
+            **{ours: _TORCHVISION.names[ours] for ours in ("logits", *_SE)},
             # Places in the Sequential of the stem, whose ReLUs have no weights.
             "stem_conv1": "conv1.0",
             "stem_bn1": "conv1.1",
@@ -196,6 +205,13 @@ LAYOUTS = {
         marker=r"stem\.conv1?\.weight",
     ),
     "huggingface": _HUGGINGFACE,
+    "huggingface_backbone": dataclasses.replace(
+        _HUGGINGFACE,
+        description="Hugging Face transformers, ResNetModel: no head",
+        block=_HUGGINGFACE.block.removeprefix("resnet."),
+        names={ours: name.removeprefix("resnet.") for ours, name in _HUGGINGFACE.names.items()},
+        marker=r"embedder\.embedder\..*",
+    ),
     "d2l": _CHAPTER,
     "d2l_named": dataclasses.replace(
         _CHAPTER,
@@ -254,6 +270,11 @@ def detect_layout(names):
     for layout, row in LAYOUTS.items():
         if any(re.fullmatch(row.marker, name) for name in names):
             return layout
+    if any(re.fullmatch(r"stem_conv1?/kernel", name) for name in names):
+        raise InputError(
+            "is a model of ours already: `keras_resnet.archive.load_model` loads it, and "
+            "`save_torch_weights` makes a checkpoint of it"
+        )
     seen = ", ".join(list(names)[:3])
     raise InputError(
         f"the names of the {len(names)} tensors ({seen}, …) are of no known layout; known: "
@@ -264,15 +285,17 @@ def detect_layout(names):
 def _find_stem(tensors, layout, row):
     """Returns the row of `STEMS` that the first convolution is of, and its kernel."""
     for stem, form in STEMS.items():
-        path = "stem_conv/kernel" if len(form.convolutions) == 1 else "stem_conv1/kernel"
-        kernel = tensors.get(row.name(path))
+        layer = "stem_conv" if len(form.convolutions) == 1 else "stem_conv1"
+        path = f"{layer}/kernel"
+        kernel = tensors.get(row.name(path)) if layer in row.names else None
         if kernel is not None and kernel.ndim == 4:
             kernel = row.to_ours(path, kernel)
             if kernel.shape[:2] == (form.convolutions[0][0],) * 2:
                 return stem, kernel
     sizes = sorted({f"{k}×{k}" for form in STEMS.values() for k, _, _ in form.convolutions[:1]})
+    first = "stem_conv" if "stem_conv" in row.names else "stem_conv1"
     raise InputError(
-        f"of layout {layout}, but {row.name('stem_conv/kernel')} is missing or is not "
+        f"of layout {layout}, but {row.name(f'{first}/kernel')} is missing or is not "
         f"{' or '.join(sizes)}"
     )
 

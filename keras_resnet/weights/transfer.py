@@ -8,7 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_resnet.errors import InputError, look_up
+from keras_resnet.blocks import BottleneckBlock, ResidualBlock
+from keras_resnet.errors import InputError, check_count, look_up
+from keras_resnet.files import expand_user
+from keras_resnet.models import VARIANTS
 from keras_resnet.weights.applications import read_keras_applications
 from keras_resnet.weights.checkpoint import read_checkpoint, write_checkpoint
 from keras_resnet.weights.layouts import LAYOUTS, detect_layout
@@ -53,13 +56,19 @@ def adapt_channels(kernel, channels):
         A NumPy array, (height, width, `channels`, filters), of the same dtype.
 
     Raises:
-        InputError: If neither number of channels is 1, and they differ.
+        InputError: If neither number of channels is 1, and they differ; or a kernel is none.
 
     Example:
         >>> kernel = np.ones((7, 7, 3, 64), "float32")
         >>> adapt_channels(kernel, 1).shape, float(adapt_channels(kernel, 1).max())
         ((7, 7, 1, 64), 3.0)
     """
+    check_count("channels", channels)
+    if np.ndim(kernel) != 4:
+        raise InputError(
+            "`kernel` must be (height, width, channels, filters), as Keras has it, got shape "
+            f"{np.shape(kernel)}"
+        )
     present = kernel.shape[2]
     if present == channels:
         return kernel
@@ -106,7 +115,7 @@ def load_torch_weights(model, source, *, layout=None, skip_head=False, adapt_inp
         >>> load_torch_weights(model, state)
         Transfer(layout='torchvision', num_tensors=17, skipped=(), adapted=None)
     """
-    with _naming(source):
+    with naming(source):
         return load_tensors(
             model,
             read_checkpoint(source),
@@ -135,7 +144,7 @@ def load_keras_applications_weights(model, source, *, skip_head=False, adapt_inp
     Raises:
         InputError: If the source cannot be read or does not fit.
     """
-    with _naming(source):
+    with naming(source):
         tensors = read_keras_applications(source)
         return load_tensors(model, tensors, skip_head=skip_head, adapt_input=adapt_input)
 
@@ -179,6 +188,7 @@ def load_tensors(model, tensors, *, layout=None, skip_head=False, adapt_input=Fa
     skipped = head if skip_head else set()
     left = {name: array for name, array in tensors.items() if name not in skipped}
     places = _places(model, layout, row)
+    advice = _advise(model, row)
     places = {name: weight for name, weight in places.items() if name not in skipped}
     adapted, arrays, mis_shaped = None, {}, []
     for name in sorted(places.keys() & left.keys()):
@@ -196,7 +206,7 @@ def load_tensors(model, tensors, *, layout=None, skip_head=False, adapt_input=Fa
         "of no use": sorted(left.keys() - places.keys()),
         "of another shape": mis_shaped,
     }
-    _refuse(faults, head)
+    _refuse(faults, head, advice)
     for name, array in arrays.items():
         places[name].assign(array)
     return Transfer(layout, len(arrays), tuple(sorted(skipped & tensors.keys())), adapted)
@@ -210,10 +220,18 @@ def torch_state_dict(model, layout="torchvision"):
         layout: A row of `LAYOUTS`, one of PyTorch's.
 
     Raises:
-        InputError: If there is no such layout, or the model has parts that it has no names for.
+        InputError: If there is no such layout, or the model is of another form than its networks:
+            their library would refuse the weights, or take them and compute something else.
     """
     of_torch = {name: row for name, row in LAYOUTS.items() if row.channels_first}
     row = look_up(of_torch, layout, "layout")
+    allowed, found = {row.variant, *row.also}, find_variants(model)
+    if not allowed & set(found):
+        fitting = [n for n, r in of_torch.items() if {r.variant, *r.also} & set(found)]
+        raise InputError(
+            f"layout {layout} is of networks of variant {' or '.join(sorted(allowed))}, got "
+            f"{' or '.join(found) or 'none'}; layouts for that: {', '.join(fitting) or 'none'}"
+        )
     state = {}
     for name, weight in _places(model, layout, row).items():
         array = row.from_ours(weight.path, ops.convert_to_numpy(weight))
@@ -252,15 +270,52 @@ def save_torch_weights(model, path, layout="torchvision"):
 
 
 @contextlib.contextmanager
-def _naming(source):
-    """Puts a file's name before the errors about it."""
+def naming(source):
+    """Puts a file's name before the errors about it; of other sources there is none."""
     try:
         yield
     except InputError as error:
-        is_path = isinstance(source, (str, os.PathLike))
-        if not is_path or str(error).startswith(str(source)):
+        name = str(expand_user(source)) if isinstance(source, (str, os.PathLike)) else ""
+        if str(error).startswith(name):
             raise
-        raise InputError(f"{source}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
+
+
+def find_variants(model):
+    """Returns the rows of `VARIANTS` that a model's blocks may be of.
+
+    Basic blocks have no stride on a 1×1, so that "torchvision" and "v1" are one for them.
+
+    Example:
+        >>> from keras_resnet import build_resnet
+        >>> find_variants(build_resnet("resnet18", variant="v1"))
+        ['torchvision', 'v1']
+    """
+    kinds = (ResidualBlock, BottleneckBlock)
+    blocks = [layer for layer in _layers(model) if isinstance(layer, kinds)]
+    return [n for n, row in VARIANTS.items() if blocks and all(_is_of(b, row) for b in blocks)]
+
+
+def _layers(model):
+    for layer in model.layers:
+        yield from _layers(layer) if isinstance(layer, keras.Model) else [layer]
+
+
+def _is_of(block, variant):
+    always = ("use_bias", "norm_epsilon", "pre_activation")
+    asked = {name: getattr(variant, name) for name in always}
+    if block.use_1x1conv:
+        asked["shortcut_norm"] = variant.shortcut_norm
+    if block.strides > 1 and block.expansion > 1:
+        asked["stride_on_1x1"] = variant.stride_on_1x1
+    return all(getattr(block, name) == value for name, value in asked.items())
+
+
+def _advise(model, row):
+    """Returns what to do about a model that a checkpoint does not fit."""
+    if row.variant not in (found := find_variants(model)) and not set(row.also) & set(found):
+        return f'build the model with variant="{row.variant}"'
+    return "build the model as the checkpoint's was: depth, variant, stem, channels, classes"
 
 
 def _places(model, layout, row):
@@ -271,8 +326,8 @@ def _places(model, layout, row):
             name = row.name(weight.path)
         except KeyError:
             raise InputError(
-                f"the model must be one of `build_resnet`, got {model.name!r} with a weight "
-                f"{weight.path}"
+                f"networks of layout {layout} have no {weight.path}, got {model.name!r}, which "
+                f"has; {_advise(model, row)}"
             ) from None
         if name in places:
             raise InputError(
@@ -283,7 +338,7 @@ def _places(model, layout, row):
     return places
 
 
-def _refuse(faults, head):
+def _refuse(faults, head, advice):
     """Raises one error that lists all that does not fit, if anything does not."""
     if not any(faults.values()):
         return
@@ -291,7 +346,7 @@ def _refuse(faults, head):
     for kind, names in faults.items():
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         parts += [f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{more})"] if names else []
-    advice = "build the model as the checkpoint's was: depth, variant, stem, channels, classes"
     if {name.split(" ")[0] for names in faults.values() for name in names} <= head:
         advice = "only the head does not fit: leave it out with `skip_head=True`, --skip-head"
-    raise InputError(f"tensors: {', '.join(parts)}; {advice}")
+    # A name may hold anything, a line break too.
+    raise InputError(" ".join(f"tensors: {', '.join(parts)}; {advice}".split()))

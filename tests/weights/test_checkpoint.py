@@ -73,7 +73,7 @@ names = st.text(min_size=1).filter(
 )
 arrays = hnp.arrays(
     st.sampled_from(["float32", "float64", ">f4", "<f8"]),
-    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3),
+    hnp.array_shapes(min_dims=0, max_dims=4, min_side=1, max_side=3),
     elements={"allow_nan": False, "allow_infinity": False},
 )
 
@@ -331,6 +331,11 @@ FILES = {
         "a.safetensors",
         safetensors_file(entry(shape=[2**40], offsets=[0, 2**42]), b"\0" * 4),
         DAMAGED,
+    ),
+    "no numbers, large claims": (
+        "a.safetensors",
+        safetensors_file(entry(shape=[0, 10**6, 7, 7], offsets=[0, 0]), b""),
+        "'w' must have at least one number along each axis, got shape (0, 1000000, 7, 7)",
     ),
     "shape and offsets differ": (
         "a.safetensors",

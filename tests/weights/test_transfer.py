@@ -17,7 +17,6 @@ from keras_resnet.preprocessing import with_preprocessing
 from keras_resnet.weights import (
     LAYOUTS,
     adapt_channels,
-    load_keras_applications_weights,
     load_torch_weights,
     save_torch_weights,
     torch_state_dict,
@@ -163,6 +162,7 @@ FAULTS = {
         ["fc.weight is (9, 32), must be (5, 32)", "only the head", "--skip-head"],
     ),
     "no head": (without("fc.weight", "fc.bias"), ["2 missing (fc.bias, fc.weight)", "skip_head"]),
+    "a line break in a name": (reshaped("a\nb", (1,)), ["1 of no use (a b)"]),
     "all at once": (
         lambda state: (without("bn1.weight", "bn1.bias")(state), reshaped("x", (1,))(state)),
         ["2 missing (bn1.bias, bn1.weight)", "1 of no use (x)"],
@@ -203,19 +203,61 @@ def test_an_error_names_the_file(tmp_path):
         load_torch_weights(build(Spec((2, 1), (4, 8), "bottleneck", se_reduction=2)), path)
 
 
+BASIC = Spec((1, 1), (4, 8))
+
+
 @pytest.mark.parametrize(
-    ("checkpoint", "model"),
+    ("checkpoint", "layout", "model", "advice"),
     [
-        ({"variant": "torchvision"}, {"variant": "d2l"}),
-        ({"variant": "d2l"}, {"variant": "torchvision"}),
-        ({"variant": "torchvision"}, {"variant": "v2"}),
-        ({"stem": "imagenet"}, {"stem": "small"}),
-        ({"channels": 3}, {"channels": 1}),
+        ({}, "torchvision", {"variant": "d2l"}, 'with variant="torchvision"'),
+        ({}, "torchvision", {"variant": "v2"}, 'with variant="torchvision"'),
+        ({"variant": "d2l", "spec": BASIC}, "d2l", {"spec": BASIC}, 'with variant="d2l"'),
+        ({"stem": "imagenet"}, "torchvision", {"stem": "small"}, "as the checkpoint's was"),
+        ({"stem": "imagenet"}, "torchvision", {"stem": "deep"}, "no stem_conv1/kernel"),
+        ({"channels": 3}, "torchvision", {"channels": 1}, "as the checkpoint's was"),
     ],
 )
-def test_another_form_is_refused(checkpoint, model):
-    with pytest.raises(InputError, match="build the model as the checkpoint's was"):
-        load_torch_weights(build(**model), random_state(**checkpoint), layout="torchvision")
+def test_another_form_is_refused(checkpoint, layout, model, advice):
+    state = torch_state_dict(build(**checkpoint), layout)
+    with pytest.raises(InputError, match=advice):
+        load_torch_weights(build(**model), state)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout", "message"),
+    [
+        # These two would load with every key matched, and compute something else.
+        ("v1", "torchvision", "of variant torchvision, got v1; layouts for that: huggingface"),
+        ("v1", "timm_d", "got v1"),
+        ("d2l", "torchvision", "got d2l; layouts for that: d2l, d2l_named"),
+        ("keras_v1", "torchvision", "got keras_v1; layouts for that: none"),
+        ("keras_v2", "timm_v2", "of variant v2, got keras_v2"),
+        ("torchvision", "timm_v2", "of variant v2, got torchvision"),
+    ],
+)
+def test_nothing_is_written_that_would_be_another_network(tmp_path, variant, layout, message):
+    model = build(Spec((1, 1), (4, 8), "bottleneck"), variant=variant)
+    with pytest.raises(InputError, match=message):
+        save_torch_weights(model, tmp_path / "w.safetensors", layout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "part"),
+    [
+        ({"stem": "deep"}, "torchvision", "stem_conv1/kernel"),
+        ({"stem": "deep"}, "huggingface", "stem_conv1/kernel"),
+        ({}, "huggingface", "se/fc1/kernel"),
+    ],
+)
+def test_parts_that_a_layout_has_no_names_for_are_refused(model, layout, part):
+    with pytest.raises(InputError, match=f"layout {layout} have no .*{part}"):
+        torch_state_dict(build(**model), layout)
+
+
+def test_the_papers_bottlenecks_go_to_hugging_face_and_back():
+    model = build(Spec((1, 1), (4, 8), "bottleneck"), variant="v1")
+    assert load_torch_weights(model, torch_state_dict(model, "huggingface")).num_tensors == 47
 
 
 def test_a_model_that_a_layout_has_no_names_for_is_refused():
@@ -224,8 +266,16 @@ def test_a_model_that_a_layout_has_no_names_for_is_refused():
         torch_state_dict(bottlenecks, "d2l")
     inputs = keras.Input((4, 3))
     other = keras.Model(inputs, keras.layers.GRU(2)(inputs))
-    with pytest.raises(InputError, match=r"must be one of `build_resnet`.*recurrent_kernel"):
+    with pytest.raises(InputError, match="got none; layouts for that: none"):
         torch_state_dict(other)
+    with pytest.raises(InputError, match=r"have no gru/gru_cell/kernel"):
+        load_torch_weights(other, random_state())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module." * 2000])
+def test_prefixes_are_understood_however_many(prefix):
+    state = {prefix + name: array for name, array in random_state().items()}
+    assert load_torch_weights(build(), state).num_tensors == len(state)
 
 
 # Heads and channels
@@ -263,9 +313,18 @@ def test_adapted_channels_keep_what_equal_channels_gave(present, wanted):
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
 
 
-def test_channels_between_two_others_have_no_rule():
-    with pytest.raises(InputError, match="got 3 to 4"):
-        adapt_channels(np.zeros((7, 7, 3, 8)), 4)
+@pytest.mark.parametrize(
+    ("shape", "channels", "message"),
+    [
+        ((7, 7, 3, 8), 4, "got 3 to 4"),
+        ((7, 7, 3, 8), 0, "`channels` must be a whole number of at least 1, got 0"),
+        ((7, 7, 3, 8), 1.0, "`channels` must be a whole number"),
+        ((7, 3), 1, r"`kernel` must be .*got shape \(7, 3\)"),
+    ],
+)
+def test_channels_that_have_no_rule_are_an_error(shape, channels, message):
+    with pytest.raises(InputError, match=message):
+        adapt_channels(np.zeros(shape), channels)
 
 
 @pytest.mark.parametrize(("checkpoint", "ours"), [(3, 1), (1, 3)])
@@ -290,71 +349,7 @@ def test_deep_stems_are_adapted_too():
     assert (transfer.layout, transfer.adapted) == ("timm_d", (3, 1))
 
 
-# keras.applications
-
-
-@pytest.fixture(scope="module")
-def small_applications(tmp_path_factory):
-    """A network with the names of keras.applications, and every file that it can lie in."""
-    folder = tmp_path_factory.mktemp("applications")
-    ours = build(Spec((1,), (4,), "bottleneck"), variant="keras_v1")
-    row = LAYOUTS["keras_v1"]
-    rng = np.random.default_rng(0)
-    model = keras.applications.ResNet50(weights=None, classes=5, classifier_activation=None)
-    model.set_weights([rng.uniform(0.1, 1, w.shape) for w in model.weights])
-    model.save(folder / "model.keras")
-    model.save(folder / "model.h5")
-    legacy = folder / "weights.h5"
-    _save_as_published(model, legacy)
-    assert row.name(ours.weights[0].path) == "conv1_conv/kernel"
-    return model, folder
-
-
-def _save_as_published(model, path):
-    """Writes the weights as Keras 2 did, the form in which keras.applications publishes them."""
-    import h5py
-    from keras.src.legacy.saving import legacy_h5_format
-
-    with h5py.File(path, "w") as file:
-        legacy_h5_format.save_weights_to_hdf5_group(file, model)
-
-
-@pytest.mark.parametrize("form", ["a model", "model.keras", "model.h5", "weights.h5"])
-def test_keras_applications_come_from_a_model_and_from_files(small_applications, form):
-    theirs, folder = small_applications
-    model = build("resnet50", variant="keras_v1")
-    source = theirs if form == "a model" else folder / form
-    transfer = load_keras_applications_weights(model, source)
-    assert (transfer.layout, transfer.num_tensors) == ("keras_v1", len(theirs.weights))
-    expected = {weight.path: np.array(weight) for weight in theirs.weights}
-    row = LAYOUTS["keras_v1"]
-    for path, value in weights_of(model).items():
-        np.testing.assert_array_equal(value, expected[row.name(path)])
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.h5", None, "no such file"),
-        ("garbage.h5", b"no h5 at all", "cannot be read as weights of keras.applications"),
-        ("empty.h5", b"", "cannot be read as weights of keras.applications"),
-        ("garbage.keras", b"no zip at all", "garbage.keras"),
-        ("weights.npz", b"", "must be one of .keras, .h5"),
-    ],
-)
-def test_a_bad_file_of_keras_applications_is_one_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        load_keras_applications_weights(build(), tmp_path / name)
-    assert "\n" not in str(error.value)
-
-
-def test_weights_that_keras_3_saved_need_their_model(tmp_path):
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    model.save_weights(tmp_path / "new.weights.h5")
-    with pytest.raises(InputError, match="must be loaded into its own model"):
-        load_keras_applications_weights(build(), tmp_path / "new.weights.h5")
+# Files that are not written
 
 
 def test_a_file_is_written_in_layouts_of_pytorch_alone(tmp_path):
