@@ -1,6 +1,7 @@
 # make demo: from an empty machine to a trained, measured ResNet-18.
 # make test: from an empty machine to a tested checkout.
-# Both leave `. .venv/bin/activate` usable; run again, they install nothing.
+# make test-all: that, and the tests marked as slow.
+# All leave `. .venv/bin/activate` usable; run again, they install nothing.
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 IDX := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
 
-.PHONY: demo test data lint format clean
+.PHONY: demo test test-all data lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed data
@@ -22,6 +23,9 @@ test: $(VENV)/installed-test data
 	$(BIN)/python -m pytest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test-all: $(VENV)/installed-test data
+	$(BIN)/python -m pytest -m ""
 
 # Fashion-MNIST: what is there already, else Debian's package where it may be installed.
 data:
