@@ -37,6 +37,23 @@ def run_command(*arguments, timeout=300, **environment):
     )
 
 
+def check(what, difference, bound):
+    """Holds a difference to its bound; `pytest -rP` shows what was measured."""
+    print(f"{what}: {difference:.1e}, bound {bound:.0e}")
+    assert difference < bound, what
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """Two libraries' threads on the same cores wait for each other more than they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """Makes "tiny" a row of SPECS in this process."""

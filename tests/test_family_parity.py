@@ -11,12 +11,14 @@ import keras
 import numpy as np
 import parity
 import pytest
-import torch
+from conftest import check
 from parity import IMAGES, NETWORKS, build_pair, random_images
 from references import SOURCES, randomize_keras
 from test_backends import run_python
 
 from keras_resnet.models import SPECS, VARIANTS, Spec, build_resnet
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 BOUNDS = {
     # what: in float32, in float64
@@ -51,15 +53,6 @@ PARAMETERS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread():
-    """Two libraries' threads on the same cores wait for each other more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def row(name):
     """Returns the row of `NETWORKS` called `name`."""
     (found,) = (network for network in NETWORKS if str(network) == name)
@@ -76,12 +69,6 @@ def marked(networks, fast, *arguments):
         )
         for network in networks
     ]
-
-
-def check(what, difference, bound):
-    """Holds a difference to its bound; `pytest -rP` shows what was measured."""
-    print(f"{what}: {difference:.1e}, bound {bound:.0e}")
-    assert difference < bound, what
 
 
 # Every network, in both precisions: built once, then asked by each of the tests.

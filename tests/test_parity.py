@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
+from conftest import check
 from torch import nn
 from torch.nn import functional
 from torch_reference import (
@@ -25,14 +26,7 @@ from keras_resnet.blocks import ResidualBlock
 from keras_resnet.datasets import load_dataset
 from keras_resnet.models import build_resnet18
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread():
-    """Two libraries' threads on the same cores wait for each other more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +59,6 @@ def new_pair(seed, dtype="float32"):
 def cross_entropy(labels, logits):
     """The mean cross-entropy in TensorFlow, in the precision of the logits."""
     return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-
-
-def check(what, difference, bound):
-    """Holds a difference to its bound; `pytest -rP` shows what was measured."""
-    print(f"{what}: {difference:.1e}, bound {bound:.0e}")
-    assert difference < bound, what
 
 
 # Logits
