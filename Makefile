@@ -1,4 +1,4 @@
-# make demo: from an empty machine to a trained, measured ResNet-18.
+# make demo: from an empty machine to a trained, measured and exported ResNet-18.
 # make test: from an empty machine to a tested checkout.
 # make test-all: that, and the tests marked as slow.
 # All leave `. .venv/bin/activate` usable; run again, they install nothing.
@@ -18,6 +18,7 @@ TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
 demo: $(VENV)/installed data
 	$(BIN)/keras-resnet train --recipe quick --run-dir $(DEMO) $(if $(wildcard $(DEMO)/config.json),--resume)
 	$(BIN)/keras-resnet evaluate $(DEMO)
+	$(BIN)/keras-resnet export $(DEMO)
 
 test: $(VENV)/installed-test data
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Residual networks in Keras 3, from the textbook block to a trained and reported run."""
+"""Residual networks in Keras 3, from the textbook block to a verified file on a phone."""
 
 import importlib
 import sys
@@ -43,8 +43,12 @@ _EXPORTS = {
     "train": "training",
     "Predictor": "inference",
     "load": "inference",
+    "export": "exporting.exporter",
+    "verify": "exporting.verifier",
+    "benchmark": "benchmarking",
     "InputError": "errors",
     "TrainingError": "errors",
+    "ExportError": "errors",
 }
 # Modules that are used under their own name, as in `keras_resnet.weights.load_torch_weights`.
 _MODULES = ("weights",)

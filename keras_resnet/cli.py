@@ -6,13 +6,17 @@ Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import os
 import shlex
 import sys
 
 from keras_resnet import __version__
-from keras_resnet.errors import InputError, Interrupted, TrainingError, one_line
+from keras_resnet.errors import ExportError, InputError, Interrupted, TrainingError, one_line
+from keras_resnet.exporting.formats import FORMATS
+from keras_resnet.exporting.formats import PRECISIONS as EXPORT_PRECISIONS
+from keras_resnet.quiet import stderr_kept_back
 from keras_resnet.recipes import RECIPES
 
 MOST = {int: 1_000_000, float: sys.float_info.max}
@@ -117,7 +121,58 @@ _TRAIN_OPTIONS = {
 _JSON_OPTION = {"--json": {"action": "store_true", "help": "print JSON instead of a table"}}
 
 _MODEL_ARGUMENT = {
+    "model": {
+        "metavar": "RUN_OR_MODEL",
+        "help": "a run folder, a .keras, .tflite or .onnx file, or a SavedModel's folder",
+    },
+    "--trust": {
+        "action": "store_true",
+        "help": "load a SavedModel, which is code, and open other files without trying them in "
+        "another process first",
+    },
+}
+
+_EXPORT_OPTIONS = {
     "model": {"metavar": "RUN_OR_MODEL", "help": "a run folder or a .keras file"},
+    "--to": {"nargs": "+", "choices": tuple(FORMATS), "help": "formats (default: all)"},
+    "--precision": {
+        "nargs": "+",
+        "choices": tuple(EXPORT_PRECISIONS),
+        "help": "default: all that the formats come in; see below",
+    },
+    "--out": {
+        "metavar": "DIR",
+        "help": "the folder to write (default: export/ in the run folder, NAME-export beside "
+        "NAME.keras)",
+    },
+    **_DATA_OPTIONS,
+    "--no-preprocessing": {
+        "dest": "preprocessing",
+        "action": "store_false",
+        "help": "files that take the network's floats and give logits, in place of raw images "
+        "and probabilities",
+    },
+    "--force": {
+        "action": "store_true",
+        "help": "publish what fails its proof, with the failures recorded",
+    },
+}
+
+_VERIFY_OPTIONS = {
+    "folder": {"metavar": "DIR", "help": "what `export` wrote"},
+    "--trust": {"action": "store_true", "help": "run a SavedModel, too, which is code"},
+    **_DATA_OPTIONS,
+}
+
+_BENCHMARK_OPTIONS = {
+    "folder": {"metavar": "DIR", "help": "what `export` wrote"},
+    "--rounds": {
+        "type": _positive(int),
+        "metavar": "N",
+        "default": 5,
+        "help": "turns that each takes (default: 5)",
+    },
+    "--out": {"metavar": "DIR", "help": "where benchmark.json and benchmark.png go (default: DIR)"},
 }
 
 _PREDICT_OPTIONS = {
@@ -189,6 +244,11 @@ def _given(args, options):
     return {name: getattr(args, name) for name in names}
 
 
+def _data(args):
+    """Returns what was given of `_DATA_OPTIONS`; the rest is the functions' to choose."""
+    return {name: v for name, v in _given(args, _DATA_OPTIONS).items() if v is not None}
+
+
 def _train(args):
     from keras_resnet.report import format_run
     from keras_resnet.training import train
@@ -202,12 +262,7 @@ def _evaluate(args):
     from keras_resnet.inference import evaluate_file
     from keras_resnet.report import format_evaluation
 
-    options = {
-        name: getattr(args, name)
-        for name in ("dataset", "data_dir", "validation_share", "skip_bad")
-        if getattr(args, name) is not None
-    }
-    evaluation = evaluate_file(args.model, **options)
+    evaluation = evaluate_file(args.model, trust=args.trust, **_data(args))
     print(json.dumps(evaluation.to_dict()) if args.json else format_evaluation(evaluation))
 
 
@@ -215,7 +270,8 @@ def _predict(args):
     from keras_resnet.inference import predict_files
     from keras_resnet.tables import Column, format_table
 
-    rows = predict_files(args.model, args.images, top=args.top, invert=args.invert)
+    options = {name: getattr(args, name) for name in ("top", "invert", "trust")}
+    rows = predict_files(args.model, args.images, **options)
     if args.json:
         print(json.dumps(rows))
         return
@@ -240,6 +296,37 @@ def _convert(args):
     found["parameters"] = f"{found['parameters']:,}"
     rows = [{"found": name.replace("_", " "), "": str(value)} for name, value in found.items()]
     print(format_table(rows, ["found", ""]))
+
+
+def _export(args):
+    from keras_resnet.exporting.exporter import export
+    from keras_resnet.exporting.summary import format_failures, format_manifest
+
+    options = {name: getattr(args, name) for name in ("to", "precision", "preprocessing", "force")}
+    report = None if args.json else functools.partial(print, flush=True)
+    try:
+        manifest = export(args.model, args.out, report=report, **options, **_data(args))
+    except ExportError as error:
+        print(format_failures(error.failures))
+        raise
+    print(json.dumps(manifest) if args.json else format_manifest(manifest))
+
+
+def _verify(args):
+    from keras_resnet.exporting.summary import format_verification
+    from keras_resnet.exporting.verifier import verify
+
+    found = verify(args.folder, trust=args.trust, **_data(args))
+    print(json.dumps(found) if args.json else format_verification(found))
+    if not found["passed"]:
+        raise ExportError(f"{args.folder}: it is not what was exported")
+
+
+def _benchmark(args):
+    from keras_resnet.benchmarking import benchmark, format_benchmark
+
+    report = benchmark(args.folder, rounds=args.rounds, out=args.out)
+    print(json.dumps(report) if args.json else format_benchmark(report))
 
 
 def _summary(args):
@@ -288,6 +375,34 @@ _COMMANDS = {
         {**_CONVERT_OPTIONS, **_JSON_OPTION},
         None,
     ),
+    "export": Command(
+        _export,
+        "write SavedModel, TFLite and ONNX files, proven",
+        "Write a model as SavedModel, TFLite and ONNX. Each file is loaded by its own runtime and "
+        "compared\nwith the Keras model on all test images; one that fails is not written.",
+        {**_EXPORT_OPTIONS, **_JSON_OPTION},
+        "\n".join(
+            [
+                "precisions:",
+                *(f"  {name}: {row.description}" for name, row in EXPORT_PRECISIONS.items()),
+            ]
+        ),
+    ),
+    "verify": Command(
+        _verify,
+        "check an export folder again",
+        "Check an export folder, anywhere: checksums first, then every file's answers.",
+        {**_VERIFY_OPTIONS, **_JSON_OPTION},
+        None,
+    ),
+    "benchmark": Command(
+        _benchmark,
+        "measure the files of an export folder",
+        "Measure latency, throughput, load time, memory and size of each file of an export folder, "
+        "beside\nthe Keras model and, where PyTorch is installed, the textbook's network in it.",
+        {**_BENCHMARK_OPTIONS, **_JSON_OPTION},
+        None,
+    ),
     "summary": Command(
         _summary,
         "walk an input's shape through a network",
@@ -300,7 +415,8 @@ _COMMANDS = {
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="keras-resnet", description="Residual networks in Keras 3: train, evaluate, predict."
+        prog="keras-resnet",
+        description="Residual networks in Keras 3: train, evaluate, predict, export.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -317,26 +433,6 @@ def _parser():
     return parser
 
 
-@contextlib.contextmanager
-def _stderr_kept_back():
-    """Drops what is written to standard error in the block, from C++ too."""
-    try:
-        own = os.dup(2)
-    except OSError:  # standard error is closed: nothing to keep back
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    sys.stderr.flush()
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(own, 2)
-        os.close(own)
-        os.close(nowhere)
-
-
 def _import_keras():
     """Imports Keras without the lines about the machine that TensorFlow puts before any answer.
 
@@ -344,7 +440,7 @@ def _import_keras():
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        with _stderr_kept_back():
+        with stderr_kept_back():
             import keras
 
             if keras.backend.backend() == "tensorflow":
@@ -360,7 +456,7 @@ def _import_keras():
 
 
 # error -> exit status.
-_STATUS = {InputError: 2, Interrupted: 130, TrainingError: 1}
+_STATUS = {InputError: 2, Interrupted: 130, TrainingError: 1, ExportError: 1}
 
 
 def main(arguments=None):

@@ -1,7 +1,7 @@
 """The errors that a user can cause, apart from those that a bug causes.
 
-The command line turns an `InputError` into one line and exit status 2, and a `TrainingError`
-into one line and exit status 1. Anything else is a bug and keeps its traceback.
+The command line turns an `InputError` into one line and exit status 2, and a `TrainingError` or
+an `ExportError` into one line and exit status 1. Anything else is a bug and keeps its traceback.
 """
 
 
@@ -15,6 +15,19 @@ class TrainingError(RuntimeError):
 
 class Interrupted(TrainingError):
     """A run was asked to stop, by Ctrl-C or SIGTERM; the message says where it stopped."""
+
+
+class ExportError(RuntimeError):
+    """An artifact is not the network it was made of; the message says which, and nothing is left.
+
+    Args:
+        message: One line.
+        failures: What failed and by how much, one `proof.Failure` each.
+    """
+
+    def __init__(self, message, failures=()):
+        super().__init__(message)
+        self.failures = list(failures)
 
 
 def check_count(name, value, least=1):

@@ -116,24 +116,29 @@ def describe_surroundings():
     """Returns what a run was made with: backend, versions, git commit and machine."""
     return {
         "backend": keras.backend.backend(),
-        "versions": _versions(),
+        "versions": versions(),
         "git_commit": _git_commit(),
         "machine": {
             "processor": _processor(),
-            "cores": _cores(),
+            "cores": cores(),
             "system": platform.platform(),
         },
     }
 
 
-def _versions():
-    versions = {"python": platform.python_version()}
-    for name in ("keras-resnet-edge", "keras", keras.backend.backend(), "numpy"):
+def versions(*more):
+    """Returns the versions of Python and of the packages that compute, None for one not there.
+
+    Args:
+        *more: Names of further packages.
+    """
+    found = {"python": platform.python_version()}
+    for name in ("keras-resnet-edge", "keras", keras.backend.backend(), "numpy", *more):
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+            found[name] = None
+    return found
 
 
 def _git_commit():
@@ -160,7 +165,8 @@ def _processor():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _cores():
+def cores():
+    """Returns how many cores this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows

@@ -137,3 +137,31 @@ def trained_run(fashion_folder, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     (run_dir / "stdout.txt").write_text(done.stdout)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def small_model(fashion):
+    """A small network that is right more often than not: raw uint8 images to ten logits."""
+    import keras
+
+    from keras_resnet import Spec, build_resnet, with_preprocessing
+
+    keras.utils.set_random_seed(0)
+    network = build_resnet(Spec((1, 1), (8, 16)), (28, 28, 1), 10, stem="small")
+    model = with_preprocessing(network, (28, 28, 1))
+    split, epochs, batch_size = fashion.splits["train"], 8, 32
+    rate = keras.optimizers.schedules.CosineDecay(3e-3, epochs * len(split) // batch_size)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(rate), loss)
+    model.fit(split.images, split.labels, batch_size=batch_size, epochs=epochs, verbose=0)
+    split = fashion.splits["test"]
+    assert np.mean(model.predict(split.images, verbose=0).argmax(1) == split.labels) > 0.6
+    return model
+
+
+@pytest.fixture(scope="session")
+def serving(small_model):
+    """What every exported file of `small_model` holds."""
+    from keras_resnet.exporting.graph import Serving
+
+    return Serving(small_model)

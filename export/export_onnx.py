@@ -1,0 +1,55 @@
+"""Exports a trained model as ONNX files, and asks each of them about one test image.
+
+    python export_onnx.py RUN_OR_MODEL [--precision float32 float16 int8] [--out DIR]
+        [--dataset NAME] [--no-preprocessing] [--force]
+
+What is written to DIR (default: exported) has passed its proof: ONNX Runtime answered to all test
+images as the model does. The options are those of `keras-resnet export`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from keras_resnet import cli
+
+
+def open_file(path):
+    """Returns the session of an .onnx file."""
+    # Bytes, not the path: a file that is one cannot make the runtime read others.
+    return onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+
+
+def top3(session, images):
+    """Returns the three most probable classes of the first image, as text."""
+    # The names are an entry of the file's metadata.
+    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+    (output,) = session.get_outputs()
+    (answers,) = session.run([output.name], {"image": images})
+    best = np.argsort(-answers[0])[:3]
+    return f"{output.name}: " + ", ".join(f"{names[i]} {answers[0, i]:.4f}" for i in best)
+
+
+def main():
+    """Exports, asks and prints; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s RUN_OR_MODEL [--out DIR] [options of `keras-resnet export`]"
+    )
+    parser.add_argument("--out", type=Path, default="exported", help="default: exported")
+    own, _ = parser.parse_known_args()
+    # What is given last counts.
+    status = cli.main(["export", "--out", str(own.out), *sys.argv[1:], "--to", "onnx"])
+    if status:
+        return status
+    image = np.load(own.out / "reference.npz")["images"][:1]
+    for path in sorted(own.out.glob("*.onnx")):
+        print(f"{path.name}: {top3(open_file(path), image)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

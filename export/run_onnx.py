@@ -1,0 +1,132 @@
+"""Names what is on images by an .onnx file that `keras-resnet export` wrote.
+
+    python run_onnx.py model-int8.onnx IMAGE… [--top 3] [--json]
+
+Needs numpy, Pillow and onnxruntime, and nothing else: copy this file and the model to a
+Raspberry Pi.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import warnings
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+# How a file ends: a metadata entry, as protobuf writes it, with the SHA-256 of all before it.
+SEAL = b"\x72\x57\x0a\x13keras_resnet.sha256\x12\x40"
+
+
+def load(path, threads):
+    """Returns what asks the model, the shape of an image, the number of classes and the card."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        body, seal = content[: -len(SEAL) - 64], content[-len(SEAL) - 64 :]
+        if seal != SEAL + hashlib.sha256(body).hexdigest().encode():
+            raise ValueError(
+                "damaged, or not written by keras-resnet export: its checksum is wrong"
+            )
+        onnxruntime.set_default_logger_severity(4)  # errors are told once, below
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Bytes, not the path: a file that is one cannot make the runtime read others.
+        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+        notes = session.get_modelmeta().custom_metadata_map
+        card = json.loads(notes["keras_resnet"])
+        (taken,), (given,) = session.get_inputs(), session.get_outputs()
+        if taken.type != "tensor(uint8)":
+            raise ValueError("it takes numbers, not images: export it with its preprocessing")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such model file") from None
+    except Exception as error:  # a damaged file fails in many ways
+        raise BadInput(f"{path}: cannot be used: {error}") from error
+
+    def run(image):
+        return session.run(None, {taken.name: image})[0]
+
+    return run, taken.shape[1:], given.shape[-1], card
+
+
+class BadInput(Exception):
+    """A file cannot be used; the message says which, and why."""
+
+
+def read_image(path, height, width, channels):
+    """Returns an image file as uint8, [1, height, width, channels], the way training read it."""
+    try:
+        # Pillow only warns of an image so large that it fills the memory.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits of grey: the upper 8
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(image).reshape(1, height, width, channels)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such image file") from None
+    except Exception as error:  # Pillow raises many kinds on a damaged file
+        raise BadInput(f"{path}: not an image that can be read ({error})") from error
+
+
+def is_inverted(image, invert, background):
+    """Whether light and dark are to be swapped: the border tells what the background is."""
+    if invert != "auto":
+        return invert == "yes"
+    sides = (image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1])
+    dark = np.median(np.concatenate([side.reshape(-1) for side in sides])) < 128
+    return background in ("dark", "light") and background != ("dark" if dark else "light")
+
+
+def name_image(path, model, args):
+    """Returns the most probable labels of an image file, as `keras-resnet predict` does."""
+    run, (height, width, channels), outputs, card = model
+    names = card.get("class_names") or [f"class {i}" for i in range(outputs)]
+    image = read_image(path, height, width, channels)
+    inverted = is_inverted(image, args.invert, card.get("background"))
+    answer = run(255 - image if inverted else image)[0].astype("float64")
+    if not np.isfinite(answer).all():
+        raise BadInput(f"{args.model}: it answers with numbers that are not finite")
+    answer = (answer / answer.sum()).astype("float32")
+    best = np.argsort(-answer, kind="stable")[: max(args.top, 1)]
+    labels = [{"label": names[i], "probability": float(answer[i])} for i in best]
+    return {"image": path, "inverted": inverted, "labels": labels}
+
+
+def main():
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL.onnx")
+    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    parser.add_argument("--top", type=int, default=3, help="labels an image (default: 3)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--invert", choices=("auto", "yes", "no"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a class name's letters
+    try:
+        model = load(args.model, max(args.threads, 1))
+        rows = [name_image(path, model, args) for path in args.images]
+    except BadInput as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        for label in row["labels"]:
+            print(f"{row['image']}  {label['label']}  {label['probability']:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""A Keras model -> a folder of artifacts, each proven before it is there."""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_resnet import files, run_folder
+from keras_resnet.errors import ExportError, InputError
+from keras_resnet.exporting import folder as folders
+from keras_resnet.exporting import proof
+from keras_resnet.exporting.formats import OWN_FILES, PRECISIONS, REFERENCE, choose_artifacts
+from keras_resnet.exporting.graph import Serving, in_float32
+from keras_resnet.exporting.reference import Recorded, read_reference, write_reference
+from keras_resnet.inference import (
+    Predictor,
+    as_taken,
+    load_data,
+    resolve_model_path,
+    to_probabilities,
+)
+from keras_resnet.manifest import MANIFEST, VERSION, digest, read_manifest
+from keras_resnet.progress import bar
+from keras_resnet.runtimes import Prober, open_runtime
+from keras_resnet.runtimes.keras_file import ends_in_softmax
+
+TOOLS = ("tensorflow", "tf2onnx", "onnx", "onnxruntime", "ai-edge-litert")
+
+CALIBRATION_IMAGES = 300
+REFERENCE_IMAGES = 256
+_REFERENCE_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every writer of a format is given.
+
+    Attributes:
+        serving: The `Serving`.
+        card: What the file says about itself: class names, data, background.
+        provenance: Where it comes from: a dict of strings.
+        calibration: Training images as the exported file takes them, evenly over the classes.
+    """
+
+    serving: Serving
+    card: dict
+    provenance: dict
+    calibration: np.ndarray
+
+
+def export(
+    model,
+    folder=None,
+    *,
+    to=None,
+    precision=None,
+    dataset=None,
+    preprocessing=True,
+    force=False,
+    report=None,
+    **data_options,
+):
+    """Writes a model in other formats, and proves that each file is still the same network.
+
+    Every file is loaded by its own runtime and asked for all images that measure the model; what
+    does not pass its gate (`formats.PRECISIONS`) stops the export, and nothing is left of it.
+
+    Args:
+        model: A run folder, a .keras file, or a Keras model with one image input and one output
+            of logits or probabilities.
+        folder: Where to. By default "export" in the run folder, or beside a .keras file, with the
+            file's name before it. An earlier export of the same model in it is added to.
+        to: Rows of `formats.FORMATS`: "saved_model", "tflite", "onnx"; None for all.
+        precision: Rows of `formats.PRECISIONS`: "float32", "float16", "dynamic", "int8"; None
+            for all that the formats come in.
+        dataset: A `Dataset` or its name; by default what the model was trained on.
+        preprocessing: Whether the files take raw uint8 images and give probabilities; without,
+            they take the network's floats and give logits.
+        force: Whether to publish what failed, with the failures recorded.
+        report: Called with a line about each artifact; None for none.
+        **data_options: What `load_dataset` takes.
+
+    Returns:
+        The manifest, a dict: see README.
+
+    Raises:
+        InputError: If an argument breaks a rule, or a format cannot hold the network.
+        ExportError: If an artifact failed its proof.
+
+    Example:
+        >>> export("missing.keras")
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: missing.keras: no such model file
+    """
+    artifacts = choose_artifacts(to, precision)
+    source = _open_source(model, folder)
+    folder = folders.check_target(source.folder)
+    data, split = load_data(source.predictor, dataset, **data_options)
+    size = split.images.shape[1:3]
+    serving = Serving(source.predictor.model, preprocessing, size)
+    _check_contract_kept(folder, serving.contract)
+    run_folder.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
+    job = Job(
+        serving,
+        _make_card(source.predictor, preprocessing),
+        source.provenance,
+        _calibration_images(serving, data, artifacts),
+    )
+    with folders.workspace(folder) as work, Prober() as prober:
+        shown = bar(len(split) * (1 + len(artifacts)), "export")
+        with shown as progress:
+            session = _Session(job, work, prober, progress.update, report)
+            session.refer(source.predictor.model, split)
+            for artifact in artifacts:
+                session.add(artifact)
+        _check_passed(session.rows, session.failures, force, folder)
+        manifest = _make_manifest(source, data, session)
+        _keep_earlier(manifest, session, folder)
+        _write_record(manifest, session)
+        folders.publish(work, folder)
+    session.report(f"written to {folder}")
+    return read_manifest(folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# What is exported
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A model, and where it comes from."""
+
+    predictor: Predictor
+    folder: Path
+    record: dict
+
+    @property
+    def provenance(self):
+        """The record as strings, for a file's own metadata."""
+        run = self.record.get("run", {})
+        known = {**run, "source_sha256": self.record["sha256"]}
+        known["keras_resnet_version"] = run_folder.versions()["keras-resnet-edge"]
+        return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def _open_source(model, folder):
+    if isinstance(model, keras.Model):
+        if folder is None:
+            raise InputError("`folder` must be named where a Keras model is exported")
+        weights = hashlib.sha256()
+        for weight in model.get_weights():
+            weights.update(np.ascontiguousarray(weight))
+        record = {"path": "", "sha256": weights.hexdigest(), "of": "the weights"}
+        return _Source(Predictor(model), Path(folder), record)
+    given, path = Path(model), resolve_model_path(model)
+    if path.is_dir() or path.suffix != ".keras":
+        # The loader's own words for what is missing or refused; else it is a model, but an export.
+        open_runtime(path, trust=True)
+        raise InputError(f"{path}: an export is made of a run folder or a .keras file")
+    predictor = Predictor(open_runtime(path))
+    is_run = given.is_dir()
+    default = given / "export" if is_run else path.with_name(f"{path.stem}-export")
+    size, sha256 = digest(path)
+    record = {"path": str(path.resolve()), "sha256": sha256, "bytes": size}
+    if is_run:
+        record["run"] = _describe_run(given)
+    return _Source(predictor, Path(folder) if folder else default, record)
+
+
+def _describe_run(run_dir):
+    """Returns how a run was made, as far as its config.json says it."""
+    try:
+        config = json.loads((run_dir / run_folder.CONFIG).read_text(encoding="utf-8"))
+        recipe = config.get("recipe", {}).get("name")
+        known = {name: config.get(name) for name in ("model", "seed", "git_commit", "command")}
+    except (OSError, ValueError, AttributeError):  # it is a note, and not needed
+        return {}
+    return {**known, "recipe": recipe}
+
+
+def _make_card(predictor, preprocessing):
+    card = {**predictor.card, "class_names": list(predictor.class_names)}
+    return {**card, "takes_raw_images": bool(preprocessing)}
+
+
+def _calibration_images(serving, data, artifacts):
+    """Returns the training images that find the ranges, if an artifact needs them."""
+    if not any(PRECISIONS[artifact.precision].is_calibrated for artifact in artifacts):
+        return np.zeros((0, *serving.contract.image_shape), serving.contract.dtype)
+    split = as_taken(data.splits["train"], serving.raw_shape)
+    return serving.prepare(split.images[draw_evenly(split.labels, CALIBRATION_IMAGES)])
+
+
+def draw_evenly(labels, count):
+    """Returns the positions of `count` images, as evenly over the classes as there are images.
+
+    Args:
+        labels: int64, [images].
+        count: How many to draw; fewer if there are fewer.
+
+    Returns:
+        int64, [count], in order.
+
+    Example:
+        >>> draw_evenly(np.array([0, 0, 0, 0, 1, 2]), 4).tolist()
+        [0, 1, 4, 5]
+    """
+    labels = np.asarray(labels)
+    # An image's rank within its class: 0 for the first of each.
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], labels[order])
+    ranks = np.empty(len(labels), "int64")
+    ranks[order] = np.arange(len(labels)) - starts
+    return np.sort(np.argsort(ranks, kind="stable")[:count])
+
+
+# ----------------------------------------------------------------------------------------------
+# Artifact by artifact
+# ----------------------------------------------------------------------------------------------
+
+
+class _Session:
+    """What has been written and proven so far."""
+
+    def __init__(self, job, work, prober, progress, report):
+        self.job = job
+        self.work = work
+        self.rows, self.failures, self.answers = [], [], {}
+        self._prober, self._progress = prober, progress
+        self.report = report or (lambda line: None)
+        self.threads = sorted({1, run_folder.cores()})
+
+    def refer(self, model, split):
+        """Asks the Keras model itself, in float32, layer by layer as Keras calls it."""
+        model = in_float32(model)
+        self._split = split
+        if len(split) < max(proof.BATCHES):
+            raise InputError(
+                f"the proof takes at least {max(proof.BATCHES)} images, got {len(split)}"
+            )
+        parts = []
+        for images, _ in split.batches(256):
+            answers = keras.ops.convert_to_numpy(model(images, training=False))
+            parts.append(to_probabilities(answers, ends_in_softmax(model), model.name))
+            self._progress(len(images))
+        self.reference = proof.Reference(split.images, split.labels, np.concatenate(parts))
+        most = max(max(proof.BATCHES), _REFERENCE_BYTES // self.inputs(0, 1).nbytes)
+        self.picked = draw_evenly(split.labels, min(REFERENCE_IMAGES, most))
+
+    def inputs(self, start, stop):
+        """Returns a part of the images as the artifacts take them."""
+        stop = min(stop, len(self._split))
+        if start >= stop:
+            return ()
+        return self.job.serving.prepare(self._split.images[np.arange(start, stop)])
+
+    def add(self, artifact):
+        """Writes an artifact, asks its runtime, and keeps the figures."""
+        path = self.work / artifact.file
+        importlib.import_module(f"keras_resnet.exporting.{artifact.format}").write(
+            self.job, artifact, path
+        )
+        size, sha256 = digest(path)
+        with contextlib.closing(self._open(path, artifact)) as runtime:
+            figures, failures = self._prove(artifact, runtime)
+            row = {
+                "file": artifact.file,
+                "format": artifact.format,
+                "precision": artifact.precision,
+                "batch": artifact.batch,
+                "bytes": size,
+                "sha256": sha256,
+                "input": dataclasses.asdict(runtime.input),
+                "output": dataclasses.asdict(runtime.output),
+                **figures,
+                "gate": dataclasses.asdict(PRECISIONS[artifact.precision].gate),
+                "failures": [str(failure) for failure in failures],
+                "published_by_force": bool(failures),
+                "latency_ms": self._time(path, artifact),
+                "operators": runtime.operators,
+            }
+        self.rows.append(row)
+        self.failures += failures
+        self.report(_describe_row(row))
+
+    def _open(self, path, artifact, threads=None):
+        threads = threads or self.threads[-1]
+        return proof.open_artifact(path, artifact.format, threads, self._prober)
+
+    def _prove(self, artifact, runtime):
+        file = artifact.file
+        failures = proof.check_contract(file, runtime, self.job.serving.contract, artifact.batch)
+        answers = proof.ask(runtime, self.inputs, self._progress)
+        self.answers[file] = answers[self.picked]
+        failures += proof.check_batches(file, runtime, self.inputs, answers)
+        figures = proof.compare(answers, self.reference)
+        return figures, failures + proof.check_gate(file, artifact.precision, figures)
+
+    def _time(self, path, artifact):
+        """Returns the latency of one image, by the number of threads."""
+        found = {}
+        for threads in self.threads:
+            with contextlib.closing(self._open(path, artifact, threads)) as runtime:
+                found[str(threads)] = proof.measure_latency(runtime, self.inputs(0, 1))
+        return found
+
+
+def _describe_row(row):
+    verdict = "; ".join(row["failures"]) or "proven"
+    return (
+        f"{row['file']}: {row['bytes'] / 1e6:.1f} MB, largest difference "
+        f"{row['max_difference']:.1e}, agreement {row['agreement']:.4f}: {verdict}"
+    )
+
+
+def _check_passed(rows, failures, force, folder):
+    if not failures or force:
+        return
+    files_ = sorted({failure.file for failure in failures})
+    raise ExportError(
+        f"{len(files_)} of {len(rows)} artifacts are not the network they were made of "
+        f"({', '.join(files_)}): nothing was written to {folder}; --force publishes them with the "
+        "failures recorded",
+        failures,
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# The record
+# ----------------------------------------------------------------------------------------------
+
+
+def _make_manifest(source, data, session):
+    serving = session.job.serving
+    surroundings = run_folder.describe_surroundings()
+    return {
+        "manifest_version": VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": {"name": source.predictor.model.name, "parameters": serving.model.count_params()},
+        "source": source.record,
+        "tool_versions": run_folder.versions(*TOOLS),
+        "machine": {**surroundings["machine"], "git_commit": surroundings["git_commit"]},
+        "class_names": list(source.predictor.class_names),
+        "data": {
+            "dataset": data.name,
+            "split": data.evaluation_split,
+            "images": len(session.reference.labels),
+            "fingerprint": data.fingerprint,
+        },
+        "keras": {"accuracy": session.reference.accuracy, "latency_ms": {}},
+        "artifacts": session.rows,
+    }
+
+
+def _keep_earlier(manifest, session, folder):
+    """Takes over what an earlier export left, and what others have put there."""
+    if not folder.is_dir():
+        return
+    earlier = _read_earlier(folder)
+    new = {row["file"] for row in session.rows}
+    kept = []
+    # A row needs its answers; what has been damaged since is left behind.
+    with contextlib.suppress(InputError):
+        if earlier["artifacts"] and _is_alike(earlier, manifest):
+            answers = read_reference(folder, earlier).answers
+            rows = [row for row in earlier["artifacts"] if row["file"] not in new]
+            kept = [row for row in rows if _is_whole(folder, row)]
+            session.answers |= {row["file"]: answers[row["file"]] for row in kept}
+    known = {row["file"] for row in earlier["artifacts"]} | {*OWN_FILES, *new}
+    others = sorted({path.name for path in folder.iterdir()} - known)
+    folders.carry_over(folder, session.work, [*(row["file"] for row in kept), *others])
+    manifest["artifacts"] = sorted(
+        [*manifest["artifacts"], *kept], key=lambda row: _PLACES.get(row["file"], 0)
+    )
+
+
+def _read_earlier(folder):
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else {"artifacts": []}
+
+
+def _is_alike(earlier, manifest):
+    """Returns whether two exports are of one model, measured on the same images."""
+    return all(earlier[name] == manifest[name] for name in ("data", "class_names")) and (
+        earlier["source"]["sha256"] == manifest["source"]["sha256"]
+    )
+
+
+def _check_contract_kept(folder, contract):
+    """Refuses to put files that take floats beside files that take images."""
+    for row in _read_earlier(folder)["artifacts"]:
+        if row["input"]["dtype"] != contract.dtype:
+            raise InputError(
+                f"{folder}: its files take {row['input']['dtype']}, and these would take "
+                f"{contract.dtype}: choose another --out"
+            )
+
+
+def _is_whole(folder, row):
+    """Returns whether a file is still what its manifest lists."""
+    try:
+        return digest(folder / row["file"]) == (row["bytes"], row["sha256"])
+    except InputError:  # it is not there any more
+        return False
+
+
+_PLACES = {artifact.file: place for place, artifact in enumerate(choose_artifacts())}
+
+
+def _write_record(manifest, session):
+    """Writes the reference answers and the manifest into the workspace."""
+    reference, picked = session.reference, session.picked
+    recorded = Recorded(
+        np.concatenate([session.inputs(i, i + 1) for i in picked]),
+        reference.probabilities[picked],
+        reference.probabilities.argmax(axis=1),
+        session.answers,
+    )
+    write_reference(session.work / REFERENCE, recorded)
+    size, sha256 = digest(session.work / REFERENCE)
+    manifest["reference"] = {"file": REFERENCE, "bytes": size, "sha256": sha256}
+    files.write_json(session.work / MANIFEST, manifest)

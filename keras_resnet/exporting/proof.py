@@ -1,0 +1,233 @@
+"""The proof: an artifact's own runtime beside the Keras model it was made of, and the gate."""
+
+import dataclasses
+import math
+import statistics
+import time
+
+import numpy as np
+
+from keras_resnet.errors import InputError
+from keras_resnet.exporting.formats import PRECISIONS
+from keras_resnet.inference import to_probabilities
+from keras_resnet.runtimes import Tensor, open_runtime
+
+BATCHES = (1, 2, 7)
+"""The batch sizes that an artifact must take."""
+
+# Most that an answer may depend on the batch it is asked in. Runtimes sum in another order for
+# another batch; a network that saw its batch (BatchNormalization in training) is off by percents.
+_BATCH_TOLERANCE = 1e-4
+
+_WARM_UP = 5
+_TIMED_RUNS = (20, 200)
+_TIMED_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the Keras model answers to real test images.
+
+    Attributes:
+        images: Raw images, uint8, [count, height, width, channels], as a `Split` holds them.
+        labels: int64, [count].
+        probabilities: float32, [count, classes].
+    """
+
+    images: object
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def accuracy(self):
+        """The share of the images that the Keras model names rightly."""
+        return float(np.mean(self.probabilities.argmax(axis=1) == self.labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A check that an artifact did not pass.
+
+    Attributes:
+        file: The artifact.
+        check: What was checked.
+        found: What it gave; a number or words.
+        limit: What it had to be.
+    """
+
+    file: str
+    check: str
+    found: object
+    limit: object
+
+    def __str__(self):
+        return f"{self.check}: {_short(self.found)}, must be {_short(self.limit)}"
+
+
+def _short(value):
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def open_artifact(path, format, threads=None, prober=None):
+    """Opens an artifact by its real runtime; a SavedModel in a process without Keras.
+
+    Args:
+        path: The file or folder, which was written here or is trusted.
+        format: A row of `FORMATS`.
+        threads: How many threads compute one answer; None for the runtime's choice.
+        prober: See `open_runtime`.
+    """
+    if format == "saved_model":
+        from keras_resnet.exporting.fresh import FreshSavedModel
+
+        return FreshSavedModel(path, threads)
+    return open_runtime(path, threads=threads, prober=prober)
+
+
+def ask(runtime, inputs, progress=lambda count: None, chunk=256):
+    """Returns an artifact's probabilities.
+
+    Args:
+        runtime: A `Runtime`.
+        inputs: Function of (start, stop) that returns that part of the images as it takes them.
+        progress: Called with the number of images of each finished call.
+        chunk: Images a call.
+
+    Returns:
+        float32, [count, classes].
+    """
+    parts = []
+    start = 0
+    while len(batch := inputs(start, start + chunk)):
+        parts.append(_probabilities(runtime, batch))
+        progress(len(batch))
+        start += chunk
+    return np.concatenate(parts)
+
+
+def _probabilities(runtime, batch):
+    return to_probabilities(runtime.run(batch), runtime.gives_probabilities, runtime.name)
+
+
+def check_contract(file, runtime, contract, batch=None):
+    """Returns a `Failure` for each name, shape or dtype that is not what the contract says.
+
+    Args:
+        file: The artifact's name.
+        runtime: It, opened.
+        contract: The `Contract`.
+        batch: The batch size it is made for; None for any.
+    """
+    wanted = {
+        "input": Tensor("image", (batch, *contract.image_shape), contract.dtype),
+        "output": Tensor(contract.output, (batch, contract.classes), "float32"),
+    }
+    failures = []
+    for side, tensor in wanted.items():
+        for what in ("name", "shape", "dtype"):
+            found, limit = (getattr(one, what) for one in (getattr(runtime, side), tensor))
+            if found != limit:
+                failures.append(Failure(file, f"{side} {what}", found, limit))
+    return failures
+
+
+def check_batches(file, runtime, inputs, answers):
+    """Returns a `Failure` for each batch size that fails, or whose answers are others.
+
+    Args:
+        file: The artifact's name.
+        runtime: It, opened.
+        inputs: See `ask`.
+        answers: What it gave for these images in large batches.
+    """
+    failures = []
+    for count in BATCHES:
+        check = f"batch of {count}"
+        try:
+            found = _probabilities(runtime, inputs(0, count))
+        except InputError as error:
+            failures.append(Failure(file, check, str(error), "answered"))
+            continue
+        difference = _largest(found - answers[:count])
+        if not difference <= _BATCH_TOLERANCE:
+            failures.append(Failure(file, f"{check}, difference", difference, _BATCH_TOLERANCE))
+    return failures
+
+
+def compare(answers, reference):
+    """Returns how an artifact's answers differ from the Keras model's.
+
+    Args:
+        answers: float32, [count, classes], probabilities.
+        reference: The `Reference`.
+
+    Returns:
+        A dict: "images", "max_difference", "mean_difference", "agreement", "accuracy",
+        "accuracy_change".
+    """
+    difference = np.abs(answers.astype("float64") - reference.probabilities)
+    top1 = answers.argmax(axis=1)
+    accuracy = float(np.mean(top1 == reference.labels))
+    return {
+        "images": len(answers),
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "agreement": float(np.mean(top1 == reference.probabilities.argmax(axis=1))),
+        "accuracy": accuracy,
+        "accuracy_change": accuracy - reference.accuracy,
+    }
+
+
+def check_gate(file, precision, figures):
+    """Returns a `Failure` for each figure that the gate of a precision does not let through.
+
+    Args:
+        file: The artifact's name.
+        precision: A row of `PRECISIONS`.
+        figures: What `compare` returns.
+
+    Example:
+        >>> figures = {"max_difference": 2e-5, "agreement": 1.0, "accuracy_change": 0.0}
+        >>> print(*check_gate("model-float32.onnx", "float32", figures))
+        largest difference: 2e-05, must be at most 1e-05
+    """
+    gate = PRECISIONS[precision].gate
+    rows = (
+        ("largest difference", figures["max_difference"], "at most", gate.max_difference),
+        ("agreement", figures["agreement"], "at least", gate.agreement),
+        ("accuracy drop", -figures["accuracy_change"], "at most", gate.accuracy_drop),
+    )
+    # A figure that is no number (nan) passes nothing.
+    return [
+        Failure(file, check, found, f"{side} {limit:g}")
+        for check, found, side, limit in rows
+        if limit is not None and not (found >= limit if side == "at least" else found <= limit)
+    ]
+
+
+def measure_latency(runtime, batch):
+    """Returns how long an artifact takes for a batch, once it is warm.
+
+    Args:
+        runtime: A `Runtime`.
+        batch: Images as it takes them.
+
+    Returns:
+        A dict: "median" and "p95", in milliseconds.
+    """
+    for _ in range(_WARM_UP):
+        runtime.run(batch)
+    least, most = _TIMED_RUNS
+    taken, began = [], time.perf_counter()
+    while len(taken) < least or (
+        len(taken) < most and time.perf_counter() - began < _TIMED_SECONDS
+    ):
+        start = time.perf_counter()
+        runtime.run(batch)
+        taken.append(1000 * (time.perf_counter() - start))
+    p95 = sorted(taken)[math.ceil(0.95 * len(taken)) - 1]
+    return {"median": statistics.median(taken), "p95": p95}
+
+
+def _largest(difference):
+    return float(np.abs(difference).max())

@@ -1,0 +1,27 @@
+"""SavedModel: what TensorFlow Serving and other TensorFlow programs load."""
+
+import json
+
+import tensorflow as tf
+
+from keras_resnet import files
+
+# TensorFlow's name for what others put beside a SavedModel.
+CARD = "assets.extra/keras_resnet.json"
+
+
+def write(job, artifact, path):
+    """Writes a SavedModel with the signature "serving_default".
+
+    `tf.saved_model.save` of a bare module holds every weight once; Keras's `model.export` holds
+    each twice (Keras 3.15), and needs Keras's names to load.
+
+    Args:
+        job: The `Job`.
+        artifact: The `Artifact`.
+        path: The folder to write.
+    """
+    module = job.serving.module(artifact.batch)
+    tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
+    (path / CARD).parent.mkdir()
+    files.write_text(path / CARD, json.dumps(job.card))

@@ -1,0 +1,112 @@
+"""ONNX files, run by ONNX Runtime on the CPU."""
+
+from keras_resnet import seals
+from keras_resnet.errors import InputError
+from keras_resnet.runtimes.base import Runtime, Tensor, count, ends_in_softmax, only_one, reason
+from keras_resnet.tables import printable
+
+_STANDARD = ("", "ai.onnx")
+_PASSING = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape"}
+# How ONNX Runtime writes a type -> NumPy's name.
+_DTYPES = {
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+}
+
+
+class OnnxRuntime(Runtime):
+    """An .onnx file; see `Runtime`.
+
+    Args:
+        content: The file, bytes.
+        path: Its path, for messages.
+        threads: How many threads compute one answer.
+    """
+
+    format = "onnx"
+
+    def __init__(self, content, path, threads=None):
+        sealed = seals.read_onnx_seal(content, path)
+        model = _parse(content, path)
+        metadata = [(entry.key, entry.value) for entry in model.metadata_props]
+        super().__init__(path, seals.onnx_card(metadata, sealed, path), threads)
+        self.operators = count(self._operators(model))
+        producers = {
+            output: (node.op_type, node.input[0] if node.input else None)
+            for node in model.graph.node
+            for output in node.output
+        }
+        del model  # as large as the file
+        self._session = self._open(content)
+        self.input = self._tensor("input", self._session.get_inputs())
+        self.output = self._tensor("output", self._session.get_outputs())
+        self.gives_probabilities = self.output.name == "probabilities" or ends_in_softmax(
+            self.output.name, producers, "Softmax", _PASSING
+        )
+
+    def _operators(self, model):
+        """Returns the name of each operator; refuses what reaches beyond the file or standard."""
+        names = []
+        for message in _messages(model):
+            kind = message.DESCRIPTOR.name
+            if kind == "TensorProto" and (message.data_location or message.external_data):
+                raise InputError(
+                    f"{self.name}: tensors in other files are refused: save the model as one file"
+                )
+            if kind == "FunctionProto" or (kind == "NodeProto" and message.domain not in _STANDARD):
+                named = f"{message.domain}.{getattr(message, 'op_type', message.name)}"
+                raise InputError(
+                    f"{self.name}: custom operators ({printable(named)[:80]}) are refused: the "
+                    "model must be made of ONNX's own"
+                )
+            if kind == "NodeProto":
+                names.append(message.op_type)
+        return names
+
+    def _open(self, content):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors come as exceptions
+        # What is asked for, or as many as there are cores.
+        options.intra_op_num_threads = self.threads or 0
+        try:
+            # From bytes: a path would let the model name files beside it.
+            return onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise InputError(f"{self.name}: cannot be loaded: {reason(error)}") from error
+
+    def _tensor(self, what, found):
+        found = only_one(self.name, what, found)
+        # A size that is no number is the name of one that is not known.
+        shape = tuple(size if isinstance(size, int) else None for size in found.shape)
+        if found.type not in _DTYPES:
+            raise InputError(f"{self.name}: its {what} must hold numbers, got {found.type}")
+        return Tensor(found.name, shape, _DTYPES[found.type])
+
+    def call(self, images):
+        """Returns the output for one batch."""
+        return self._session.run([self.output.name], {self.input.name: images})[0]
+
+
+def _parse(content, path):
+    import onnx
+
+    try:
+        return onnx.load_model_from_string(content)
+    except Exception as error:
+        raise InputError(f"{path}: cannot be loaded: {reason(error)}") from error
+
+
+def _messages(message):
+    """Yields a protocol buffer and all that it holds, however deep."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from _messages(inner)

@@ -1,0 +1,127 @@
+"""TFLite files, run by LiteRT."""
+
+import numpy as np
+
+from keras_resnet import seals
+from keras_resnet.errors import InputError
+from keras_resnet.quiet import stderr_kept_back
+from keras_resnet.runtimes.base import (
+    Runtime,
+    Tensor,
+    count,
+    ends_in_softmax,
+    only_one,
+    reason,
+)
+from keras_resnet.tables import printable
+
+_PASSING = {"CAST", "DEQUANTIZE", "QUANTIZE", "RESHAPE"}
+
+
+class TFLiteRuntime(Runtime):
+    """A .tflite file; see `Runtime`.
+
+    Args:
+        content: The file, bytes.
+        path: Its path, for messages.
+        threads: How many threads compute one answer.
+    """
+
+    format = "tflite"
+
+    def __init__(self, content, path, threads=None):
+        super().__init__(path, seals.read_tflite_seal(content, path), threads)
+        self._interpreter = self._open(content)
+        self.operators = count(self._operators(content))
+        self._in = only_one(path, "input", self._interpreter.get_input_details())
+        self._out = only_one(path, "output", self._interpreter.get_output_details())
+        keys = self._signature()
+        self.input = _tensor(self._in, keys["inputs"])
+        self.output = _tensor(self._out, keys["outputs"])
+        self.gives_probabilities = self.output.name == "probabilities" or self._softmax()
+        self._batch = None
+
+    def _open(self, content):
+        from ai_edge_litert.interpreter import Interpreter
+
+        try:
+            # None would be one thread for each core and operator.
+            return Interpreter(model_content=content, num_threads=self.threads)
+        except Exception as error:
+            raise InputError(f"{self.name}: cannot be loaded: {reason(error)}") from error
+
+    def _operators(self, content):
+        """Returns the name of each operator, of all subgraphs; refuses those of others."""
+        from ai_edge_litert import schema_py_generated as schema
+
+        names = {
+            code: name for name, code in vars(schema.BuiltinOperator).items() if name[0] != "_"
+        }
+        model = schema.Model.GetRootAs(content, 0)
+        kinds = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
+        custom = [kind.CustomCode() or b"" for kind in kinds if _code(kind) == _code_of(schema)]
+        if custom:
+            shown = ", ".join(printable(name.decode("utf-8", "replace"))[:40] for name in custom)
+            raise InputError(
+                f"{self.name}: custom operators ({shown}) are refused: a phone has none of them; "
+                "convert with built-in operators only"
+            )
+        found = []
+        for i in range(model.SubgraphsLength()):
+            graph = model.Subgraphs(i)
+            for j in range(graph.OperatorsLength()):
+                code = _code(kinds[graph.Operators(j).OpcodeIndex()])
+                found.append(names.get(code, f"operator {code}"))
+        return found
+
+    def _signature(self):
+        """Returns the names that the only signature gives to input and output."""
+        signatures = list(self._interpreter.get_signature_list().values())
+        return signatures[0] if len(signatures) == 1 else {"inputs": [], "outputs": []}
+
+    def _softmax(self):
+        producers = {}
+        for operator in self._interpreter._get_ops_details():
+            inputs = [int(i) for i in operator["inputs"]]
+            for output in operator["outputs"]:
+                producers[int(output)] = (operator["op_name"], inputs[0] if inputs else None)
+        return ends_in_softmax(self._out["index"], producers, "SOFTMAX", _PASSING)
+
+    def call(self, images):
+        """Returns the output for one batch."""
+        interpreter = self._interpreter
+        if self._batch != images.shape:
+            # LiteRT says on standard error that it has a delegate.
+            with stderr_kept_back():
+                if tuple(self._in["shape"]) != images.shape or self._batch:
+                    interpreter.resize_tensor_input(self._in["index"], images.shape)
+                interpreter.allocate_tensors()
+            self._batch = images.shape
+        interpreter.set_tensor(self._in["index"], images)
+        interpreter.invoke()
+        return _dequantized(interpreter.get_tensor(self._out["index"]), self._out)
+
+
+def _code(kind):
+    # A file from before operator 127 has the first alone.
+    return max(kind.DeprecatedBuiltinCode(), kind.BuiltinCode())
+
+
+def _code_of(schema):
+    return schema.BuiltinOperator.CUSTOM
+
+
+def _tensor(details, names):
+    # Its shape as it is now has 1 for what can be of any size.
+    sizes = details["shape_signature"] if len(details["shape_signature"]) else details["shape"]
+    shape = tuple(None if size < 0 else int(size) for size in sizes)
+    name = names[0] if len(names) == 1 else details["name"]
+    return Tensor(name, shape, np.dtype(details["dtype"]).name)
+
+
+def _dequantized(answers, details):
+    """Returns what a full-integer model's numbers stand for."""
+    if answers.dtype.kind not in "iu":
+        return answers
+    scale, zero = details["quantization"]
+    return ((answers.astype("float32") - zero) * (scale or 1)).astype("float32")

@@ -1,0 +1,275 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import run_command
+from hypothesis import given
+from hypothesis import strategies as st
+
+import keras_resnet
+from keras_resnet import InputError, inference
+from keras_resnet.datasets import Split
+from keras_resnet.exporting.exporter import draw_evenly, export
+from keras_resnet.exporting.formats import choose_artifacts
+from keras_resnet.manifest import digest, read_manifest
+from keras_resnet.runtimes import open_runtime
+
+ALL = {artifact.file for artifact in choose_artifacts()}
+ONE = {"to": ["onnx"], "precision": ["float32"]}
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run, tmp_path_factory):
+    """Every format and precision of a run, by the command line; its output."""
+    folder = tmp_path_factory.mktemp("exported") / "export"
+    done = run_command("export", trained_run, "--out", folder, "--force")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_every_format_and_precision_is_written(exported):
+    folder, _ = exported
+    assert {path.name for path in folder.iterdir()} == ALL | {"manifest.json", "reference.npz"}
+
+
+def test_the_command_line_prints_a_line_each_and_a_table(exported):
+    folder, done = exported
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[: len(ALL)]] == [
+        artifact.file for artifact in choose_artifacts()
+    ]
+    assert lines[len(ALL)] == f"written to {folder}"
+    assert lines[len(ALL) + 1].split()[:2] == ["file", "MB"]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_manifest_says_what_is_there(exported, trained_run):
+    folder, _ = exported
+    manifest = read_manifest(folder)
+    assert {row["file"] for row in manifest["artifacts"]} == ALL
+    for row in manifest["artifacts"]:
+        assert digest(folder / row["file"]) == (row["bytes"], row["sha256"])
+        assert row["images"] == manifest["data"]["images"] == 100
+        assert row["operators"]
+        for figures in row["latency_ms"].values():
+            assert 0 < figures["median"] <= figures["p95"]
+        assert "1" in row["latency_ms"]
+    _, sha256 = digest(trained_run / "model.keras")
+    assert manifest["source"]["sha256"] == sha256
+    assert manifest["source"]["run"]["recipe"] == "quick"
+    assert None not in manifest["tool_versions"].values()
+    assert manifest["data"]["fingerprint"]
+
+
+def test_all_files_answer_as_the_keras_model_does(exported, trained_run):
+    folder, _ = exported
+    source = inference.load(trained_run)
+    _, split = inference.load_data(source)
+    images = split.images[np.arange(20)]
+    expected = source(images)
+    for row in read_manifest(folder)["artifacts"]:
+        predictor = inference.load(folder / row["file"], trust=True)
+        assert predictor.class_names == source.class_names
+        bound = {"float32": 1e-5, "float16": 2e-3}.get(row["precision"], 0.2)
+        assert predictor(images) == pytest.approx(expected, abs=bound)
+
+
+def test_evaluate_and_predict_take_any_of_them(exported, trained_run, fashion_folder):
+    folder, _ = exported
+    image = next(fashion_folder.glob("*/*.png"))
+    labels = set()
+    for file in ("model-float32.onnx", "model-int8-batch1.tflite", "saved_model"):
+        trust = ["--trust"] if file == "saved_model" else []
+        done = run_command("predict", folder / file, image, "--json", *trust)
+        assert done.returncode == 0, done.stderr
+        labels.add(json.loads(done.stdout)[0]["labels"][0]["label"])
+    assert len(labels) == 1
+    results = [
+        run_command("evaluate", path, "--json")
+        for path in (trained_run, folder / "model-float32.tflite")
+    ]
+    accuracies = [json.loads(done.stdout)["accuracy"] for done in results]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_without_preprocessing_files_take_floats_and_give_logits(small_model, fashion, tmp_path):
+    folder = tmp_path / "floats"
+    # So small a network keeps less in 8 bits than a real one.
+    manifest = export(small_model, folder, dataset=fashion, preprocessing=False, force=True)
+    for row in manifest["artifacts"]:
+        assert row["input"] == {
+            "name": "image",
+            "shape": [row["batch"], 28, 28, 1],
+            "dtype": "float32",
+        }
+        assert row["output"]["name"] == "logits"
+        assert not row["failures"] or row["precision"] in ("dynamic", "int8")
+        assert row["agreement"] > 0.9
+    with pytest.raises(InputError, match="takes floats that are normalised already"):
+        inference.load(folder / "model-int8.onnx")
+    floats = fashion.splits["test"].images[:5].astype("float32") / 255
+    logits = open_runtime(folder / "model-float32.onnx").run(floats)
+    expected = small_model(fashion.splits["test"].images[:5], training=False)
+    assert logits == pytest.approx(np.asarray(expected), abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------
+# Other people's models
+# ----------------------------------------------------------------------------------------------
+
+
+def functional_with_logits():
+    inputs = keras.Input((28, 28, 1), name="pixels")
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu", padding="same")(x)
+    x = keras.layers.BatchNormalization()(x)
+    return keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)), name="mine")
+
+
+def sequential_with_softmax():
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1), dtype="uint8"),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.DepthwiseConv2D(3, activation="relu6"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+
+
+def in_mixed_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        return functional_with_logits()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize(
+    "make", [functional_with_logits, sequential_with_softmax, in_mixed_precision]
+)
+def test_a_model_of_ones_own(make, fashion, tmp_path):
+    keras.utils.set_random_seed(1)
+    manifest = export(
+        make(), tmp_path / "out", dataset=fashion, precision=["float32"], to=["tflite", "onnx"]
+    )
+    assert [row["failures"] for row in manifest["artifacts"]] == [[], [], []]
+    assert manifest["class_names"] == [f"class {i}" for i in range(10)]
+
+
+def test_images_of_any_size_are_exported_at_that_of_the_data(fashion, tmp_path):
+    network = keras_resnet.build_resnet(keras_resnet.Spec((1,), (8,)), (28, 28, 1), 10)
+    model = keras_resnet.with_preprocessing(network, (None, None, 1))
+    manifest = export(model, tmp_path / "out", dataset=fashion, **ONE)
+    assert manifest["artifacts"][0]["input"]["shape"] == [None, 28, 28, 1]
+
+
+@pytest.mark.parametrize("size", [28, 23, 37])
+def test_images_that_are_enlarged(size, fashion, tmp_path):
+    """23 pixels times float32(28 / 23) are 27.99…, and would become 27."""
+    network = keras_resnet.build_resnet(
+        keras_resnet.Spec((1,), (8,)), (28 if size != 37 else 96,) * 2 + (1,), 10
+    )
+    model = keras_resnet.with_preprocessing(network, (size, size, 1))
+    cut = {
+        name: Split(split.images[:60, :size, :size], split.labels[:60])
+        for name, split in fashion.splits.items()
+    }
+    if size > 28:
+        cut = {
+            name: Split(np.pad(split.images, ((0, 0), (0, 9), (0, 9), (0, 0))), split.labels)
+            for name, split in cut.items()
+        }
+    data = dataclasses.replace(fashion, splits=cut)
+    manifest = export(model, tmp_path / "out", dataset=data, precision=["float32"])
+    assert not any(row["failures"] for row in manifest["artifacts"])
+
+
+# ----------------------------------------------------------------------------------------------
+# Bad input
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing"], "missing: no such model file"),
+        (["{run}", "--to", "coreml"], "invalid choice: 'coreml'"),
+        (["{run}", "--to", "saved_model", "--precision", "int8"], "saved_model comes in float32"),
+        (["{run}", "--dataset", "folder:missing"], "missing"),
+        (["{run}", "--out", "{run}"], "an export is written to a new folder"),
+        (["{export}/model-int8.onnx"], "made of a run folder or a .keras file"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, exported, trained_run):
+    names = {"run": trained_run, "export": exported[0]}
+    before = sorted(trained_run.rglob("*"))
+    done = run_command("export", *(argument.format(**names) for argument in arguments))
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert sorted(trained_run.rglob("*")) == before
+
+
+def test_a_keras_model_needs_a_folder_and_data(small_model, tmp_path):
+    with pytest.raises(InputError, match="`folder` must be named"):
+        export(small_model)
+    with pytest.raises(InputError, match="name --dataset"):
+        export(small_model, tmp_path / "out")
+
+
+def test_a_proof_needs_images(small_model, fashion, tmp_path):
+    few = {name: Split(s.images[:6], s.labels[:6]) for name, s in fashion.splits.items()}
+    with pytest.raises(InputError, match="at least 7 images, got 6"):
+        export(
+            small_model, tmp_path / "out", dataset=dataclasses.replace(fashion, splits=few), **ONE
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_proof_is_a_table_and_status_1(trained_run, tmp_path):
+    """The demand on float32 set beyond what any arithmetic keeps."""
+    code = """
+import sys
+from keras_resnet import models
+from keras_resnet.exporting import formats
+models.SPECS["tiny"] = models.Spec((1, 1), (8, 16))
+formats.PRECISIONS["float32"] = formats.Precision("", formats.Gate(1e-30, 1.0, None))
+from keras_resnet.cli import main
+sys.exit(main())
+"""
+    arguments = ["export", trained_run, "--to", "onnx", "--precision", "float32"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    table = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert table[0] == ["file", "check", "found", "must", "be"]
+    assert table[2][:3] == ["model-float32.onnx", "largest", "difference"]
+    assert "1 of 1 artifacts are not the network" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 80))
+def test_images_are_drawn_evenly(labels, count):
+    drawn = draw_evenly(labels, count)
+    assert len(set(drawn.tolist())) == len(drawn) == min(count, len(labels))
+    assert (np.sort(drawn) == drawn).all()
+    taken = np.bincount(np.array(labels)[drawn], minlength=5)
+    there = np.bincount(labels, minlength=5)
+    # No class has two more than another that has images left.
+    for one in range(5):
+        for other in range(5):
+            if taken[other] < there[other]:
+                assert taken[one] <= taken[other] + 1

@@ -1,0 +1,198 @@
+"""A check that cannot fail is none: each of these writes a wrong file, and the proof finds it."""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_resnet import ExportError
+from keras_resnet.exporting import exporter, graph, proof
+from keras_resnet.exporting.exporter import export
+from keras_resnet.exporting.graph import Contract
+from keras_resnet.runtimes import Runtime, Tensor
+
+# format -> its float32 files.
+FILES = {
+    "saved_model": {"saved_model"},
+    "tflite": {"model-float32.tflite", "model-float32-batch1.tflite"},
+    "onnx": {"model-float32.onnx"},
+}
+
+
+def training_mode(serving, image):
+    scores = serving.model(tf.cast(image, serving.model.inputs[0].dtype), training=True)
+    return {"probabilities": tf.nn.softmax(scores)}
+
+
+def swapped_classes(serving, image):
+    scores = serving.model(tf.cast(image, serving.model.inputs[0].dtype), training=False)
+    return {"probabilities": tf.nn.softmax(tf.gather(scores, [1, 0, *range(2, 10)], axis=1))}
+
+
+def mirrored_image(serving, image):
+    image = tf.cast(image, serving.model.inputs[0].dtype)
+    scores = serving.model(tf.reverse(image, [2]), training=False)
+    return {"probabilities": tf.nn.softmax(scores)}
+
+
+def wrong_name(serving, image):
+    return {"output_0": next(iter(CORRECT(serving, image).values()))}
+
+
+def logits(serving, image):
+    scores = serving.model(tf.cast(image, serving.model.inputs[0].dtype), training=False)
+    return {"probabilities": scores - tf.reduce_min(scores, axis=1, keepdims=True)}
+
+
+CORRECT = graph.Serving._serve
+
+
+@pytest.mark.parametrize(
+    "wrong, checks, formats",
+    [
+        (training_mode, {"largest difference", "agreement"}, ["saved_model", "tflite", "onnx"]),
+        (swapped_classes, {"largest difference", "agreement"}, ["tflite", "onnx"]),
+        (mirrored_image, {"largest difference", "agreement"}, ["tflite"]),
+        (logits, {"largest difference"}, ["onnx"]),
+        (wrong_name, {"output name"}, ["saved_model", "tflite", "onnx"]),
+    ],
+)
+def test_a_wrong_graph_is_not_published(
+    small_model, fashion, tmp_path, monkeypatch, wrong, checks, formats
+):
+    monkeypatch.setattr(graph.Serving, "_serve", wrong)
+    with pytest.raises(ExportError, match="are not the network they were made of") as caught:
+        export(small_model, tmp_path / "export", dataset=fashion, to=formats, precision=["float32"])
+    failures = caught.value.failures
+    files = set().union(*(FILES[name] for name in formats))
+    assert {failure.file for failure in failures} == files
+    for file in files:
+        assert checks <= {failure.check for failure in failures if failure.file == file}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_sees_its_batch_fails_by_its_batches(small_model, fashion, tmp_path):
+    """In training mode an image's answer depends on its neighbours."""
+    serving = graph.Serving(small_model)
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, graph.Serving, "_serve", CORRECT)
+        graph.Serving._serve = training_mode
+        module = serving.module()
+        tf.saved_model.save(module, str(tmp_path), signatures={"serving_default": module.serve})
+    runtime = stack.enter_context(contextlib.closing(proof.open_artifact(tmp_path, "saved_model")))
+    images = fashion.splits["test"].images[:64]
+
+    def inputs(start, stop):
+        return images[start:stop]
+
+    answers = proof.ask(runtime, inputs)
+    checks = {failure.check for failure in proof.check_batches("x", runtime, inputs, answers)}
+    assert checks == {f"batch of {count}, difference" for count in proof.BATCHES}
+
+
+@pytest.mark.parametrize("format", ["tflite", "onnx"])
+def test_a_badly_calibrated_int8_is_not_published(
+    small_model, fashion, tmp_path, monkeypatch, format
+):
+    """Ranges found on black images are wrong for all others."""
+    monkeypatch.setattr(
+        exporter, "_calibration_images", lambda *_: np.zeros((20, 28, 28, 1), "uint8")
+    )
+    with pytest.raises(ExportError) as caught:
+        export(small_model, tmp_path / "export", dataset=fashion, to=[format], precision=["int8"])
+    assert {"agreement", "accuracy drop"} <= {f.check for f in caught.value.failures}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_publishes_and_records(small_model, fashion, tmp_path, monkeypatch):
+    monkeypatch.setattr(graph.Serving, "_serve", swapped_classes)
+    manifest = export(
+        small_model, tmp_path / "export", dataset=fashion, to=["onnx"], precision=["float32"],
+        force=True,
+    )  # fmt: skip
+    (row,) = manifest["artifacts"]
+    assert row["published_by_force"]
+    assert any("agreement" in failure for failure in row["failures"])
+    assert (tmp_path / "export" / "model-float32.onnx").is_file()
+
+
+# ----------------------------------------------------------------------------------------------
+# The checks by themselves
+# ----------------------------------------------------------------------------------------------
+
+GOOD = {"max_difference": 0.0, "agreement": 1.0, "accuracy_change": 0.0}
+
+
+@pytest.mark.parametrize(
+    "precision, change, passes",
+    [
+        ("float32", {"max_difference": 1e-5}, True),
+        ("float32", {"max_difference": 1.01e-5}, False),
+        ("float32", {"agreement": 0.9999}, False),
+        ("float16", {"max_difference": 2e-3, "agreement": 0.999}, True),
+        ("float16", {"max_difference": 2.1e-3}, False),
+        ("float16", {"agreement": 0.9989}, False),
+        ("dynamic", {"max_difference": 0.5, "agreement": 0.985}, True),
+        ("int8", {"agreement": 0.9849}, False),
+        ("int8", {"accuracy_change": -0.003}, True),
+        ("int8", {"accuracy_change": -0.0031}, False),
+        ("int8", {"accuracy_change": 0.05}, True),
+        *(
+            (precision, {name: float("nan")}, False)
+            for precision in ("float32", "int8")
+            for name in ("agreement",)
+        ),
+        ("float32", {"max_difference": float("nan")}, False),
+    ],
+)
+def test_gate(precision, change, passes):
+    assert (not proof.check_gate("file", precision, {**GOOD, **change})) == passes
+
+
+class Fake(Runtime):
+    """Answers what it is told to; the checks take any runtime."""
+
+    def __init__(self, image, output):
+        super().__init__("fake")
+        self.input, self.output = image, output
+
+
+@pytest.mark.parametrize(
+    "side, change",
+    [
+        ("input", {"name": "input_1"}),
+        ("input", {"dtype": "float32"}),
+        ("input", {"shape": (1, 28, 28, 1)}),
+        ("input", {"shape": (None, 28, 28, 3)}),
+        ("input", {"shape": (None, 784)}),
+        ("output", {"name": "output_0"}),
+        ("output", {"shape": (None, 9)}),
+        ("output", {"shape": (None, 10, 1)}),
+        ("output", {"dtype": "uint8"}),
+    ],
+)
+def test_contract(side, change):
+    contract = Contract((28, 28, 1), "uint8", "probabilities", 10)
+    ends = {
+        "input": Tensor("image", (None, 28, 28, 1), "uint8"),
+        "output": Tensor("probabilities", (None, 10), "float32"),
+    }
+    assert proof.check_contract("file", Fake(*ends.values()), contract) == []
+    ends[side] = dataclasses.replace(ends[side], **change)
+    (failure,) = proof.check_contract("file", Fake(*ends.values()), contract)
+    assert failure.check == f"{side} {next(iter(change))}"
+
+
+def test_compare():
+    reference = proof.Reference(
+        None, np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], "float32")
+    )
+    answers = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]], "float32")
+    figures = proof.compare(answers, reference)
+    assert figures["max_difference"] == pytest.approx(0.2)
+    assert figures["mean_difference"] == pytest.approx(0.4 / 6)
+    assert figures["agreement"] == pytest.approx(2 / 3)
+    assert figures["accuracy"] == pytest.approx(1 / 3)
+    assert figures["accuracy_change"] == pytest.approx(-1 / 3)

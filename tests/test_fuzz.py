@@ -1,0 +1,90 @@
+"""Thousands of damaged files: each is refused in one line, or answered rightly.
+
+Half of the damage is done to a file as it is, so that its checksums tell; the other half is
+sealed again, which gets past them to the parsers. See fuzzing.py.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+
+import fuzzing
+import pytest
+import tiny_exports
+from manifests import sample
+
+from keras_resnet.models import Spec
+
+SECONDS_A_MUTANT = 60
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A folder with one whole file of each kind."""
+    folder = tmp_path_factory.mktemp("originals")
+    model = tiny_exports.build(Spec((1,), (4,)), fuzzing.SHAPE, fuzzing.CLASSES)
+    tiny_exports.write(folder, model, fuzzing.CARD)
+    (folder / "manifest.json").write_text(json.dumps(sample()))
+    return folder
+
+
+def lines_of(process, seconds):
+    """Yields a process's lines; ends it if one takes too long."""
+    while True:
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        line = process.stdout.readline()
+        timer.cancel()
+        if not line:
+            return
+        yield line
+
+
+def check_mutants(kind, folder, first, last):
+    """Loads mutants in one process of their own and holds each to what is right."""
+    # A manifest beside them would be one of theirs.
+    (folder / kind).mkdir(parents=True)
+    words = [sys.executable, "-W", "ignore", fuzzing.__file__, kind, folder, first, last]
+    with (
+        open(folder / kind / "errors.txt", "w+") as errors,
+        subprocess.Popen(map(str, words), stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        rows = [json.loads(line) for line in lines_of(process, SECONDS_A_MUTANT)]
+        status = process.wait()
+        errors.seek(0)
+        said = errors.read()[-2000:]
+    bad = [row for row in rows if row["outcome"] in ("wrong", "error")]
+    assert not bad, f"{len(bad)} {kind} mutants, the first: {bad[0]}"
+    done = [row["seed"] for row in rows[1:]]
+    assert done == list(range(first, last)), (
+        f"{kind} mutant {first + len(done)} ended the process: status {status}: {said}"
+    )
+    return rows[1:]
+
+
+@pytest.mark.parametrize("kind", fuzzing.KINDS)
+def test_a_thousand_damaged_files_do_no_harm(originals, tmp_path, kind):
+    shutil.copy(originals / fuzzing.KINDS[kind][0], tmp_path)
+    rows = check_mutants(kind, tmp_path, 0, 1000)
+    # Damage that is not noticed at all would be no test of it, and neither would noise.
+    outcomes = {
+        outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("refused", "answer")
+    }
+    assert outcomes["refused"] > 500 and outcomes["answer"] > 10, outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", fuzzing.KINDS)
+def test_many_more_damaged_files_do_no_harm(originals, tmp_path, kind):
+    shutil.copy(originals / fuzzing.KINDS[kind][0], tmp_path)
+    check_mutants(kind, tmp_path, 1000, 6000)
+
+
+@pytest.mark.parametrize("kind", fuzzing.KINDS)
+def test_a_mutant_is_made_from_its_seed_alone(originals, kind):
+    content = (originals / fuzzing.KINDS[kind][0]).read_bytes()
+    made = [fuzzing.mutant(kind, content, seed)[0] for seed in range(20)]
+    assert made == [fuzzing.mutant(kind, content, seed)[0] for seed in range(20)]
+    assert sum(each != content for each in made) > 15
