@@ -177,10 +177,10 @@ def _point(row, threads, largest):
     """Returns (milliseconds, accuracy in %, marker area, label)."""
     area = max(_LEAST_AREA, _MOST_AREA * row["bytes"] / largest)
     latency = row["latency_ms"][threads]["median"]
-    name = FORMATS[row["format"]][0]
-    precision = "" if row["format"] in ("torch", "keras") else f" {row['precision']}"
+    names = {"torch": row["name"], "keras": FORMATS["keras"][0]}
+    name = names.get(row["format"], f"{FORMATS[row['format']][0]} {row['precision']}")
     # Matplotlib would read what stands between two dollar signs as a formula.
-    label = printable(f"{name}{precision}").replace("$", r"\$")
+    label = printable(name).replace("$", r"\$")
     label += f"\n{latency:.3g} ms, {row['bytes'] / 1e6:.1f} MB"
     return latency, row["accuracy"] * 100, area, label
 
@@ -239,7 +239,7 @@ def _label_points(figure, axes, points):
             arrowprops={"arrowstyle": "-", "color": "#555555", "linewidth": 0.7, "shrinkB": 2},
         )
         own = text.get_window_extent()
-        size = own.width / 2 + 3, own.height / 2 + 2
+        size = own.width / 2 + 8, own.height / 2 + 2
         offset = _free_place(centre, size, taken, frame)
         text.set_position(offset)
         taken.append(_box_around(centre + offset, *size))
