@@ -10,12 +10,12 @@ images as the model does. The options are those of `keras-resnet export`.
 import argparse
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_resnet import cli
+from keras_resnet.files import expand_user
 
 
 def ask(path, images):
@@ -37,7 +37,12 @@ def main():
     parser = argparse.ArgumentParser(
         usage="%(prog)s RUN_OR_MODEL [--out DIR] [options of `keras-resnet export`]"
     )
-    parser.add_argument("--out", type=Path, default="exported", help="default: exported")
+    parser.add_argument(
+        "--out",
+        type=expand_user,
+        default="exported",
+        help="default: exported",
+    )
     own, _ = parser.parse_known_args()
     # What is given last counts.
     status = cli.main(["export", "--out", str(own.out), *sys.argv[1:], "--to", "tflite"])

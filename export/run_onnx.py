@@ -119,12 +119,16 @@ def main():
     except BadInput as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if args.json:
-        print(json.dumps(rows))
-        return 0
-    for row in rows:
-        for label in row["labels"]:
-            print(f"{row['image']}  {label['label']}  {label['probability']:.4f}")
+    lines = [
+        f"{row['image']}  {label['label']}  {label['probability']:.4f}"
+        for row in rows
+        for label in row["labels"]
+    ]
+    try:
+        print(json.dumps(rows) if args.json else "\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader has gone, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     return 0
 
 

@@ -6,7 +6,6 @@ Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
 import argparse
 import collections
 import contextlib
-import functools
 import json
 import os
 import shlex
@@ -172,6 +171,7 @@ _BENCHMARK_OPTIONS = {
         "default": 5,
         "help": "turns that each takes (default: 5)",
     },
+    "--trust": {"action": "store_true", "help": "run a SavedModel, too, which is code"},
     "--out": {"metavar": "DIR", "help": "where benchmark.json and benchmark.png go (default: DIR)"},
 }
 
@@ -298,16 +298,23 @@ def _convert(args):
     print(format_table(rows, ["found", ""]))
 
 
+def _say(line):
+    # Who has stopped reading still wants the files.
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
+
+
 def _export(args):
     from keras_resnet.exporting.exporter import export
     from keras_resnet.exporting.summary import format_failures, format_manifest
 
     options = {name: getattr(args, name) for name in ("to", "precision", "preprocessing", "force")}
-    report = None if args.json else functools.partial(print, flush=True)
+    report = None if args.json else _say
     try:
         manifest = export(args.model, args.out, report=report, **options, **_data(args))
     except ExportError as error:
-        print(format_failures(error.failures))
+        failures = {"failures": [vars(failure) for failure in error.failures]}
+        print(json.dumps(failures) if args.json else format_failures(error.failures))
         raise
     print(json.dumps(manifest) if args.json else format_manifest(manifest))
 
@@ -325,7 +332,7 @@ def _verify(args):
 def _benchmark(args):
     from keras_resnet.benchmarking import benchmark, format_benchmark
 
-    report = benchmark(args.folder, rounds=args.rounds, out=args.out)
+    report = benchmark(args.folder, rounds=args.rounds, out=args.out, trust=args.trust)
     print(json.dumps(report) if args.json else format_benchmark(report))
 
 

@@ -235,9 +235,13 @@ def load_data(predictor, dataset=None, **options):
     """
     height, width, _ = predictor.image_shape
     data = dataset
+    if not isinstance(dataset, (Dataset, str, type(None))):
+        raise InputError(f"`dataset` must be a Dataset or its name, got {type(dataset).__name__}")
     if not isinstance(dataset, Dataset):
         size = {"image_size": (height, width)} if height and width else {}
-        data = load_dataset(**_named(predictor, dataset, {**size, **options}))
+        data = load_dataset(**data_arguments(predictor, dataset, {**size, **options}))
+    if data.evaluation_split not in data.splits:
+        raise InputError(f"{data.name}: it has no test or validation images")
     split = as_taken(data.splits[data.evaluation_split], predictor.image_shape)
     _check_fit(predictor, data, split)
     return data, split
@@ -256,8 +260,17 @@ def as_taken(split, image_shape):
     return Split(ImageFiles(split.images.sources, (height, width), channels), split.labels)
 
 
-def _named(predictor, dataset, options):
-    """Returns the arguments of `load_dataset` for a data set's name, or for None."""
+def data_arguments(predictor, dataset, options):
+    """Returns the arguments of `load_dataset` that load what measures a model.
+
+    Args:
+        predictor: A `Predictor`.
+        dataset: A data set's name; None for the one the model was trained on. A `Dataset` needs
+            none: then these are the options.
+        options: What was asked for beside the name, a dict.
+    """
+    if isinstance(dataset, Dataset):
+        return options
     data = predictor.card.get("data")
     known = data if isinstance(data, dict) else {}
     trained_on = known.get("dataset")

@@ -287,7 +287,7 @@ _SCHEMA = {
     "machine": _object_of_any,
     "class_names": [_text],
     "data": {"dataset": _text, "split": _text, "images": _count, "fingerprint": _text},
-    "keras": {"accuracy": _share, "latency_ms": _object_of_any},
+    "keras": {"accuracy": _share, "latency_ms": _Map({"median": _number, "p95": _number})},
     "reference": {"file": _file, "bytes": _count, "sha256": _sha256},
     "artifacts": [_ARTIFACT],
 }

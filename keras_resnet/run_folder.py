@@ -82,7 +82,7 @@ def check_space(run_dir, needed):
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise InputError(
-            f"{run_dir}: the run needs {needed / 2**20:.0f} MiB of disk space, "
+            f"{run_dir}: what is to be written needs {needed / 2**20:.0f} MiB of disk space, "
             f"and {free / 2**20:.0f} MiB are free"
         )
 

@@ -23,11 +23,12 @@ from keras_resnet.benchmarking.contestants import (
     TORCH_LAYOUTS,
     Contestant,
     describe_chapter_network,
+    find_all,
     find_torch,
 )
 from keras_resnet.benchmarking.processes import Worker, WorkerError
 from keras_resnet.errors import InputError
-from keras_resnet.manifest import digest
+from keras_resnet.manifest import digest, read_manifest
 
 FORMATS = {".tflite": "tflite", ".onnx": "onnx", "": "saved_model"}
 SOURCE = "model.keras"
@@ -119,7 +120,7 @@ def workers():
 
 @pytest.fixture(scope="module")
 def report(run_dir):
-    found = benchmark(run_dir / "export", rounds=2, threads=2)
+    found = benchmark(run_dir / "export", rounds=2, threads=2, trust=True)
     assert not workers()
     return found
 
@@ -136,6 +137,14 @@ def test_every_contestant_has_a_row(report):
         assert set(row["images_per_second"]) == batches
         assert set(row["latency_ms"]) == {"1", "2"}
         assert row["accuracy"] == 0.9
+
+
+def test_a_saved_model_takes_part_only_where_it_is_trusted(run_dir):
+    manifest = read_manifest(run_dir / "export")
+    found, left_out = find_all(run_dir / "export", manifest, run_dir, False, False)
+    assert "saved_model" not in {each.name for each in found}
+    assert [each["name"] for each in left_out] == ["saved_model"]
+    assert "pass --trust" in left_out[0]["reason"]
 
 
 def test_figures_are_positive_and_finite(report):
@@ -369,7 +378,11 @@ def test_workers_end_with_their_parent(light, stop):
     (light.parent / SOURCE).unlink()
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     parent = subprocess.Popen(
-        [sys.executable, "-c", LONG, light], stderr=subprocess.DEVNULL, env=environment
+        [sys.executable, "-c", LONG, light],
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        # A shell that runs the tests in the background has them ignore it, and their children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         until = time.monotonic() + 60

@@ -35,7 +35,7 @@ THOROUGH = {"torchvision resnet18": (*ALL_IMAGES, (32, 2)), "torchvision resnet5
 
 FAST = {
     *(f"torchvision {name}" for name in ("resnet18", "resnet34", "resnet50", "resnet101")),
-    *("torchvision resnext50_32x4d", "torchvision wide_resnet50_2"),
+    "torchvision resnext50_32x4d",
     *(f"timm {name}" for name in ("resnet18d", "resnet50d", "seresnet50")),
     *(f"timm {name}" for name in ("resnetv2_18", "resnetv2_50", "resnetv2_50d")),
     *("huggingface resnet18", "huggingface resnet50"),

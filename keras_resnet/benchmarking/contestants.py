@@ -189,7 +189,7 @@ def _check_chapter_network(preprocessing, channels, network):
             raise InputError(f"the textbook's networks have {rule}, and this model has not")
 
 
-def find_all(folder, manifest, scratch, torch):
+def find_all(folder, manifest, scratch, torch, trust):
     """Returns all contestants, and why others could not take part.
 
     Args:
@@ -197,6 +197,7 @@ def find_all(folder, manifest, scratch, torch):
         manifest: What `read_manifest` returned.
         scratch: A folder for PyTorch's weights.
         torch: Whether PyTorch may take part.
+        trust: Whether a SavedModel may, which is code.
 
     Returns:
         A list of `Contestant`s, and a list of dicts with "name" and "reason".
@@ -205,11 +206,17 @@ def find_all(folder, manifest, scratch, torch):
         InputError: If an artifact is not as the manifest says.
     """
     found, left_out = find_artifacts(folder, manifest), []
+    if not trust:
+        code = [each for each in found if each.format == "saved_model"]
+        reason = "a SavedModel is code that runs on loading: pass --trust"
+        left_out += [{"name": each.name, "reason": reason} for each in code]
+        found = [each for each in found if each not in code]
     try:
         found.append(find_keras(folder, manifest))
     except InputError as error:
         reason = one_line(error)
-        return found, [{"name": name, "reason": reason} for name in ("Keras", "PyTorch eager")]
+        both = [{"name": name, "reason": reason} for name in ("Keras", "PyTorch eager")]
+        return found, left_out + both
     if torch:
         try:
             found += find_torch(found[-1], scratch)

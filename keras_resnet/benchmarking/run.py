@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 import statistics
 import tempfile
 import time
@@ -17,7 +16,7 @@ from keras_resnet.errors import InputError, check_count
 from keras_resnet.files import write_json
 from keras_resnet.manifest import digest, read_manifest
 from keras_resnet.progress import bar
-from keras_resnet.run_folder import describe_surroundings
+from keras_resnet.run_folder import cores, describe_surroundings
 
 BATCHES = (1, 8, 32)
 TURN_SECONDS = 0.25
@@ -28,7 +27,7 @@ SETTLE_SECONDS = 0.03
 MAX_CHECKED = 256
 
 
-def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, timeout=300):
+def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=False, timeout=300):
     """Measures the files of an export, in turns in one run, and writes what came out.
 
     Beside them runs the Keras model they were made from, if it is still there, and the textbook's
@@ -42,6 +41,7 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, timeout=3
         threads: How many threads "all threads" are; by default those of the machine.
         out: The folder for benchmark.json and benchmark.png, by default `folder`.
         torch: Whether PyTorch may take part.
+        trust: Whether a SavedModel may, which is code.
         timeout: Seconds that one turn may take.
 
     Returns:
@@ -55,7 +55,7 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, timeout=3
             not as the manifest says, or none of them runs.
     """
     check_count("rounds", rounds)
-    threads = _all_cores() if threads is None else threads
+    threads = cores() if threads is None else threads
     check_count("threads", threads)
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -65,7 +65,7 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, timeout=3
     settings = sorted({1, threads})
     with tempfile.TemporaryDirectory() as scratch:
         reference = _read_reference(folder, manifest, scratch)
-        contestants, left_out = find_all(folder, manifest, scratch, torch)
+        contestants, left_out = find_all(folder, manifest, scratch, torch, trust)
         measured, idle_load = _measure(contestants, reference, settings, rounds, timeout)
     rows = [_row(each, measured[each.name]) for each in contestants]
     if all("failed" in row for row in rows):
@@ -92,13 +92,6 @@ def _describe(manifest):
         "model": manifest["model"],
         **{name: surroundings[name] for name in ("machine", "versions", "git_commit")},
     }
-
-
-def _all_cores():
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1
 
 
 class _Reference:

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import importlib
 import json
+import os
 from pathlib import Path
 
 import keras
@@ -21,6 +22,7 @@ from keras_resnet.exporting.reference import Recorded, read_reference, write_ref
 from keras_resnet.inference import (
     Predictor,
     as_taken,
+    data_arguments,
     load_data,
     resolve_model_path,
     to_probabilities,
@@ -28,9 +30,12 @@ from keras_resnet.inference import (
 from keras_resnet.manifest import MANIFEST, VERSION, digest, read_manifest
 from keras_resnet.progress import bar
 from keras_resnet.runtimes import Prober, open_runtime
-from keras_resnet.runtimes.keras_file import ends_in_softmax
+from keras_resnet.runtimes.keras_file import KerasRuntime, ends_in_softmax
 
 TOOLS = ("tensorflow", "tf2onnx", "onnx", "onnxruntime", "ai-edge-litert")
+
+# How a data set was split, for who measures it again.
+_SPLIT_OPTIONS = ("validation_share", "seed", "skip_bad")
 
 CALIBRATION_IMAGES = 300
 REFERENCE_IMAGES = 256
@@ -99,6 +104,11 @@ def export(
         ...
         keras_resnet.errors.InputError: missing.keras: no such model file
     """
+    if keras.backend.backend() != "tensorflow":
+        raise InputError(
+            f"an export needs Keras on TensorFlow, and it runs on {keras.backend.backend()}: set "
+            "KERAS_BACKEND=tensorflow"
+        )
     artifacts = choose_artifacts(to, precision)
     source = _open_source(model, folder)
     folder = folders.check_target(source.folder)
@@ -109,19 +119,18 @@ def export(
     run_folder.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
     job = Job(
         serving,
-        _make_card(source.predictor, preprocessing),
+        _make_card(source.predictor, data, preprocessing),
         source.provenance,
         _calibration_images(serving, data, artifacts),
     )
     with folders.workspace(folder) as work, Prober() as prober:
-        shown = bar(len(split) * (1 + len(artifacts)), "export")
-        with shown as progress:
-            session = _Session(job, work, prober, progress.update, report)
-            session.refer(source.predictor.model, split)
-            for artifact in artifacts:
-                session.add(artifact)
+        session = _Session(job, work, prober, report)
+        session.refer(source.predictor, split)
+        for artifact in artifacts:
+            session.add(artifact)
         _check_passed(session.rows, session.failures, force, folder)
-        manifest = _make_manifest(source, data, session)
+        options = data_arguments(source.predictor, dataset, data_options)
+        manifest = _make_manifest(source, data, options, session)
         _keep_earlier(manifest, session, folder)
         _write_record(manifest, session)
         folders.publish(work, folder)
@@ -160,10 +169,12 @@ def _open_source(model, folder):
             weights.update(np.ascontiguousarray(weight))
         record = {"path": "", "sha256": weights.hexdigest(), "of": "the weights"}
         return _Source(Predictor(model), Path(folder), record)
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(
+            f"a model is a run folder, a .keras file or a Keras model, got {model!r:.60}"
+        )
     given, path = Path(model), resolve_model_path(model)
-    if path.is_dir() or path.suffix != ".keras":
-        # The loader's own words for what is missing or refused; else it is a model, but an export.
-        open_runtime(path, trust=True)
+    if path.is_dir() or path.suffix in (".tflite", ".onnx"):
         raise InputError(f"{path}: an export is made of a run folder or a .keras file")
     predictor = Predictor(open_runtime(path))
     is_run = given.is_dir()
@@ -186,15 +197,21 @@ def _describe_run(run_dir):
     return {**known, "recipe": recipe}
 
 
-def _make_card(predictor, preprocessing):
-    card = {**predictor.card, "class_names": list(predictor.class_names)}
-    return {**card, "takes_raw_images": bool(preprocessing)}
+def _make_card(predictor, data, preprocessing):
+    names = list(map(str, predictor.card.get("class_names") or data.class_names))
+    for name in names:
+        # `labels.txt` has a line for each.
+        if name.splitlines() != [name]:
+            raise InputError(f"a class name must be one line of text, got {name!r}")
+    return {**predictor.card, "class_names": names, "takes_raw_images": bool(preprocessing)}
 
 
 def _calibration_images(serving, data, artifacts):
     """Returns the training images that find the ranges, if an artifact needs them."""
     if not any(PRECISIONS[artifact.precision].is_calibrated for artifact in artifacts):
         return np.zeros((0, *serving.contract.image_shape), serving.contract.dtype)
+    if not len(data.splits.get("train", ())):
+        raise InputError(f"{data.name}: int8 needs training images, and there are none")
     split = as_taken(data.splits["train"], serving.raw_shape)
     return serving.prepare(split.images[draw_evenly(split.labels, CALIBRATION_IMAGES)])
 
@@ -230,52 +247,69 @@ def draw_evenly(labels, count):
 class _Session:
     """What has been written and proven so far."""
 
-    def __init__(self, job, work, prober, progress, report):
+    def __init__(self, job, work, prober, report):
         self.job = job
         self.work = work
         self.rows, self.failures, self.answers = [], [], {}
-        self._prober, self._progress = prober, progress
+        self._prober = prober
         self.report = report or (lambda line: None)
         self.threads = sorted({1, run_folder.cores()})
 
-    def refer(self, model, split):
+    def refer(self, predictor, split):
         """Asks the Keras model itself, in float32, layer by layer as Keras calls it."""
-        model = in_float32(model)
-        self._split = split
+        model = in_float32(predictor.model)
+        self.split = split
         if len(split) < max(proof.BATCHES):
             raise InputError(
                 f"the proof takes at least {max(proof.BATCHES)} images, got {len(split)}"
             )
         parts = []
-        for images, _ in split.batches(256):
-            answers = keras.ops.convert_to_numpy(model(images, training=False))
-            parts.append(to_probabilities(answers, ends_in_softmax(model), model.name))
-            self._progress(len(images))
+        with bar(len(split), "the Keras model") as shown:
+            for images, _ in split.batches(256):
+                answers = keras.ops.convert_to_numpy(model(images, training=False))
+                _check_logits(model, answers)
+                parts.append(to_probabilities(answers, ends_in_softmax(model), model.name))
+                shown.update(len(images))
         self.reference = proof.Reference(split.images, split.labels, np.concatenate(parts))
+        image = split.images[np.arange(1)]
+        latency = proof.measure_latency(KerasRuntime(model), image)
+        # Keras's threads are those of this process.
+        self.keras_latency = {str(self.threads[-1]): latency}
         most = max(max(proof.BATCHES), _REFERENCE_BYTES // self.inputs(0, 1).nbytes)
         self.picked = draw_evenly(split.labels, min(REFERENCE_IMAGES, most))
 
     def inputs(self, start, stop):
         """Returns a part of the images as the artifacts take them."""
-        stop = min(stop, len(self._split))
+        stop = min(stop, len(self.split))
         if start >= stop:
             return ()
-        return self.job.serving.prepare(self._split.images[np.arange(start, stop)])
+        return self.job.serving.prepare(self.split.images[np.arange(start, stop)])
 
     def add(self, artifact):
         """Writes an artifact, asks its runtime, and keeps the figures."""
         path = self.work / artifact.file
-        importlib.import_module(f"keras_resnet.exporting.{artifact.format}").write(
-            self.job, artifact, path
-        )
+        writer = importlib.import_module(f"keras_resnet.exporting.{artifact.format}")
+        writer.write(self.job, artifact, path)
+        try:
+            row, failures = self._examine(path, artifact)
+        except InputError as error:
+            # What does not run has no figures: --force could not publish it either.
+            failure = proof.Failure(artifact.file, "loads and answers", str(error), "yes")
+            raise ExportError(
+                f"{artifact.file} is not run by its own runtime: nothing was written", [failure]
+            ) from error
+        self.rows.append(row)
+        self.failures += failures
+        self.report(_describe_row(row))
+
+    def _examine(self, path, artifact):
+        """Returns an artifact's row of the manifest, and its `Failure`s."""
         size, sha256 = digest(path)
         with contextlib.closing(self._open(path, artifact)) as runtime:
             figures, failures = self._prove(artifact, runtime)
             row = {
                 "file": artifact.file,
-                "format": artifact.format,
-                "precision": artifact.precision,
-                "batch": artifact.batch,
+                **{name: getattr(artifact, name) for name in ("format", "precision", "batch")},
                 "bytes": size,
                 "sha256": sha256,
                 "input": dataclasses.asdict(runtime.input),
@@ -287,9 +321,7 @@ class _Session:
                 "latency_ms": self._time(path, artifact),
                 "operators": runtime.operators,
             }
-        self.rows.append(row)
-        self.failures += failures
-        self.report(_describe_row(row))
+        return row, failures
 
     def _open(self, path, artifact, threads=None):
         threads = threads or self.threads[-1]
@@ -298,7 +330,8 @@ class _Session:
     def _prove(self, artifact, runtime):
         file = artifact.file
         failures = proof.check_contract(file, runtime, self.job.serving.contract, artifact.batch)
-        answers = proof.ask(runtime, self.inputs, self._progress)
+        with bar(len(self.split), file) as shown:
+            answers = proof.ask(runtime, self.inputs, shown.update)
         self.answers[file] = answers[self.picked]
         failures += proof.check_batches(file, runtime, self.inputs, answers)
         figures = proof.compare(answers, self.reference)
@@ -311,6 +344,15 @@ class _Session:
             with contextlib.closing(self._open(path, artifact, threads)) as runtime:
                 found[str(threads)] = proof.measure_latency(runtime, self.inputs(0, 1))
         return found
+
+
+def _check_logits(model, answers):
+    """Refuses what would go through a softmax though it has been through another function."""
+    if not ends_in_softmax(model) and answers.min() >= 0 and answers.max() <= 1:
+        raise InputError(
+            f"{model.name}: it must give logits or end in a softmax; its answers lie between 0 and "
+            "1, as those of a sigmoid"
+        )
 
 
 def _describe_row(row):
@@ -338,7 +380,7 @@ def _check_passed(rows, failures, force, folder):
 # ----------------------------------------------------------------------------------------------
 
 
-def _make_manifest(source, data, session):
+def _make_manifest(source, data, options, session):
     serving = session.job.serving
     surroundings = run_folder.describe_surroundings()
     return {
@@ -348,14 +390,16 @@ def _make_manifest(source, data, session):
         "source": source.record,
         "tool_versions": run_folder.versions(*TOOLS),
         "machine": {**surroundings["machine"], "git_commit": surroundings["git_commit"]},
-        "class_names": list(source.predictor.class_names),
+        "class_names": session.job.card["class_names"],
         "data": {
             "dataset": data.name,
             "split": data.evaluation_split,
             "images": len(session.reference.labels),
             "fingerprint": data.fingerprint,
+            "order": proof.digest_order(session.split),
+            "options": {name: options[name] for name in _SPLIT_OPTIONS if name in options},
         },
-        "keras": {"accuracy": session.reference.accuracy, "latency_ms": {}},
+        "keras": {"accuracy": session.reference.accuracy, "latency_ms": session.keras_latency},
         "artifacts": session.rows,
     }
 
@@ -376,6 +420,8 @@ def _keep_earlier(manifest, session, folder):
             session.answers |= {row["file"]: answers[row["file"]] for row in kept}
     known = {row["file"] for row in earlier["artifacts"]} | {*OWN_FILES, *new}
     others = sorted({path.name for path in folder.iterdir()} - known)
+    for name in sorted(known - new - {*OWN_FILES, *(row["file"] for row in kept)}):
+        session.report(f"{name}: left out: of another model or other data, or changed since")
     folders.carry_over(folder, session.work, [*(row["file"] for row in kept), *others])
     manifest["artifacts"] = sorted(
         [*manifest["artifacts"], *kept], key=lambda row: _PLACES.get(row["file"], 0)

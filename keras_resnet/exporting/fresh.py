@@ -45,11 +45,17 @@ class FreshSavedModel(Runtime):
         try:
             fresh_child.send(self._process.stdin, images)
             answers = fresh_child.receive(self._process.stdout)
+            self._seconds = fresh_child.receive(self._process.stdout)
         except BrokenPipeError:
             answers = None
         if answers is None:
             raise InputError(f"{self.path}: a process without Keras cannot run it: {self._why()}")
         return answers
+
+    def time(self, images):
+        """Returns how many seconds the answers take there."""
+        self.run(images)
+        return float(self._seconds)
 
     def _why(self):
         self._process.wait()

@@ -17,14 +17,12 @@ from onnxruntime.quantization import (
 from keras_resnet import __version__
 from keras_resnet.errors import InputError, one_line
 from keras_resnet.exporting import graph
+from keras_resnet.exporting.formats import least_halved
 from keras_resnet.quiet import stderr_kept_back
 from keras_resnet.seals import seal_onnx
 
 OPSET = 17
 """Read by ONNX Runtime 1.12 (2022) and newer."""
-
-LARGE = 2**14
-"""Numbers that a tensor of weights has at least, where it is stored in half precision."""
 
 _BATCH = "batch"
 _SMALLEST = np.array(np.finfo("float32").tiny)
@@ -134,13 +132,14 @@ def _fold(proto):
 def _float16(proto, images):
     """Stores the large weights in half precision, and computes in float32 as before.
 
-    Biases, the stem and the head are a share of a percent of the file, and most of the error. Sums
-    in half precision, which few processors have, would be off by 2e-2.
+    Sums in half precision, which few processors have, would be off by 2e-2.
     """
+    arrays = [(each, onnx.numpy_helper.to_array(each)) for each in proto.graph.initializer]
+    floats = [(tensor, weights) for tensor, weights in arrays if weights.dtype == np.float32]
+    least = least_halved([weights.size for _, weights in floats])
     casts = []
-    for tensor in proto.graph.initializer:
-        weights = onnx.numpy_helper.to_array(tensor)
-        if weights.dtype != np.float32 or weights.size < LARGE:
+    for tensor, weights in floats:
+        if weights.size < least:
             continue
         name = tensor.name
         tensor.CopyFrom(onnx.numpy_helper.from_array(weights.astype("float16"), f"{name}_half"))

@@ -10,14 +10,15 @@ def format_manifest(manifest, *, markdown=False):
         manifest: What `export` returned.
         markdown: Whether to write Markdown.
     """
-    rows = [{"file": "the Keras model", "accuracy": manifest["keras"]["accuracy"]}]
     threads = sorted({key for row in manifest["artifacts"] for key in row["latency_ms"]}, key=int)
+    rows = [{"file": "the Keras model", **manifest["keras"]}]
     for artifact in manifest["artifacts"]:
         row = {**artifact, "megabytes": artifact["bytes"] / 1e6}
         row["points"] = 100 * artifact["accuracy_change"]
-        for count in threads:
-            row[f"ms{count}"] = artifact["latency_ms"].get(count, {}).get("median")
         rows.append({**row, "proof": "FAILED" if artifact["failures"] else "passed"})
+    for row in rows:
+        for count in threads:
+            row[f"ms{count}"] = row["latency_ms"].get(count, {}).get("median")
     columns = [
         "file",
         Column("megabytes", "MB", ".1f"),

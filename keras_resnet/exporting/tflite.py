@@ -11,11 +11,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_resnet.errors import InputError, one_line
 from keras_resnet.exporting import graph
+from keras_resnet.exporting.formats import least_halved
 from keras_resnet.quiet import stderr_kept_back
 from keras_resnet.seals import seal_tflite
-
-LARGE = 2**14
-"""Numbers that a tensor of weights has at least, where it is stored in half precision."""
 
 
 def _dynamic(converter, images):
@@ -76,8 +74,7 @@ def convert(module, precision, images=()):
 def halve(content):
     """Stores the large weights of a .tflite file in half precision, and leaves the small ones.
 
-    The converter's own float16 stores all so. Biases, the stem and the head are a share of a
-    percent of the file, and most of the error: 2e-3 with them, 3e-4 without.
+    The converter's own float16 halves all: a difference of 2e-3 in place of 3e-4, at 96 pixels.
 
     Args:
         content: A float32 model, bytes.
@@ -88,7 +85,9 @@ def halve(content):
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     for subgraph in model.subgraphs:
         used = {index for operator in subgraph.operators for index in operator.inputs}
-        large = [i for i in sorted(used) if i >= 0 and _is_large(model, subgraph.tensors[i])]
+        sizes = {i: _count_floats(model, subgraph.tensors[i]) for i in sorted(used) if i >= 0}
+        least = max(1, least_halved(sizes.values()))
+        large = [index for index, size in sizes.items() if size >= least]
         halved = [_halve_tensor(model, subgraph, index) for index in large]
         subgraph.operators = [*halved, *subgraph.operators]
     builder = flatbuffers.Builder(len(content))
@@ -96,9 +95,10 @@ def halve(content):
     return bytes(builder.Output())
 
 
-def _is_large(model, tensor):
+def _count_floats(model, tensor):
+    """Returns how many float32 numbers a constant has; 0 for another tensor."""
     data = model.buffers[tensor.buffer].data
-    return tensor.type == schema.TensorType.FLOAT32 and data is not None and len(data) >= 4 * LARGE
+    return 0 if tensor.type != schema.TensorType.FLOAT32 or data is None else len(data) // 4
 
 
 def _halve_tensor(model, subgraph, index):

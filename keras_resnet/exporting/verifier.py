@@ -21,6 +21,7 @@ from keras_resnet.runtimes import Prober
 SOUND = "sound"
 CHANGED = "changed"
 DIFFERS = "answers differ"
+FORCED = "failed at its export"
 NOT_RUN = "checksum fits, not run"
 
 
@@ -39,9 +40,9 @@ def verify(folder, *, trust=False, dataset=None, **data_options):
 
     Returns:
         A dict: "passed", and "files", a dict for each: "file"; "verdict", one of `SOUND`,
-        `CHANGED`, `DIFFERS` and `NOT_RUN`; "failures", a list of strings; and of an artifact
-        that ran "max_difference" and "agreement" with what it answered at its export, and
-        "accuracy", None without a data set.
+        `CHANGED`, `DIFFERS`, `FORCED` and `NOT_RUN`; "failures", a list of strings; and of an
+        artifact that ran "max_difference" and "agreement" with what it answered at its export,
+        and "accuracy", None without a data set.
 
     Raises:
         InputError: If there is no manifest, or it or the reference breaks a rule, or the data set
@@ -66,7 +67,10 @@ def verify(folder, *, trust=False, dataset=None, **data_options):
     with Prober() as prober, bar(len(rows), "verification", " files") as shown:
         for found, row in zip(files[1:], rows, strict=True):
             if not found["failures"] and (trust or row["format"] != "saved_model"):
-                found |= _ask(folder / row["file"], row, reference, split, prober)
+                names = manifest["class_names"]
+                found |= _ask(folder / row["file"], row, names, reference, split, prober)
+            if row["failures"] and not found["failures"]:
+                found |= {"verdict": FORCED, "failures": row["failures"]}
             shown.update()
     return {"files": files, "passed": not any(found["failures"] for found in files)}
 
@@ -123,7 +127,8 @@ def _load_split(manifest, dataset, options):
     if manifest["artifacts"][0]["input"]["dtype"] != "uint8":
         raise InputError("--dataset needs artifacts that take images, these take floats")
     if not isinstance(dataset, Dataset):
-        dataset = load_dataset(dataset, **{"image_size": (height, width), **options})
+        known = _split_options(manifest["data"]) if dataset == manifest["data"]["dataset"] else {}
+        dataset = load_dataset(dataset, **{"image_size": (height, width), **known, **options})
     for what, own in (
         ("fingerprint", dataset.fingerprint),
         ("images", len(dataset.splits[dataset.evaluation_split])),
@@ -133,7 +138,21 @@ def _load_split(manifest, dataset, options):
                 f"{dataset.name}: not the data of the export: {what} {own}, there "
                 f"{manifest['data'][what]}"
             )
-    return as_taken(dataset.splits[dataset.evaluation_split], (height, width, channels))
+    split = as_taken(dataset.splits[dataset.evaluation_split], (height, width, channels))
+    if manifest["data"].get("order") not in (None, proof.digest_order(split)):
+        raise InputError(
+            f"{dataset.name}: not the images of the export, or in another order: they were split "
+            "otherwise"
+        )
+    return split
+
+
+def _split_options(data):
+    """Returns how the images were split at the export, as far as the manifest says it."""
+    options = data.get("options")
+    options = options if isinstance(options, dict) else {}
+    kinds = {"validation_share": float, "seed": int, "skip_bad": bool}
+    return {name: options[name] for name, kind in kinds.items() if type(options.get(name)) is kind}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -141,12 +160,15 @@ def _load_split(manifest, dataset, options):
 # ----------------------------------------------------------------------------------------------
 
 
-def _ask(path, row, recorded, split, prober):
+def _ask(path, row, class_names, recorded, split, prober):
     """Returns the figures, failures and verdict of an artifact that runs."""
     file = row["file"]
     try:
         with contextlib.closing(proof.open_artifact(path, row["format"], None, prober)) as runtime:
             failures = proof.check_contract(file, runtime, _contract(row), row["batch"])
+            own = runtime.card.get("class_names")
+            if own != class_names:
+                failures.append(proof.Failure(file, "class names", own, class_names))
             inputs = functools.partial(_part, recorded.images)
             answers = proof.ask(runtime, inputs)
             failures += proof.check_batches(file, runtime, inputs, answers)

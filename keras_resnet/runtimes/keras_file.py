@@ -78,8 +78,29 @@ def _leaves(model):
             yield layer
 
 
+# What changes no number of a row, or its dtype alone, as at the end of mixed precision.
+_PASSING = ("Identity", "Cast", "Flatten", "Dropout")
+
+
 def ends_in_softmax(model):
-    """Tells whether a Keras model's last layer is a softmax, or has one as its activation."""
-    last = model.layers[-1]
-    activation = getattr(last, "activation", None)
-    return isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax
+    """Tells whether what a Keras model gives is a softmax's.
+
+    Args:
+        model: A functional or sequential model with one output; models may be nested in it.
+    """
+    operation = model.outputs[0]._keras_history.operation
+    while True:
+        if isinstance(operation, keras.Model):
+            return ends_in_softmax(operation)
+        activation = getattr(operation, "activation", None)
+        if type(operation).__name__ == "Softmax" or activation is keras.activations.softmax:
+            return True
+        is_linear = isinstance(operation, keras.layers.Activation) and (
+            activation is keras.activations.linear
+        )
+        if not is_linear and type(operation).__name__ not in _PASSING:
+            return False
+        before = operation._inbound_nodes[-1].input_tensors
+        if not before:
+            return False
+        operation = before[0]._keras_history.operation

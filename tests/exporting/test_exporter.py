@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import run_command
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from keras_resnet.exporting.exporter import draw_evenly, export
 from keras_resnet.exporting.formats import choose_artifacts
 from keras_resnet.manifest import digest, read_manifest
 from keras_resnet.runtimes import open_runtime
+from keras_resnet.runtimes.keras_file import ends_in_softmax
 
 ALL = {artifact.file for artifact in choose_artifacts()}
 ONE = {"to": ["onnx"], "precision": ["float32"]}
@@ -143,6 +146,16 @@ def sequential_with_softmax():
     )
 
 
+def with_a_softmax_in_a_nested_model():
+    return keras.Sequential([keras.Input((28, 28, 1), dtype="uint8"), sequential_with_softmax()])
+
+
+def with_a_softmax_behind_which_it_is_cast():
+    inputs = keras.Input((28, 28, 1))
+    logits = keras.layers.Dense(10)(keras.layers.Flatten()(inputs / 255.0))
+    return keras.Model(inputs, keras.layers.Activation("linear")(keras.ops.softmax(logits)))
+
+
 def in_mixed_precision():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -152,15 +165,88 @@ def in_mixed_precision():
 
 
 @pytest.mark.parametrize(
-    "make", [functional_with_logits, sequential_with_softmax, in_mixed_precision]
+    "make",
+    [
+        functional_with_logits,
+        sequential_with_softmax,
+        with_a_softmax_in_a_nested_model,
+        with_a_softmax_behind_which_it_is_cast,
+        in_mixed_precision,
+    ],
 )
 def test_a_model_of_ones_own(make, fashion, tmp_path):
     keras.utils.set_random_seed(1)
+    model = make()
     manifest = export(
-        make(), tmp_path / "out", dataset=fashion, precision=["float32"], to=["tflite", "onnx"]
+        model, tmp_path / "out", dataset=fashion, precision=["float32"], to=["tflite", "onnx"]
     )
     assert [row["failures"] for row in manifest["artifacts"]] == [[], [], []]
-    assert manifest["class_names"] == [f"class {i}" for i in range(10)]
+    assert manifest["class_names"] == list(fashion.class_names)
+    images = fashion.splits["test"].images[:5]
+    own = np.asarray(keras.ops.cast(model(images, training=False), "float32"))
+    if not ends_in_softmax(model):
+        own = np.asarray(keras.ops.softmax(own))
+    found = open_runtime(tmp_path / "out" / "model-float32.onnx").run(images)
+    assert found == pytest.approx(own, abs=1e-2 if make is in_mixed_precision else 1e-5)
+    assert ends_in_softmax(model) == ("softmax" in make.__name__)
+
+
+def test_a_sigmoid_is_refused(fashion, tmp_path):
+    model = keras.Sequential([keras.Input((28, 28, 1)), keras.layers.Flatten()])
+    model.add(keras.layers.Dense(10, activation="sigmoid"))
+    with pytest.raises(InputError, match="must give logits or end in a softmax"):
+        export(model, tmp_path / "out", dataset=fashion, **ONE)
+
+
+def test_an_export_is_not_made_of_code(tmp_path):
+    """A SavedModel is refused before it is loaded."""
+    marker = tmp_path / "ran"
+    module = tf.Module()
+
+    @tf.function(input_signature=[])
+    def initialize():
+        tf.io.write_file(str(marker), "ran")
+        return tf.constant(0)
+
+    module.__call__ = initialize
+    tf.saved_model.save(module, str(tmp_path / "model"))
+    with pytest.raises(InputError, match=r"made of a run folder or a \.keras file"):
+        export(tmp_path / "model", tmp_path / "out")
+    assert not marker.exists()
+
+
+def test_int8_needs_training_images(small_model, fashion, tmp_path):
+    data = dataclasses.replace(fashion, splits={"test": fashion.splits["test"]})
+    with pytest.raises(InputError, match="int8 needs training images"):
+        export(small_model, tmp_path / "out", dataset=data, to=["onnx"], precision=["int8"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"model": 3}, "a model is a run folder, a .keras file or a Keras model, got 3"),
+        ({"to": "onnx"}, "`to` must be a list of"),
+        ({"to": 3}, "`to` must be a list of"),
+        ({"to": []}, "`to` must be a list of"),
+        ({"precision": ["int4"]}, "`precision` must be one of"),
+        ({"dataset": np.zeros(3)}, "`dataset` must be a Dataset or its name, got ndarray"),
+    ],
+)
+def test_arguments_that_break_a_rule(arguments, message, small_model, fashion, tmp_path):
+    given = {"model": small_model, "folder": tmp_path / "out", "dataset": fashion, **arguments}
+    with pytest.raises(InputError, match=re.escape(message)):
+        export(**given)
+
+
+def test_a_class_name_is_one_line(small_model, fashion, tmp_path):
+    names = ("two\nlines", *fashion.class_names[1:])
+    with pytest.raises(InputError, match="a class name must be one line"):
+        export(
+            small_model,
+            tmp_path / "out",
+            dataset=dataclasses.replace(fashion, class_names=names),
+            **ONE,
+        )
 
 
 def test_images_of_any_size_are_exported_at_that_of_the_data(fashion, tmp_path):

@@ -77,14 +77,16 @@ def test_batch_normalization_is_in_the_convolutions(converted, small_model):
     assert operators(converted["float32"])["Mul"] <= 1
 
 
-def test_float16_computes_in_half_precision(converted):
+def test_float16_is_stored_in_half_precision_and_computed_in_float32(converted):
     kinds = {tensor.data_type for tensor in converted["float16"].graph.initializer if tensor.dims}
     assert TensorProto.FLOAT16 in kinds
-    halves = [
-        value.type.tensor_type.elem_type == TensorProto.FLOAT16
-        for value in converted["float16"].graph.value_info
-    ]
-    assert any(halves)
+    halves = {
+        each.name
+        for each in converted["float16"].graph.initializer
+        if each.data_type == TensorProto.FLOAT16
+    }
+    takers = [node for node in converted["float16"].graph.node if halves & set(node.input)]
+    assert {node.op_type for node in takers} == {"Cast"}
 
 
 def test_int8_is_unsigned_by_signed_and_has_a_scale_for_each_filter(converted):

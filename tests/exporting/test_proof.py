@@ -8,9 +8,10 @@ import pytest
 import tensorflow as tf
 
 from keras_resnet import ExportError
-from keras_resnet.exporting import exporter, graph, proof
+from keras_resnet.exporting import exporter, graph, proof, tflite
 from keras_resnet.exporting.exporter import export
 from keras_resnet.exporting.graph import Contract
+from keras_resnet.exporting.verifier import FORCED, verify
 from keras_resnet.runtimes import Runtime, Tensor
 
 # format -> its float32 files.
@@ -46,6 +47,10 @@ def logits(serving, image):
     return {"probabilities": scores - tf.reduce_min(scores, axis=1, keepdims=True)}
 
 
+def not_normalised(serving, image):
+    return {"probabilities": 3 * CORRECT(serving, image)["probabilities"]}
+
+
 CORRECT = graph.Serving._serve
 
 
@@ -56,6 +61,7 @@ CORRECT = graph.Serving._serve
         (swapped_classes, {"largest difference", "agreement"}, ["tflite", "onnx"]),
         (mirrored_image, {"largest difference", "agreement"}, ["tflite"]),
         (logits, {"largest difference"}, ["onnx"]),
+        (not_normalised, {"largest difference"}, ["onnx"]),
         (wrong_name, {"output name"}, ["saved_model", "tflite", "onnx"]),
     ],
 )
@@ -106,16 +112,41 @@ def test_a_badly_calibrated_int8_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_what_its_runtime_does_not_load_is_never_published(
+    small_model, fashion, tmp_path, monkeypatch, force
+):
+    def write_half(job, artifact, path):
+        write(job, artifact, path)
+        path.write_bytes(path.read_bytes()[:-1000])
+
+    write = tflite.write
+    monkeypatch.setattr(tflite, "write", write_half)
+    with pytest.raises(ExportError, match=r"model-int8.tflite is not run by its own runtime"):
+        export(
+            small_model,
+            tmp_path / "export",
+            dataset=fashion,
+            to=["tflite"],
+            precision=["int8"],
+            force=force,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_force_publishes_and_records(small_model, fashion, tmp_path, monkeypatch):
+    """Of int8 the folder's few images could not say it again; the record does."""
     monkeypatch.setattr(graph.Serving, "_serve", swapped_classes)
-    manifest = export(
-        small_model, tmp_path / "export", dataset=fashion, to=["onnx"], precision=["float32"],
-        force=True,
-    )  # fmt: skip
+    options = {"dataset": fashion, "to": ["onnx"], "precision": ["int8"]}
+    manifest = export(small_model, tmp_path / "export", force=True, **options)
     (row,) = manifest["artifacts"]
     assert row["published_by_force"]
     assert any("agreement" in failure for failure in row["failures"])
-    assert (tmp_path / "export" / "model-float32.onnx").is_file()
+    assert (tmp_path / "export" / "model-int8.onnx").is_file()
+    found = verify(tmp_path / "export")
+    assert not found["passed"]
+    assert found["files"][1]["verdict"] == FORCED
+    assert found["files"][1]["failures"] == row["failures"]
 
 
 # ----------------------------------------------------------------------------------------------
