@@ -7,7 +7,6 @@ What is written to DIR (default: exported) has passed its proof: ONNX Runtime an
 images as the model does. The options are those of `keras-resnet export`.
 """
 
-import argparse
 import json
 import sys
 
@@ -15,7 +14,6 @@ import numpy as np
 import onnxruntime
 
 from keras_resnet import cli
-from keras_resnet.files import expand_user
 
 
 def open_file(path):
@@ -36,22 +34,11 @@ def top3(session, images):
 
 def main():
     """Exports, asks and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s RUN_OR_MODEL [--out DIR] [options of `keras-resnet export`]"
-    )
-    parser.add_argument(
-        "--out",
-        type=expand_user,
-        default="exported",
-        help="default: exported",
-    )
-    own, _ = parser.parse_known_args()
-    # What is given last counts.
-    status = cli.main(["export", "--out", str(own.out), *sys.argv[1:], "--to", "onnx"])
+    status, out = cli.export_to("onnx")
     if status:
         return status
-    image = np.load(own.out / "reference.npz")["images"][:1]
-    for path in sorted(own.out.glob("*.onnx")):
+    image = np.load(out / "reference.npz")["images"][:1]
+    for path in sorted(out.glob("*.onnx")):
         print(f"{path.name}: {top3(open_file(path), image)}")
     return 0
 

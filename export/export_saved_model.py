@@ -8,7 +8,6 @@ Keras, answered to all test images as the model does. The options are those of
 `keras-resnet export`.
 """
 
-import argparse
 import json
 import sys
 
@@ -16,30 +15,18 @@ import numpy as np
 import tensorflow as tf
 
 from keras_resnet import cli
-from keras_resnet.files import expand_user
 
 
 def main():
     """Exports, asks and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s RUN_OR_MODEL [--out DIR] [options of `keras-resnet export`]"
-    )
-    parser.add_argument(
-        "--out",
-        type=expand_user,
-        default="exported",
-        help="default: exported",
-    )
-    own, _ = parser.parse_known_args()
-    # What is given last counts.
-    status = cli.main(["export", "--out", str(own.out), *sys.argv[1:], "--to", "saved_model"])
+    status, out = cli.export_to("saved_model")
     if status:
         return status
     # What TensorFlow Serving does: neither Keras nor keras_resnet is needed from here on.
-    folder = own.out / "saved_model"
+    folder = out / "saved_model"
     loaded = tf.saved_model.load(str(folder))
     card = json.loads((folder / "assets.extra" / "keras_resnet.json").read_text(encoding="utf-8"))
-    image = np.load(own.out / "reference.npz")["images"][:1]
+    image = np.load(out / "reference.npz")["images"][:1]
     ((name, answers),) = loaded.signatures["serving_default"](image=tf.constant(image)).items()
     best = np.argsort(-answers.numpy()[0])[:3]
     named = (f"{card['class_names'][i]} {answers[0, i]:.4f}" for i in best)

@@ -7,7 +7,6 @@ What is written to DIR (default: exported) has passed its proof: LiteRT answered
 images as the model does. The options are those of `keras-resnet export`.
 """
 
-import argparse
 import sys
 import zipfile
 
@@ -15,7 +14,6 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_resnet import cli
-from keras_resnet.files import expand_user
 
 
 def ask(path, images):
@@ -34,23 +32,12 @@ def class_names(path):
 
 def main():
     """Exports, asks and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s RUN_OR_MODEL [--out DIR] [options of `keras-resnet export`]"
-    )
-    parser.add_argument(
-        "--out",
-        type=expand_user,
-        default="exported",
-        help="default: exported",
-    )
-    own, _ = parser.parse_known_args()
-    # What is given last counts.
-    status = cli.main(["export", "--out", str(own.out), *sys.argv[1:], "--to", "tflite"])
+    status, out = cli.export_to("tflite")
     if status:
         return status
-    image = np.load(own.out / "reference.npz")["images"][:1]
+    image = np.load(out / "reference.npz")["images"][:1]
     # Those with "batch1" in their names take one image: for accelerators and browsers.
-    for path in sorted(own.out.glob("*.tflite")):
+    for path in sorted(out.glob("*.tflite")):
         name, (answer,) = ask(path, image)
         names = class_names(path)
         best = (f"{names[i]} {answer[i]:.4f}" for i in np.argsort(-answer)[:3])

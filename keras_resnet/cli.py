@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
 from keras_resnet import __version__
 from keras_resnet.errors import ExportError, InputError, Interrupted, TrainingError, one_line
@@ -499,6 +500,25 @@ def main(arguments=None):
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or one_line(error)}", 2)
     return 0
+
+
+def export_to(format):
+    """Runs `keras-resnet export` for a script that exports to one format.
+
+    Args:
+        format: A row of `exporting.formats.FORMATS`; the rest comes from `sys.argv`.
+
+    Returns:
+        The exit status, and the folder that was written to: --out, or "exported".
+    """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s RUN_OR_MODEL [--out DIR] [options of `keras-resnet export`]"
+    )
+    parser.add_argument("--out", default="exported", help="default: exported")
+    own, _ = parser.parse_known_args()
+    # Of an option that is given twice the last counts.
+    status = main(["export", "--out", own.out, *sys.argv[1:], "--to", format])
+    return status, Path(own.out).expanduser()
 
 
 def _fail(message, status):

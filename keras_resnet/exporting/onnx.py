@@ -132,7 +132,7 @@ def _fold(proto):
 def _float16(proto, images):
     """Stores the large weights in half precision, and computes in float32 as before.
 
-    Sums in half precision, which few processors have, would be off by 2e-2.
+    Few processors have sums in half precision, and those would be further off than the gate lets.
     """
     arrays = [(each, onnx.numpy_helper.to_array(each)) for each in proto.graph.initializer]
     floats = [(tensor, weights) for tensor, weights in arrays if weights.dtype == np.float32]

@@ -74,7 +74,7 @@ def convert(module, precision, images=()):
 def halve(content):
     """Stores the large weights of a .tflite file in half precision, and leaves the small ones.
 
-    The converter's own float16 halves all: a difference of 2e-3 in place of 3e-4, at 96 pixels.
+    The converter's own float16 halves all of them.
 
     Args:
         content: A float32 model, bytes.
