@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny_exports
+from conftest import run_command
 from PIL import Image
 
 from keras_resnet import SPECS, Spec, build_resnet, inference, seals, with_preprocessing
@@ -274,6 +275,13 @@ def test_a_wrong_network_and_a_broken_one_are_shown_as_such(light):
     assert f"failed: broken.onnx: {broken['failed']}" in text
     assert "left out: Keras: " in text and "not there any more" in text
     assert not workers()
+
+
+def test_the_command_line_measures_and_writes(light):
+    done = run_command("benchmark", light, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    assert "model.tflite" in done.stdout and "speed-up" in done.stdout
+    assert (light / "benchmark.json").is_file() and (light / "benchmark.png").is_file()
 
 
 def test_nothing_that_runs_is_an_error(light):
