@@ -51,7 +51,7 @@ _EXPORTS = {
     "ExportError": "errors",
 }
 # Modules that are used under their own name, as in `keras_resnet.weights.load_torch_weights`.
-_MODULES = ("weights",)
+_MODULES = ("distribution", "weights")
 __all__ = ["__version__", *_EXPORTS]
 
 

@@ -159,23 +159,41 @@ class EpochTimer(keras.callbacks.Callback):
         )
 
 
-class Recorder(keras.callbacks.Callback):
+class History(keras.callbacks.Callback):
+    """Keeps a row of figures for each epoch.
+
+    Args:
+        history: The rows of the epochs before; it grows in place.
+    """
+
+    def __init__(self, history):
+        super().__init__()
+        self.history = history
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Keeps the epoch's."""
+        self.history.append(self._row(epoch, logs))
+
+    def _row(self, epoch, logs):
+        return {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
+
+
+class Recorder(History):
     """Writes the checkpoint, `history.csv` and the TensorBoard events at the end of each epoch.
 
     The checkpoint is one file that holds weights, optimizer, epoch count and history, so that a
     process that is killed between two files leaves nothing that contradicts itself.
 
     Args:
+        history: The rows of the epochs before; it grows in place.
         run_dir: The run folder.
         card: What every model file of the run says about itself.
-        history: The rows of the epochs before; it grows in place.
     """
 
-    def __init__(self, run_dir, card, history):
-        super().__init__()
+    def __init__(self, history, run_dir, card):
+        super().__init__(history)
         self.run_dir = Path(run_dir)
         self.card = card
-        self.history = history
         self.events = {
             name: EventWriter(self.run_dir / "tensorboard" / name)
             for name in ("train", "validation")
@@ -183,7 +201,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Saves the epoch."""
-        row = {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
+        row = self._row(epoch, logs)
         is_best = row["val_accuracy"] > max((r["val_accuracy"] for r in self.history), default=-1)
         checkpoints = self.run_dir / "checkpoints"
         with replacing(checkpoints / "last.keras") as new:

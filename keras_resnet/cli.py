@@ -113,8 +113,50 @@ _TRAIN_OPTIONS = {
         "help": "the run folder (default: runs/MODEL-RECIPE-TIME)",
     },
     "--resume": {
+        "nargs": "?",
+        "const": True,
+        "default": False,
+        "choices": ("auto",),
+        "help": "go on with the run in --run-dir, from its last finished epoch; with auto, start "
+        "it if there is none",
+    },
+    "--strategy": {
+        "metavar": "NAME",
+        "default": "auto",
+        "help": "none, mirrored (the GPUs of one machine), multiworker (TF_CONFIG or Slurm), or "
+        "auto (default), which finds out",
+    },
+    "--sync-batchnorm": {
         "action": "store_true",
-        "help": "go on with the run in --run-dir, from its last finished epoch",
+        "default": None,
+        "help": "take BatchNormalization's statistics over all replicas",
+    },
+    "--scale-batch": {
+        "action": "store_true",
+        "default": None,
+        "help": "multiply batch size and learning rate by the number of replicas, with a warm-up",
+    },
+    "--worker-timeout": {
+        "type": _positive(float),
+        "metavar": "SECONDS",
+        "default": 300.0,
+        "help": "how long to wait for the other workers (default: 300)",
+    },
+}
+
+# What the process that starts workers on this machine keeps to itself.
+_LAUNCH_OPTIONS = {
+    "--local-workers": {
+        "type": _positive(int),
+        "metavar": "N",
+        "help": "start N workers on this machine, each on cores of its own",
+    },
+    "--restarts": {
+        "type": int,
+        "metavar": "K",
+        "default": 0,
+        "help": "how often --local-workers starts them again, from the last finished epoch, when "
+        "one was lost (default: 0)",
     },
 }
 
@@ -254,9 +296,52 @@ def _train(args):
     from keras_resnet.report import format_run
     from keras_resnet.training import train
 
-    command = shlex.join(["keras-resnet", *args.words])
+    command = os.environ.get(_COMMAND) or shlex.join(["keras-resnet", *args.words])
     run = train(**_given(args, _TRAIN_OPTIONS), command=command)
-    print(format_run(run.run_dir, run.report))
+    if run.report:  # the chief's
+        print(format_run(run.run_dir, run.report))
+
+
+# Tells workers what the user typed, for the report.
+_COMMAND = "KERAS_RESNET_COMMAND"
+
+
+def _launch(args):
+    """Starts workers with the command that started this process, less the launcher's options."""
+    from keras_resnet.distribution.launcher import run_local_workers
+    from keras_resnet.run_folder import default_run_dir
+
+    if args.strategy in ("none", "mirrored") and args.local_workers > 1:
+        raise InputError(f"--local-workers are a multiworker strategy, got {args.strategy}")
+    words = _without(args.words, _LAUNCH_OPTIONS)
+    if args.run_dir is None:
+        run_dir = default_run_dir(args.model or "resnet18", args.recipe or "quick")
+        words += ["--run-dir", str(run_dir)]
+    program = [sys.executable, "-m", "keras_resnet.cli"]
+    if sys.orig_argv[-len(args.words) :] == args.words:
+        program = sys.orig_argv[: -len(args.words)]
+    restart = words if args.resume else [*words, "--resume", "auto"]
+    return run_local_workers(
+        [*program, *words],
+        [*program, *restart],
+        args.local_workers,
+        restarts=args.restarts,
+        environ={**os.environ, _COMMAND: shlex.join(["keras-resnet", *args.words])},
+    )
+
+
+def _without(words, options):
+    """Returns a command's words without some options, each of which takes a value."""
+    kept, skip = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name in options:
+            skip = not equals
+        elif skip:
+            skip = False
+        else:
+            kept.append(word)
+    return kept
 
 
 def _evaluate(args):
@@ -359,7 +444,7 @@ _COMMANDS = {
         _train,
         "train a network and write a run folder",
         "Train a network with model.fit and write a run folder.",
-        _TRAIN_OPTIONS,
+        {**_TRAIN_OPTIONS, **_LAUNCH_OPTIONS},
         "\n".join(["recipes:", *(f"  {name}: {row.description}" for name, row in RECIPES.items())]),
     ),
     "evaluate": Command(
@@ -482,6 +567,8 @@ def main(arguments=None):
         # A terminal without "×" or "–" shows "?" instead of losing the answer.
         sys.stdout.reconfigure(errors="replace")
     try:
+        if getattr(args, "local_workers", None):
+            return _launch(args)
         _import_keras()
         _COMMANDS[args.command].run(args)
         sys.stdout.flush()

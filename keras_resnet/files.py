@@ -6,6 +6,11 @@ import os
 import secrets
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from keras_resnet.errors import InputError
 
 # What `replacing` puts between a file's name and its suffix.
@@ -54,6 +59,48 @@ def remove_partials(folder):
     """
     for partial in Path(folder).glob(_PARTIAL):
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder, message):
+    """Holds a lock on a folder, which ends with the process however that ends.
+
+    Where the system or the file system has no such locks, it does nothing.
+
+    Args:
+        folder: The folder.
+        message: What it means that another process has the lock.
+
+    Yields:
+        A descriptor of the folder, or None where nothing could be locked.
+
+    Raises:
+        InputError: If another process holds it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with locked(folder, "someone is here"), locked(folder, "someone is here"):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: /...: someone is here
+    """
+    if fcntl is None:
+        yield None
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: {message}") from None
+        except OSError:  # some network file systems lock no folders
+            yield None
+            return
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def expand_user(path):

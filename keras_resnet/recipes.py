@@ -16,8 +16,9 @@ class Recipe:
         image_size: Height and width that images are resized to, in pixels.
         learning_rate: The rate; with a schedule, its peak.
         optimizer: A row of `training.OPTIMIZERS`.
-        schedule: A row of `training.SCHEDULES`: "constant", or "cosine" with linear warm-up.
-        warmup: Share of all steps in which the rate rises from zero; "cosine" alone uses it.
+        schedule: A row of `training.SCHEDULES`: "constant", "warmup" (constant after a linear
+            warm-up), or "cosine" (after one, too).
+        warmup: Share of all steps in which the rate rises from zero; "constant" has none.
         augmentation: Rows of `preprocessing.AUGMENTATIONS`.
         variant: A row of `models.VARIANTS`.
         stem: A row of `models.STEMS`; None is the network's own.
@@ -60,3 +61,42 @@ RECIPES = {
         learning_rate=1e-3,
     ),
 }
+
+
+WARMUP_EPOCHS = 5
+"""Epochs in which the rate of a scaled batch rises: Goyal et al. 2017, section 2.2."""
+
+
+def scale_batch(recipe, replicas):
+    """Returns a recipe for more replicas: batch size and learning rate times their number.
+
+    The rate rises to its new height over `WARMUP_EPOCHS`, or over a fifth of a shorter run; a
+    recipe that has a warm-up keeps its own if that is longer.
+
+    Args:
+        recipe: A `Recipe`, for one replica.
+        replicas: How many there are.
+
+    Returns:
+        A `Recipe`.
+
+    Source:
+        Goyal et al., Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, 2017, section 2.
+
+    Example:
+        >>> scaled = scale_batch(RECIPES["seed"], 4)
+        >>> scaled.batch_size, scaled.learning_rate, scaled.schedule, scaled.warmup
+        (1024, 0.004, 'warmup', 0.2)
+    """
+    if replicas == 1:
+        return recipe
+    rising = min(0.2, WARMUP_EPOCHS / recipe.epochs)
+    own = {"schedule": "warmup", "warmup": rising}
+    if recipe.schedule != "constant":
+        own = {"warmup": max(rising, recipe.warmup)}
+    return dataclasses.replace(
+        recipe,
+        batch_size=recipe.batch_size * replicas,
+        learning_rate=recipe.learning_rate * replicas,
+        **own,
+    )

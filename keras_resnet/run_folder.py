@@ -10,8 +10,6 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import keras
-
 from keras_resnet import files
 from keras_resnet.errors import InputError, one_line
 
@@ -24,22 +22,25 @@ def default_run_dir(model, recipe):
     return Path("runs") / f"{model}-{recipe}-{now}"
 
 
-def make_run_dir(run_dir, resume):
+def make_run_dir(run_dir, resume, lock):
     """Makes the folder and checks that it can be written to.
 
     Args:
         run_dir: The folder; its parents are made, too.
         resume: Whether it holds a run already.
+        lock: A `contextlib.ExitStack` that holds the folder's lock until it is closed.
 
     Returns:
         The folders that had to be made, the innermost first.
 
     Raises:
-        InputError: If it holds something though `resume` is false, or cannot be written to.
+        InputError: If it holds something though `resume` is false, another process is writing to
+            it, or it cannot be written to.
     """
     try:
         made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(files.locked(run_dir, "another run is writing to it"))
         if not resume and any(run_dir.iterdir()):
             raise InputError(
                 f"{run_dir}: the folder is not empty; resume the run in it with --resume, or name "
@@ -114,6 +115,8 @@ def read_config(run_dir, settings):
 
 def describe_surroundings():
     """Returns what a run was made with: backend, versions, git commit and machine."""
+    import keras  # not above: what starts workers on this machine does without
+
     return {
         "backend": keras.backend.backend(),
         "versions": versions(),
@@ -132,6 +135,8 @@ def versions(*more):
     Args:
         *more: Names of further packages.
     """
+    import keras
+
     found = {"python": platform.python_version()}
     for name in ("keras-resnet-edge", "keras", keras.backend.backend(), "numpy", *more):
         try:

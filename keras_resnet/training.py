@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
-import json
 import random
+import re
 import shlex
 import traceback
 from pathlib import Path
@@ -15,18 +16,21 @@ import numpy as np
 from keras_resnet import archive, callbacks, files, fine_tuning, run_folder
 from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.datasets.images import border_level
+from keras_resnet.distribution import rendezvous, strategies
 from keras_resnet.errors import InputError, Interrupted, TrainingError, look_up
 from keras_resnet.inference import Predictor, measure
-from keras_resnet.models import SPECS, STEMS, VARIANTS, build_resnet, count_parameters
-from keras_resnet.precision import POLICIES, choose_precision
-from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
-from keras_resnet.recipes import RECIPES, Recipe
+from keras_resnet.models import build_resnet, count_parameters
+from keras_resnet.opening import (
+    DATA_SETTINGS,
+    DEFAULTS,
+    Opening,
+    begin_config,
+    open_run,
+    read_description,
+)
+from keras_resnet.precision import POLICIES
+from keras_resnet.preprocessing import find_normalization, with_preprocessing
 from keras_resnet.report import write_history, write_report
-from keras_resnet.weights.conversion import Source
-
-# ----------------------------------------------------------------------------------------------
-# The settings of a run
-# ----------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "adam": lambda rate: keras.optimizers.Adam(rate),
@@ -41,37 +45,16 @@ def _cosine(rate, steps, warmup):
     )
 
 
+def _warmup(rate, steps, warmup):
+    rising = max(1, round(warmup * steps))
+    return keras.optimizers.schedules.PolynomialDecay(0.0, rising, rate)  # power 1, then constant
+
+
 SCHEDULES = {
     "constant": lambda rate, steps, warmup: rate,
+    "warmup": _warmup,
     "cosine": _cosine,
 }
-
-DEFAULTS = {
-    "model": "resnet18",
-    "dataset": "fashion_mnist",
-    "data_dir": None,
-    "recipe": "quick",
-    "epochs": None,
-    "batch_size": None,
-    "image_size": None,
-    "learning_rate": None,
-    "variant": None,
-    "stem": None,
-    "init": None,
-    "freeze": None,
-    "normalize": "none",
-    "precision": "auto",
-    "seed": 0,
-    "validation_share": 0.1,
-    "skip_bad": False,
-}
-
-# Settings that replace the recipe's.
-_OVERRIDES = ("epochs", "batch_size", "image_size", "learning_rate", "variant", "stem")
-# What the data loaders take.
-_DATA_SETTINGS = ("data_dir", "validation_share", "skip_bad", "seed")
-# Settings that name a row of a table.
-_TABLES = {"model": SPECS, "variant": VARIANTS, "stem": STEMS, "normalize": NORMALIZATIONS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,42 +65,13 @@ class Run:
         run_dir: Its folder.
         model: The trained Keras model, in float32: raw uint8 images to logits.
         history: One dict an epoch, with the columns of `history.csv`.
-        report: What `report.json` holds.
+        report: What `report.json` holds; None on a worker that is not the chief.
     """
 
     run_dir: Path
     model: keras.Model
     history: list
-    report: dict
-
-
-def _resolve_settings(given, config):
-    """Returns the settings of a run: those given, else those of the run resumed, else defaults."""
-    given = fine_tuning.plain_settings(given)
-    given = {name: value for name, value in given.items() if value is not None}
-    before = config["settings"] if config else DEFAULTS
-    for name, value in given.items():
-        if config and value != before[name]:
-            raise InputError(
-                f"a run is resumed with the settings it was started with: `{name}` was "
-                f"{before[name]!r}, got {value!r}; leave it out, or start a new run"
-            )
-    settings = {**before, **given}
-    if not isinstance(settings["seed"], int) or not 0 <= settings["seed"] < 2**31:
-        raise InputError(f"`seed` must be a whole number in 0 … 2³¹ − 1, got {settings['seed']!r}")
-    choose_precision(settings["precision"])
-    for name, table in _TABLES.items():
-        if settings[name] is not None:
-            look_up(table, settings[name], name)
-    return settings
-
-
-def _apply_overrides(settings, init):
-    recipe = look_up(RECIPES, settings["recipe"], "recipe")
-    changes = {name: settings[name] for name in _OVERRIDES if settings[name] is not None}
-    recipe = fine_tuning.adopt_form(dataclasses.replace(recipe, **changes), init, settings)
-    stem = recipe.stem or SPECS[settings["model"]].stem
-    return dataclasses.replace(recipe, stem=stem)
+    report: dict | None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -156,34 +110,11 @@ class Batches(keras.utils.PyDataset):
             raise
 
 
-def _check_same_recipe(run_dir, config, recipe):
-    known = config.get("recipe")
-    # Through JSON, as config.json has gone: tuples become lists.
-    now = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    changed = [name for name in now if known and known.get(name) != now[name]]
-    if set(changed) - {"description"}:
-        raise InputError(
-            f"{run_dir}: the recipe has changed since the run was started "
-            f"({', '.join(changed)}): start a new run"
-        )
-
-
-def _open_init(settings, config, run_dir):
-    """Returns the checkpoint to start from, if any; its weights only where they are needed."""
-    recorded = (config or {}).get("init")
-    needed = config is None or not _last_checkpoint(run_dir).exists()
-    return fine_tuning.open_init(settings, recorded, needed)
-
-
-def _last_checkpoint(run_dir):
-    return Path(run_dir) / "checkpoints" / "last.keras"
-
-
-def _check_same_data(run_dir, config, dataset):
-    before = config.get("dataset", {}).get("fingerprint", dataset.fingerprint)
+def _check_same_data(opening, dataset):
+    before = opening.config.get("dataset", {}).get("fingerprint", dataset.fingerprint)
     if before != dataset.fingerprint:
         raise InputError(
-            f"{run_dir}: the data are not those the run was started with: fingerprint "
+            f"{opening.run_dir}: the data are not those the run was started with: fingerprint "
             f"{before[:16]}…, got {dataset.fingerprint[:16]}…"
         )
 
@@ -192,19 +123,28 @@ def _check_same_data(run_dir, config, dataset):
 class _Plan:
     """What a run is about to do: everything that is settled before a network is built."""
 
-    settings: dict
-    recipe: Recipe
-    init: Source | None
+    opening: Opening
     dataset: Dataset
     card: dict
-    precision: str
-    precision_reason: str
-    run_dir: Path
+    decision: strategies.Decision
+    strategy: object  # a `tf.distribute.Strategy`; None where Keras does not run on TensorFlow
     verbose: bool
 
     def say(self, text):
         if self.verbose:
             print(text, flush=True)
+
+    @property
+    def settings(self):
+        return self.opening.settings
+
+    @property
+    def recipe(self):
+        return self.opening.recipe
+
+    @property
+    def run_dir(self):
+        return self.opening.run_dir
 
     @property
     def train(self):
@@ -214,21 +154,31 @@ class _Plan:
     def evaluation(self):
         return self.dataset.splits[self.dataset.evaluation_split]
 
+    def scope(self):
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
     @property
     def resume_command(self):
-        return f"keras-resnet train --resume --run-dir {shlex.quote(str(self.run_dir))}"
+        command = f"keras-resnet train --resume --run-dir {shlex.quote(str(self.run_dir))}"
+        return command + (", on every worker" if self.decision.cluster else "")
 
 
-def _make_plan(settings, recipe, init, in_memory, run_dir, verbose):
+def _make_plan(opening, decision, strategy, in_memory, verbose):
     """Loads the data, unless they are in memory, and settles the rest."""
+    settings, recipe = opening.settings, opening.recipe
     dataset = in_memory or load_dataset(
         settings["dataset"],
         image_size=recipe.image_size,
-        **{name: settings[name] for name in _DATA_SETTINGS},
+        **{name: settings[name] for name in DATA_SETTINGS},
     )
-    card = _make_card(settings, recipe, init, dataset)
-    precision = choose_precision(settings["precision"])
-    return _Plan(settings, recipe, init, dataset, card, *precision, run_dir, verbose)
+    replicas = decision.num_replicas
+    if replicas > 1:
+        from keras_resnet.distribution.replicas import check_batches, check_same
+
+        check_same(strategy, "data: their fingerprint", dataset.fingerprint)
+        check_batches(len(dataset.splits["train"]), recipe.batch_size, replicas)
+    card = _make_card(settings, recipe, opening.init, dataset)
+    return _Plan(opening, dataset, card, decision, strategy, verbose)
 
 
 def _make_card(settings, recipe, init, dataset):
@@ -242,7 +192,7 @@ def _make_card(settings, recipe, init, dataset):
         "origin": origin,
         "class_names": list(dataset.class_names),
         "background": _background(dataset.splits["train"]),
-        "data": {name: settings[name] for name in ("dataset", *_DATA_SETTINGS)},
+        "data": {name: settings[name] for name in ("dataset", *DATA_SETTINGS)},
     }
 
 
@@ -256,16 +206,11 @@ def _background(split, sample=1000):
     return "dark" if level < 64 else "light" if level >= 192 else None
 
 
-def _begin_config(settings, init):
-    """Returns what config.json holds before the data are loaded."""
-    return {"settings": settings, **({"init": fine_tuning.record(init)} if init else {})}
-
-
 def _describe(plan, num_parameters, command):
     """Returns what config.json holds: every setting, and what it was run on."""
     dataset, settings = plan.dataset, plan.settings
     return {
-        **_begin_config(settings, plan.init),
+        **begin_config(settings, plan.opening.init),
         "model": settings["model"],
         **num_parameters,
         "dataset": {
@@ -279,8 +224,11 @@ def _describe(plan, num_parameters, command):
         },
         "recipe": {"name": settings["recipe"], **dataclasses.asdict(plan.recipe)},
         "seed": settings["seed"],
-        "precision": plan.precision,
-        "precision_reason": plan.precision_reason,
+        "precision": plan.opening.precision,
+        "precision_reason": plan.opening.precision_reason,
+        "strategy": plan.decision.name,
+        "strategy_reason": plan.decision.reason,
+        "replicas": plan.decision.num_replicas,
         "command": command,
         **run_folder.describe_surroundings(),
     }
@@ -320,11 +268,13 @@ def _compile(model, plan):
     steps = recipe.epochs * plan.train.num_batches(recipe.batch_size)
     schedule = look_up(SCHEDULES, recipe.schedule, "schedule")
     rate = schedule(recipe.learning_rate, steps, recipe.warmup)
-    model.compile(
-        look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(rate),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if plan.decision.num_replicas > 1:
+        from keras_resnet.distribution.replicas import choose_loss
+
+        loss = choose_loss(len(plan.train), recipe.batch_size, plan.decision.num_replicas)
+    optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(rate)
+    model.compile(optimizer, loss, metrics=["accuracy"])
     model.optimizer.build(model.trainable_variables)
 
 
@@ -336,16 +286,6 @@ def _bytes_on_disk(model):
     )
     # last and best, the new one while it is written, model.keras; and the report.
     return 3 * (weights + optimizer) + weights + 16 * 2**20
-
-
-def _restore(model, run_dir):
-    """Loads the last checkpoint, if there is one, and returns the history it holds."""
-    path = _last_checkpoint(run_dir)
-    if not path.exists():
-        return []
-    history = archive.read_card(path).get("history", [])
-    archive.load_weights(model, path)
-    return history
 
 
 @contextlib.contextmanager
@@ -369,41 +309,63 @@ def _releasing_batches():
         raise
 
 
-def _watchers(plan, batches, history, received):
-    """Returns the callbacks of a run, in the order in which they must be called."""
-    return [
+def _feeds(plan, first_epoch):
+    """Returns how `model.fit` gets both splits: their objects, its arguments, and callbacks."""
+    size, seed = plan.recipe.batch_size, plan.settings["seed"]
+    if plan.decision.name == "none":
+        batches, measured = Batches(plan.train, size), Batches(plan.evaluation, size)
         # Not PyDataset's own on_epoch_end: Keras calls that once more as it builds the model.
-        keras.callbacks.LambdaCallback(
-            on_epoch_begin=lambda epoch, logs: batches.shuffle(plan.settings["seed"], epoch)
-        ),
-        callbacks.EpochTimer(len(plan.train)),
-        callbacks.StopOnDivergence(),
-        callbacks.StopOnRequest(received),
-        callbacks.Recorder(plan.run_dir, plan.card, history),
-    ]
+        shuffle = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: batches.shuffle(seed, epoch)
+        )
+        arguments = {"x": batches, "validation_data": measured}
+        return (batches, measured), arguments, [shuffle]
+    from keras_resnet.distribution.replicas import AverageMovingStatistics, Shards, fit_batch_size
+
+    order = functools.partial(plan.train.order, seed)
+    shards = Shards(plan.train, size, plan.strategy, order, first_epoch)
+    # How the images that measure are cut into batches changes nothing.
+    size = fit_batch_size(len(plan.evaluation), size, plan.decision.num_replicas)
+    measured = Shards(plan.evaluation, size, plan.strategy)
+    arguments = {
+        "x": shards.dataset,
+        "steps_per_epoch": shards.steps,
+        "validation_data": measured.dataset,
+        "validation_steps": measured.steps,
+    }
+    return (shards, measured), arguments, [AverageMovingStatistics()]
+
+
+def _watchers(plan, history, received):
+    """Returns the callbacks of a run, in the order in which they must be called."""
+    watchers = [callbacks.EpochTimer(len(plan.train)), callbacks.StopOnDivergence()]
+    if not plan.decision.is_chief:
+        return [*watchers, callbacks.History(history)]
+    # Under several workers the chief alone answers: the others then lose it, and stop.
+    watchers.append(callbacks.StopOnRequest(received))
+    return [*watchers, callbacks.Recorder(history, plan.run_dir, plan.card)]
 
 
 def _fit(plan, model, history):
     """Runs `model.fit` from the epoch after `history`, which grows with each epoch."""
     size, epochs = plan.recipe.batch_size, plan.recipe.epochs
-    batches, measured = Batches(plan.train, size), Batches(plan.evaluation, size)
+    feeds, arguments, first = _feeds(plan, len(history))
     progress = callbacks.Progress(len(plan.train), size, epochs)
     with callbacks.catching_stop_signals() as received:
-        watchers = _watchers(plan, batches, history, received)
+        watchers = [*first, *_watchers(plan, history, received)]
         if plan.verbose:
             watchers.append(progress)  # last: an epoch that has its line has its checkpoint
         try:
             with _releasing_batches():
                 model.fit(
-                    batches,
-                    validation_data=measured,
+                    **arguments,
                     initial_epoch=len(history),
                     epochs=epochs,
                     shuffle=False,  # the batches are shuffled already
                     verbose=0,
                     callbacks=watchers,
                 )
-            if received:
+            if received and plan.decision.is_chief:
                 raise Interrupted("after the last epoch")
         except Interrupted as stop:
             path = plan.run_dir / "checkpoints" / "interrupted.keras"
@@ -412,22 +374,50 @@ def _fit(plan, model, history):
                 f"interrupted {stop}; {len(history)} of {epochs} epochs are finished. The weights "
                 f"as they are: {path}. Go on from the last finished epoch: {plan.resume_command}"
             ) from None
-        except Exception:
-            failure = batches.failure or measured.failure
-            if failure is None:
-                raise
-            raise TrainingError(
-                f"{failure}; {len(history)} of {epochs} epochs are finished. Once it can be read "
-                f"again: {plan.resume_command}"
-            ) from failure
+        except Exception as error:
+            _explain(
+                plan, error, feeds, received, f"{len(history)} of {epochs} epochs are finished"
+            )
+            raise
         finally:
             progress.close()
+
+
+def _explain(plan, error, feeds, received, finished):
+    """Raises a `TrainingError` for an error of `model.fit` whose cause is known."""
+    failure = next((feed.failure for feed in feeds if feed.failure), None)
+    if failure is not None:
+        raise TrainingError(
+            f"{failure}; {finished}. Once it can be read again: {plan.resume_command}"
+        ) from failure
+    lost = _lost_worker(plan.decision.cluster, error)
+    if lost and received:
+        raise Interrupted(f"interrupted; {finished}: {plan.resume_command}") from None
+    if lost:
+        raise TrainingError(
+            f"{lost} is gone, or cannot be reached; {finished}. Go on: {plan.resume_command}"
+        ) from error
+
+
+def _lost_worker(cluster, error):
+    """Returns which other worker an error of TensorFlow speaks of; None if it is another error."""
+    if cluster is None or cluster.size == 1:
+        return None
+    text = f"{type(error).__name__} {error}"
+    if not re.search("UnavailableError|AbortedError|CancelledError|Collective ops is abort", text):
+        return None
+    # An error goes from worker to worker: what comes last is where it began.
+    tasks = [int(task) for task in re.findall(r"/task:(\d+)", text)]
+    others = [task for task in tasks if task != cluster.index and task < cluster.size]
+    return cluster.name(others[-1]) if others else "another worker"
 
 
 def _finish(plan, model, config, history):
     """Saves the trained weights as a float32 model, measures that, and writes the report."""
     final = _build_classifier(plan, "float32")
     final.set_weights(model.get_weights())
+    if not plan.decision.is_chief:
+        return Run(plan.run_dir, final, history, None)
     archive.save_model(final, plan.run_dir / "model.keras", plan.card)
     predictor = Predictor(final, plan.card)
     evaluation = measure(
@@ -441,9 +431,9 @@ def _start_from(plan, model):
     """Loads the weights that the run starts from, and freezes those that it keeps."""
     names, total = plan.settings["freeze"], count_parameters(model)
     numbers = {"num_parameters": total}
-    if plan.init and plan.init.tensors:
+    if plan.opening.init and plan.opening.init.tensors:
         classes = len(plan.dataset.class_names)
-        plan.say(f"init: {fine_tuning.load_init(model, plan.init, plan.recipe, classes)}")
+        plan.say(f"init: {fine_tuning.load_init(model, plan.opening.init, plan.recipe, classes)}")
     if names:
         fine_tuning.freeze(model.get_layer(plan.settings["model"]), names)
         trained = numbers["num_trained_parameters"] = count_parameters(model)
@@ -452,32 +442,57 @@ def _start_from(plan, model):
 
 
 def _prepare(plan):
-    """Returns the compiled model, its numbers of parameters, and its last checkpoint's history."""
+    """Returns the compiled model, with the weights to start from, and its numbers of parameters."""
     _set_seed(plan.settings["seed"])
-    model = _build_classifier(plan, plan.precision)
-    num_parameters = _start_from(plan, model)
-    _compile(model, plan)
-    run_folder.check_space(plan.run_dir, _bytes_on_disk(model))
-    return model, num_parameters, _restore(model, plan.run_dir)
+    last = plan.opening.last_checkpoint
+    with plan.scope():
+        model = _build_classifier(plan, plan.opening.precision)
+        if plan.settings["sync_batchnorm"]:
+            _synchronize(model)
+        numbers = _start_from(plan, model)
+        _compile(model, plan)
+        if plan.decision.is_chief:
+            run_folder.check_space(plan.run_dir, _bytes_on_disk(model))
+            if last.exists():
+                archive.load_weights(model, last)
+    if plan.decision.num_replicas > 1:
+        from keras_resnet.distribution.replicas import broadcast, separate_seeds
+
+        broadcast(plan.strategy, [*model.variables, *model.optimizer.variables])
+        separate_seeds(plan.strategy, model)
+    return model, numbers
 
 
-def _begin(plan, config, command):
-    """Returns what `_prepare` does, less the numbers, and the completed config.json."""
+def _synchronize(model):
+    if keras.backend.backend() != "tensorflow":
+        raise InputError(
+            "--sync-batchnorm needs KERAS_BACKEND tensorflow, got " + keras.backend.backend()
+        )
+    from keras_resnet.distribution.replicas import synchronize_batchnorm
+
+    synchronize_batchnorm(model)
+
+
+def _begin(plan, command):
+    """Returns the compiled model, and the completed config.json."""
+    opening, config = plan.opening, plan.opening.config
     plan.say(f"data: {plan.dataset.source}")
     backend = keras.backend.backend()
-    plan.say(f"precision: {plan.precision} ({plan.precision_reason}), backend: {backend}")
+    plan.say(f"precision: {opening.precision} ({opening.precision_reason}), backend: {backend}")
     with _saying_what_is_left(plan):
-        model, num_parameters, history = _prepare(plan)
-        if "dataset" not in config:
+        model, num_parameters = _prepare(plan)
+        if plan.decision.is_chief and "dataset" not in config:
             config = _describe(plan, num_parameters, command)
             files.write_json(plan.run_dir / run_folder.CONFIG, config)
-    return model, history, config
+    return model, config
 
 
-def _run(plan, model, history, config):
+def _run(plan, model, config):
     """Trains what is left to train, and writes the report."""
-    (plan.run_dir / "checkpoints").mkdir(exist_ok=True)
-    write_history(plan.run_dir / "history.csv", history)
+    history = list(plan.opening.history)
+    if plan.decision.is_chief:
+        (plan.run_dir / "checkpoints").mkdir(exist_ok=True)
+        write_history(plan.run_dir / "history.csv", history)
     resumed = f", resumed after epoch {len(history)}" if history else ""
     plan.say(f"run folder: {plan.run_dir}{resumed}")
     if len(history) < plan.recipe.epochs:
@@ -502,7 +517,10 @@ def _saying_what_is_left(plan):
             f"{plan.run_dir}: {error.strerror or error}; what was finished is whole: go on with "
             f"{plan.resume_command}"
         ) from error
+    except (InputError, TrainingError):
+        raise
     except Exception as error:
+        _explain(plan, error, (), (), "the run had not begun, or was over")
         if not _out_of_memory(error):
             raise
         raise TrainingError(
@@ -532,6 +550,10 @@ def train(
     skip_bad=None,
     run_dir=None,
     resume=False,
+    strategy="auto",
+    sync_batchnorm=None,
+    scale_batch=None,
+    worker_timeout=strategies.TIMEOUT,
     verbose=True,
     command=None,
 ):
@@ -568,7 +590,18 @@ def train(
         skip_bad: Whether unreadable images of a folder are left out instead of being an error.
         run_dir: The run folder; runs/MODEL-RECIPE-TIME by default.
         resume: Whether to go on with the run in `run_dir`, from its last finished epoch. Settings
-            that are given as well must be those of the run.
+            that are given as well must be those of the run. "auto" does so if there is one, and
+            starts one if not.
+        strategy: "auto" (the default), "none", "mirrored" or "multiworker": a row of
+            `distribution.STRATEGIES`. Under several workers each of them calls `train` with the
+            same arguments; the chief alone writes files.
+        sync_batchnorm: Whether BatchNormalization takes its statistics over the batches of all
+            replicas; if not, which is the default, the moving statistics are averaged over the
+            replicas at each epoch's end.
+        scale_batch: Whether batch size and learning rate are multiplied by the number of replicas,
+            with a warm-up; see `recipes.scale_batch`. The batch is otherwise what the recipe says,
+            whatever the number of replicas.
+        worker_timeout: Seconds to wait for the other workers.
         verbose: Whether to print what was found and one line an epoch.
         command: The command line, for the report.
 
@@ -585,7 +618,7 @@ def train(
         A small network on images of noise, for a second; `train()` alone is the real thing.
 
         >>> import tempfile
-        >>> from keras_resnet import Spec, Split
+        >>> from keras_resnet import SPECS, Spec, Split
         >>> images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), dtype="uint8")
         >>> noise = Split(images, np.arange(32) % 2)
         >>> data = Dataset("noise", ("a", "b"), {"train": noise, "test": noise}, "made here", "0")
@@ -599,25 +632,46 @@ def train(
     in_memory = dataset if isinstance(dataset, Dataset) else None
     if in_memory is not None:
         given["dataset"] = in_memory.name
-    if resume and run_dir is None:
-        raise InputError("`resume` needs the `run_dir` of the run to go on with")
-    config = run_folder.read_config(run_dir, DEFAULTS) if resume else None
-    settings = _resolve_settings(given, config)
-    init = _open_init(settings, config, run_dir)
-    recipe = _apply_overrides(settings, init)
-    if config:
-        _check_same_recipe(run_dir, config, recipe)
-    run_dir = Path(run_dir or run_folder.default_run_dir(settings["model"], settings["recipe"]))
-    made = run_folder.make_run_dir(run_dir, resume)
-    try:
-        config = config or _begin_config(settings, init)
-        files.write_json(run_dir / run_folder.CONFIG, config)
-        plan = _make_plan(settings, recipe, init, in_memory, run_dir, verbose)
-        _check_same_data(run_dir, config, plan.dataset)
-        begun = _begin(plan, config, command)
-    except Exception:
-        if not resume:
-            run_folder.unmake_run_dir(run_dir, made)
-        raise
-    with _saying_what_is_left(plan):
-        return _run(plan, *begun)
+    given = fine_tuning.plain_settings(given)
+    decision = strategies.decide(strategy)
+    with contextlib.ExitStack() as lock:
+        opening = _open(
+            lambda: open_run(given, run_dir, resume, decision.num_replicas, lock),
+            decision.cluster,
+            given,
+            worker_timeout,
+        )
+        try:
+            plan = _make_plan(
+                opening,
+                decision,
+                strategies.start(decision),
+                in_memory,
+                verbose and decision.is_chief,
+            )
+            plan.say(str(decision))
+            _check_same_data(opening, plan.dataset)
+            begun = _begin(plan, command)
+        except Exception:
+            if opening.made is not None:
+                run_folder.unmake_run_dir(opening.run_dir, opening.made)
+            raise
+        with _saying_what_is_left(plan):
+            return _run(plan, *begun)
+
+
+def _open(open_here, cluster, given, timeout):
+    """Returns the `Opening` of a run: the chief opens it, and tells the other workers."""
+    if cluster is None:
+        return open_here()
+    opened = []
+
+    def describe():
+        opened.append(open_here())
+        return opened[0].describe()
+
+    # Data may lie elsewhere on another machine; all else is the same, or they train in vain.
+    command = {name: repr(value) for name, value in given.items() if name != "data_dir"}
+    with rendezvous.meet(cluster, {**strategies.versions(), **command}, timeout) as meeting:
+        described = meeting.share(describe)
+    return opened[0] if opened else read_description(described, given["data_dir"])

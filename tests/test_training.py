@@ -22,6 +22,7 @@ import keras_resnet
 from keras_resnet import training
 from keras_resnet.archive import load_model, read_card
 from keras_resnet.errors import InputError, Interrupted, TrainingError
+from keras_resnet.recipes import RECIPES
 from keras_resnet.report import read_history
 from keras_resnet.training import Batches, train
 
@@ -121,9 +122,9 @@ def test_float16_trains_with_loss_scaling(tmp_path, tiny, fashion):
 
 def test_schedules_and_optimizers_are_rows(tmp_path, tiny, fashion, monkeypatch):
     recipe = dataclasses.replace(
-        training.RECIPES["quick"], optimizer="sgd", augmentation=("flip", "shift", "erase")
+        RECIPES["quick"], optimizer="sgd", augmentation=("flip", "shift", "erase")
     )
-    monkeypatch.setitem(training.RECIPES, "other", recipe)
+    monkeypatch.setitem(RECIPES, "other", recipe)
     settings = {**SMALL, "learning_rate": 0.05}
     run = train(tiny, fashion, "other", epochs=2, run_dir=tmp_path / "run", **settings)
     rates = [row["learning_rate"] for row in run.history]
@@ -574,8 +575,8 @@ def test_resume_refuses_other_settings(tmp_path, tiny, fashion, change, message)
 
 def test_resume_refuses_a_recipe_that_was_edited(tmp_path, tiny, fashion, monkeypatch):
     train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
-    edited = dataclasses.replace(training.RECIPES["quick"], warmup=0.5)
-    monkeypatch.setitem(training.RECIPES, "quick", edited)
+    edited = dataclasses.replace(RECIPES["quick"], warmup=0.5)
+    monkeypatch.setitem(RECIPES, "quick", edited)
     with pytest.raises(InputError, match=r"the recipe has changed .*\(warmup\)"):
         train(dataset=fashion, run_dir=tmp_path / "run", resume=True, verbose=False)
 

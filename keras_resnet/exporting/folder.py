@@ -5,15 +5,11 @@ import os
 import shutil
 from pathlib import Path
 
+from keras_resnet import files
 from keras_resnet.errors import InputError
 from keras_resnet.files import expand_user
 from keras_resnet.manifest import MANIFEST, read_manifest
 from keras_resnet.tables import printable
-
-try:
-    import fcntl
-except ImportError:  # Windows: two exports into one folder are not told apart
-    fcntl = None
 
 _WORK = ".{name}.partial"
 _ASIDE = ".{name}.before"
@@ -95,21 +91,11 @@ def workspace(folder):
 def _locked(work, folder):
     """Makes the workspace and holds a lock on it, which ends with the process."""
     work.mkdir(exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another export is writing to it") from None
+    with files.locked(work, f"{folder}: another export is writing to it") as lock:
         # The other one may just have finished, and its workspace be the folder by now.
-        if not (work.exists() and os.path.samestat(os.fstat(lock), work.stat())):
+        if lock and not (work.exists() and os.path.samestat(os.fstat(lock), work.stat())):
             raise InputError(f"{folder}: another export was writing to it: try again")
         yield
-    finally:
-        os.close(lock)
 
 
 def carry_over(folder, work, names):

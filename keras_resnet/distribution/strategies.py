@@ -1,0 +1,253 @@
+"""Which `tf.distribute` strategy a process trains under."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+import keras
+
+from keras_resnet.distribution import rendezvous
+from keras_resnet.distribution.cluster import Cluster, find_cluster
+from keras_resnet.errors import InputError, look_up, one_line
+from keras_resnet.quiet import stderr_kept_back
+
+TIMEOUT = 300.0
+"""Seconds that a worker waits for the others to come."""
+
+_HEARTBEAT_TIMEOUT = 20
+"""Seconds without a sign of life after which TensorFlow takes a worker for lost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What a process will train under.
+
+    Attributes:
+        name: "none", "mirrored" or "multiworker".
+        reason: Why, in a few words.
+        cluster: The `Cluster` of "multiworker", else None.
+    """
+
+    name: str
+    reason: str
+    cluster: Cluster | None = None
+
+    @property
+    def is_chief(self):
+        """Whether this process writes files; one that is alone does."""
+        return self.cluster is None or self.cluster.is_chief
+
+    @property
+    def num_replicas(self):
+        """How many replicas there will be."""
+        if self.name == "none":
+            return 1
+        return len(_devices()) * (self.cluster.size if self.cluster else 1)
+
+    def __str__(self):
+        replicas = "1 replica" if self.num_replicas == 1 else f"{self.num_replicas} replicas"
+        return f"strategy: {self.name} ({self.reason}), {replicas}"
+
+
+def _devices():
+    """Returns this process's GPUs, else its (logical) processors; TensorFlow stays as it is."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        return gpus
+    processors = tf.config.list_physical_devices("CPU")
+    return tf.config.get_logical_device_configuration(processors[0]) or processors
+
+
+def _alone(name, cluster):
+    return Decision(name, "asked for")
+
+
+def _multiworker(name, cluster):
+    if cluster is None:
+        raise InputError(
+            "the strategy multiworker needs TF_CONFIG, or a Slurm step of several tasks (srun), "
+            "got neither; on one machine --local-workers N makes it"
+        )
+    return Decision("multiworker", f"{cluster.source}, {cluster.name(cluster.index)}", cluster)
+
+
+def _auto(name, cluster):
+    if cluster is not None:
+        return _multiworker(name, cluster)
+    if keras.backend.backend() != "tensorflow":
+        return Decision("none", f"tf.distribute is not for the {keras.backend.backend()} backend")
+    import tensorflow as tf
+
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    if gpus > 1:
+        return Decision("mirrored", f"{gpus} GPUs")
+    return Decision("none", f"{gpus or 'no'} GPU, one process")
+
+
+# name -> function of the name and the cluster found, that returns a `Decision`.
+STRATEGIES = {"auto": _auto, "none": _alone, "mirrored": _alone, "multiworker": _multiworker}
+
+
+def decide(name="auto"):
+    """Decides which strategy to train under, without starting anything.
+
+    Args:
+        name: A row of `STRATEGIES`. "auto" is "multiworker" where TF_CONFIG or Slurm's variables
+            name several workers, "mirrored" where there is more than one GPU, else "none".
+
+    Returns:
+        A `Decision`.
+
+    Raises:
+        InputError: If there is no such row, TF_CONFIG is wrong, or Keras runs on a backend that
+            tf.distribute is not for.
+    """
+    choose = look_up(STRATEGIES, name, "strategy")
+    decision = choose(name, find_cluster() if name in ("auto", "multiworker") else None)
+    if decision.name != "none" and keras.backend.backend() != "tensorflow":
+        raise InputError(
+            f"the strategy {decision.name} ({decision.reason}) needs KERAS_BACKEND tensorflow, "
+            f"got {keras.backend.backend()}"
+        )
+    return decision
+
+
+def start(decision):
+    """Returns the strategy that was decided on.
+
+    Of "multiworker" it starts TensorFlow's server, and needs all workers to do so.
+
+    Args:
+        decision: What `decide` returned.
+
+    Returns:
+        A `tf.distribute.Strategy`; None for "none" on another backend than TensorFlow.
+
+    Raises:
+        InputError: If TensorFlow was used before, or its server cannot start.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    makers = {
+        "none": tf.distribute.get_strategy,
+        "mirrored": tf.distribute.MirroredStrategy,
+        "multiworker": lambda: _start_multiworker(decision.cluster),
+    }
+    return makers[decision.name]()
+
+
+def _start_multiworker(cluster):
+    import tensorflow as tf
+
+    from keras_resnet.distribution import keras_fix
+
+    os.environ["TF_CONFIG"] = json.dumps(cluster.tf_config)
+    try:
+        with stderr_kept_back():
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    except (RuntimeError, tf.errors.OpError) as error:
+        advice = ""
+        if "program startup" in str(error):
+            advice = "; choose the strategy before anything else is done with TensorFlow"
+        raise InputError(
+            f"{cluster.name(cluster.index)} cannot start: {one_line(error)}{advice}"
+        ) from error
+    keras_fix.apply()
+    return strategy
+
+
+def versions():
+    """Returns what must be equal on all workers, apart from their command."""
+    import tensorflow as tf
+
+    from keras_resnet import __version__
+
+    return {"keras": keras.__version__, "tensorflow": tf.__version__, "keras-resnet": __version__}
+
+
+def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
+    """Chooses and starts the `tf.distribute` strategy for a script of one's own.
+
+    Call it before anything else is done with TensorFlow. Under "multiworker" it waits until all
+    workers have come, and puts Keras's `fit` right, which fails there as it is.
+
+    Args:
+        name: "auto" (the default), "none", "mirrored" or "multiworker"; see `decide`.
+        timeout: Seconds to wait for the other workers.
+        say: Is called with one line that says what was chosen, and why; None for no line.
+
+    Returns:
+        A `tf.distribute.Strategy`: build and compile the model in its `scope()`. "none" is
+        TensorFlow's default strategy.
+
+    Raises:
+        InputError: If TF_CONFIG is wrong, a worker does not come, its versions are others, or
+            there is no such strategy.
+
+    Example:
+        >>> from keras_resnet import build_resnet18
+        >>> strategy = choose_strategy("none")
+        strategy: none (asked for), 1 replica
+        >>> with strategy.scope():
+        ...     model = build_resnet18((28, 28, 1))
+    """
+    decision = decide(name)
+    if keras.backend.backend() != "tensorflow":
+        raise InputError(
+            f"tf.distribute needs KERAS_BACKEND tensorflow, got {keras.backend.backend()}"
+        )
+    if decision.cluster:
+        with rendezvous.meet(decision.cluster, versions(), timeout):
+            pass
+    strategy = start(decision)
+    if say:
+        say(str(decision))
+    return strategy
+
+
+def is_chief(strategy):
+    """Returns whether this process is the one that writes files.
+
+    Args:
+        strategy: What `choose_strategy` returned.
+
+    Example:
+        >>> is_chief(choose_strategy("none", say=None))
+        True
+    """
+    resolver = strategy.cluster_resolver
+    return resolver is None or not resolver.task_type or resolver.task_id == 0
+
+
+def worker_path(path, strategy):
+    """Returns where this process may write what callbacks write: `path` itself on the chief.
+
+    `ModelCheckpoint`, `BackupAndRestore` and `TensorBoard` write on every worker, and workers that
+    write to one place destroy each other's files. The others get a temporary folder, which is
+    removed when they end.
+
+    Args:
+        path: What the chief writes to.
+        strategy: What `choose_strategy` returned.
+
+    Returns:
+        A `pathlib.Path`.
+
+    Example:
+        >>> str(worker_path("runs/checkpoints", choose_strategy("none", say=None)))
+        'runs/checkpoints'
+    """
+    path = Path(path)
+    if is_chief(strategy):
+        return path
+    scratch = Path(tempfile.mkdtemp(prefix="keras-resnet-worker-"))
+    weakref.finalize(strategy, shutil.rmtree, scratch, ignore_errors=True)
+    return scratch / path.name

@@ -1,0 +1,220 @@
+"""launchers/: each file starts real trainings on two workers, as it is."""
+
+import contextlib
+import itertools
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY_COMMAND
+
+from keras_resnet.distribution.cluster import slurm_cluster, split_address
+from keras_resnet.report import read_history
+
+LAUNCHERS = Path(__file__).parents[2] / "launchers"
+SBATCH = LAUNCHERS / "slurm.sbatch"
+
+# A step of two tasks on this machine, with the variables that Slurm 22.05 gives its tasks.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2
+export SLURM_STEP_NODELIST=localhost SLURM_NODEID=0
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" &
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
+wait -n; first=$?
+wait -n; second=$?
+exit $((first > second ? first : second))
+"""
+
+# A step that ends with the next of the statuses that stand in a file.
+STATUSES = """#!/usr/bin/env bash
+echo "$@"
+status=$(head -n 1 "$LEFT")
+sed -i 1d "$LEFT"
+exit "$status"
+"""
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """Returns a function that puts a script into a folder on PATH, and the environment for it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    environ = {
+        # What a surrounding job has set is not for these.
+        **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+    def put(name, text):
+        path = folder / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return environ
+
+    return put
+
+
+@pytest.fixture
+def environ(programs):
+    """An environment in which `keras-resnet` knows the network "tiny"."""
+    words = shlex.join([sys.executable, "-c", TINY_COMMAND])
+    return programs("keras-resnet", f'#!/usr/bin/env bash\nexec {words} "$@"\n')
+
+
+def words(folder, run_dir):
+    return [
+        *("--model", "tiny", "--dataset", f"folder:{folder}", "--run-dir", str(run_dir)),
+        *("--image-size", "28", "--batch-size", "32", "--epochs", "1", "--precision", "float32"),
+    ]
+
+
+def are_free(ports):
+    with contextlib.ExitStack() as stack:
+        try:
+            for port in ports:
+                stack.enter_context(socket.create_server(("", port)))
+        except OSError:
+            return False
+    return True
+
+
+def check_run(run_dir, stdout, chief):
+    assert f"strategy: multiworker ({chief}" in stdout and "2 replicas" in stdout
+    assert len(read_history(run_dir / "history.csv")) == 1
+    assert (run_dir / "report.md").is_file() and (run_dir / "model.keras").is_file()
+
+
+def free_job(step):
+    """Returns the number of a job whose workers' ports are free here."""
+    for job in itertools.count(os.getpid()):
+        cluster = slurm_cluster({**step, "SLURM_JOB_ID": str(job)})
+        if are_free(split_address(worker)[1] for worker in cluster.workers):
+            return str(job)
+
+
+def test_sbatch_trains(programs, environ, fashion_folder, tmp_path):
+    """The script runs whole; only `srun` is a stand-in, for Slurm itself, which CI has not."""
+    programs("srun", SRUN)
+    step = {
+        **{"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"},
+    }
+    run_dir = tmp_path / "run"
+    done = subprocess.run(
+        ["bash", str(SBATCH), *words(fashion_folder, run_dir)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**environ, "SLURM_JOB_ID": free_job(step), "SLURM_CPUS_PER_TASK": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    check_run(run_dir, done.stdout, "Slurm, worker 0 (localhost:")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "starts"),
+    [([0], 0, 1), ([2], 2, 1), ([137, 1, 0], 0, 3), ([1, 1, 1, 1], 1, 3), ([143, 2], 2, 2)],
+)
+def test_sbatch_starts_again(programs, tmp_path, statuses, status, starts):
+    left = tmp_path / "left"
+    left.write_text("".join(f"{each}\n" for each in statuses))
+    done = subprocess.run(
+        ["bash", str(SBATCH), "--epochs", "3", "--dataset", "folder:a b"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**programs("srun", STATUSES), "LEFT": str(left), "SLURM_JOB_ID": "7", "RESTARTS": "2"},
+    )
+    lines = done.stdout.splitlines()
+    assert (done.returncode, len(lines)) == (status, starts), done.stderr
+    assert len(set(lines)) == 1
+    assert "--resume auto --run-dir runs/slurm-7 --epochs 3 --dataset folder:a b" in lines[0]
+    assert done.stderr.count("restart ") == starts - 1
+
+
+@pytest.fixture(scope="module")
+def objects():
+    """The objects of kubernetes.yaml, by kind."""
+    documents = yaml.safe_load_all((LAUNCHERS / "kubernetes.yaml").read_text())
+    return {document["kind"]: document for document in documents}
+
+
+def test_kubernetes_objects_fit_together(objects):
+    service, claim, job = (objects[kind] for kind in ("Service", "PersistentVolumeClaim", "Job"))
+    template = job["spec"]["template"]
+    pod = template["spec"]
+    [container] = pod["containers"]
+    values = {each["name"]: each.get("value") for each in container["env"]}
+    [port] = container["ports"]
+    # Kubernetes calls the pods of an indexed job JOB-INDEX, in the domain of the headless service.
+    name = f"{job['metadata']['name']}-%g.{service['metadata']['name']}"
+    assert values["ADDRESS"] == f"{name}:{port['containerPort']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(values["WORKERS"])
+    [volume] = pod["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert [volume["name"]] == [mount["name"] for mount in container["volumeMounts"]]
+
+
+def start_pods(container, count, more, environ):
+    """Starts a container's command as `count` pods of an indexed job would, on this machine."""
+    tens = next(tens for tens in range(2000, 3200) if are_free([10 * tens, 10 * tens + 1]))
+    own = {"WORKERS": str(count), "ADDRESS": f"localhost:{tens}%g", "TF_NUM_INTRAOP_THREADS": "1"}
+    given = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    return [
+        subprocess.Popen(
+            [*container["command"], *container["args"], *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environ, **given, **own, "JOB_COMPLETION_INDEX": str(index)},
+        )
+        for index in range(count)
+    ]
+
+
+def test_kubernetes_command_trains(objects, environ, fashion_folder, tmp_path):
+    [container] = objects["Job"]["spec"]["template"]["spec"]["containers"]
+    run_dir = tmp_path / "run"
+    # The last of two values counts: the file's own --run-dir is not of this machine.
+    pods = start_pods(container, 2, words(fashion_folder, run_dir), environ)
+    try:
+        outputs = [pod.communicate(timeout=300) for pod in pods]
+    finally:
+        for pod in pods:
+            pod.kill()
+    assert [pod.returncode for pod in pods] == [0, 0], outputs
+    check_run(run_dir, outputs[0][0], "TF_CONFIG, worker 0 (localhost:")
+
+
+@pytest.mark.slow
+def test_ray_train_trains(fashion_folder, tmp_path):
+    """Ray's own cluster on this machine, with two processors at least."""
+    pytest.importorskip("ray.train.tensorflow")
+    run_dir = tmp_path / "run"
+    done = subprocess.run(
+        [
+            *(sys.executable, str(LAUNCHERS / "ray_train.py"), "--run-dir", str(run_dir)),
+            *("model=resnet18", f"dataset=folder:{fashion_folder}", "image_size=28"),
+            *("batch_size=32", "epochs=1", "precision=float32"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_run(run_dir, done.stdout + done.stderr, "TF_CONFIG, worker 0 (")
+    assert "last epoch: {'epoch': 1" in done.stdout
+    folder = done.stdout.split("model: ")[1].splitlines()[0]
+    assert Path(folder).is_file()

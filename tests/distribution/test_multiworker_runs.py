@@ -1,0 +1,273 @@
+"""`keras-resnet train` on several workers: real processes, killed, stopped and misled."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import command, run_command
+
+from keras_resnet.archive import load_model, read_card
+from keras_resnet.report import read_history
+
+ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
+
+
+def arguments(folder, run_dir, *more, epochs=3):
+    return [
+        *("train", "--model", "tiny", "--dataset", f"folder:{folder}", "--run-dir", str(run_dir)),
+        *("--image-size", 28, "--batch-size", 32, "--epochs", epochs, "--precision", "float32"),
+        *more,
+    ]
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Returns a function that starts the command line; what it started is gone at the end."""
+    processes = []
+
+    def start(*words, **environment):
+        errors = open(tmp_path / f"stderr{len(processes)}.txt", "w+")  # noqa: SIM115
+        process = subprocess.Popen(
+            command(*words),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **ENVIRONMENT, **environment},
+            # As in a terminal, also where a shell has started pytest with Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        processes.append((process, errors))
+        return process
+
+    yield start
+    for process, errors in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        errors.close()
+
+
+def wait_for(process, prefix):
+    for line in process.stdout:
+        if line.startswith(prefix):
+            return
+    raise AssertionError(f"no line {prefix!r}")
+
+
+def workers_of(process):
+    """Returns the workers of a launcher, in their order."""
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        found[int(child.environ()["KERAS_RESNET_LOCAL_WORKER"])] = child
+    return [found[index] for index in sorted(found)]
+
+
+def read_errors(tmp_path, number=0):
+    return (tmp_path / f"stderr{number}.txt").read_text()
+
+
+def check_finished(run_dir, trained_run):
+    """Holds a run to the unbroken one of a single process."""
+    history, unbroken = (read_history(path / "history.csv") for path in (run_dir, trained_run))
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    for ours, theirs in zip(history, unbroken, strict=True):
+        assert ours["learning_rate"] == pytest.approx(theirs["learning_rate"], abs=1e-9)
+        # BatchNormalization takes its statistics over half the images.
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.2)
+    accuracy, expected = (
+        json.loads((path / "report.json").read_text())["accuracy"]
+        for path in (run_dir, trained_run)
+    )
+    # 100 images: an image is a point.
+    assert accuracy == pytest.approx(expected, abs=0.1)
+
+
+def test_two_local_workers_train_the_network_of_one_process(fashion_folder, tmp_path, trained_run):
+    run_dir = tmp_path / "run"
+    done = run_command(*arguments(fashion_folder, run_dir, "--local-workers", 2))
+    assert done.returncode == 0, done.stderr
+    assert "strategy: multiworker (TF_CONFIG, worker 0 (localhost:" in done.stdout
+    epochs = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 3  # the chief's alone
+    assert "worker 1: epoch" not in done.stderr
+    check_finished(run_dir, trained_run)
+    # The files of a run of one process and no others: the chief alone writes.
+    ours, theirs = (
+        {re.sub("tfevents.*", "", p.relative_to(run).as_posix()) for p in run.rglob("*")}
+        for run in (run_dir, trained_run)
+    )
+    assert ours == theirs - {"stdout.txt"}
+    config = json.loads((run_dir / "config.json").read_text())
+    assert (config["strategy"], config["replicas"]) == ("multiworker", 2)
+    assert config["command"].startswith("keras-resnet train --model tiny")
+    assert "--local-workers 2" in config["command"]
+    # The artifact knows nothing of workers.
+    assert load_model(run_dir / "model.keras").count_params() > 0
+
+
+def test_scaled_batches_and_synchronised_batchnorm(fashion_folder, tmp_path):
+    more = ("--scale-batch", "--sync-batchnorm", "--local-workers", 2)
+    done = run_command(*arguments(fashion_folder, tmp_path / "run", *more, epochs=1))
+    assert done.returncode == 0, done.stderr
+    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    assert (recipe["batch_size"], recipe["learning_rate"]) == (64, 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)]
+)
+def test_a_lost_worker_ends_the_run_and_the_same_command_resumes(
+    victim, number, fashion_folder, tmp_path, trained_run, started
+):
+    run_dir = tmp_path / "run"
+    words = arguments(fashion_folder, run_dir, "--local-workers", 2, "--resume", "auto")
+    process = started(*words)
+    wait_for(process, "epoch 1/3")
+    time.sleep(0.2)  # into the second epoch
+    workers = workers_of(process)
+    # One that is stopped is a machine that has vanished: its connections stay open.
+    workers[victim].send_signal(number)
+    began = time.monotonic()
+    assert process.wait(timeout=100) == 1
+    seconds = time.monotonic() - began
+    print(f"{number.name} of worker {victim}: ended after {seconds:.1f} s")
+    assert seconds < 60
+    assert not any(worker.is_running() for worker in workers)
+    stderr = read_errors(tmp_path)
+    assert re.search(rf"worker {victim} \(localhost:\d+\) is gone, or cannot be reached", stderr)
+    assert re.search(r"[12] of 3 epochs are finished", stderr)
+    assert "Traceback" not in stderr
+
+    again = run_command(*words)
+    assert again.returncode == 0, again.stderr
+    assert re.search("resumed after epoch [12]", again.stdout)
+    check_finished(run_dir, trained_run)
+
+
+def test_restarts_do_that_by_themselves(fashion_folder, tmp_path, trained_run, started):
+    run_dir = tmp_path / "run"
+    more = ("--local-workers", 2, "--restarts", 1)
+    process = started(*arguments(fashion_folder, run_dir, *more))
+    wait_for(process, "epoch 1/3")
+    workers_of(process)[1].kill()
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 0, read_errors(tmp_path)
+    assert "resumed after epoch" in rest
+    assert "restart 1 of 1: worker 1 was killed by SIGKILL" in read_errors(tmp_path)
+    check_finished(run_dir, trained_run)
+
+
+def test_ctrl_c_saves_and_leaves_no_worker(fashion_folder, tmp_path, started):
+    run_dir = tmp_path / "run"
+    process = started(*arguments(fashion_folder, run_dir, "--local-workers", 2, epochs=1000))
+    wait_for(process, "epoch 1/1000")
+    workers = workers_of(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not any(worker.is_running() for worker in workers)
+    stderr = read_errors(tmp_path)
+    assert "interrupted" in stderr and f"--resume --run-dir {run_dir}" in stderr
+    assert "Traceback" not in stderr
+    load_model(run_dir / "checkpoints" / "interrupted.keras")
+    assert len(read_history(run_dir / "history.csv")) >= 1
+
+
+def test_a_second_run_into_a_folder_is_refused(fashion_folder, tmp_path, started):
+    run_dir = tmp_path / "run"
+    process = started(*arguments(fashion_folder, run_dir, epochs=1000))
+    wait_for(process, "epoch 1/1000")
+    second = run_command("train", "--resume", "--run-dir", run_dir)
+    assert second.returncode == 2
+    assert f"{run_dir}: another run is writing to it" in second.stderr
+    assert process.poll() is None  # the first goes on
+    process.terminate()
+    assert process.wait(timeout=60) == 130
+    card = read_card(run_dir / "checkpoints" / "last.keras")
+    assert all(np.isfinite(row["loss"]) for row in card["history"])
+
+
+# ----------------------------------------------------------------------------------------------
+# A wrong TF_CONFIG
+# ----------------------------------------------------------------------------------------------
+
+
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def tf_config(workers, **task):
+    return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", **task}})
+
+
+FAULTS = {
+    "bad JSON": (lambda: '{"cluster": ', "TF_CONFIG"),
+    "no index": (lambda: tf_config([free_address(), free_address()]), "index"),
+    "index too large": (lambda: tf_config([free_address(), free_address()], index=2), "index"),
+    "nobody comes": (lambda: tf_config([free_address(), free_address()], index=0), "worker 1 (loc"),
+    "no chief": (lambda: tf_config([free_address(), free_address()], index=1), "worker 0 (loc"),
+}
+
+
+def check_refused(done, run_dir, reason):
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("keras-resnet: ") and reason in line
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_tf_config_is_one_line(fault, fashion_folder, tmp_path):
+    make, reason = FAULTS[fault]
+    run_dir = tmp_path / "run"
+    words = arguments(fashion_folder, run_dir, "--worker-timeout", 2)
+    check_refused(run_command(*words, TF_CONFIG=make()), run_dir, reason)
+
+
+def test_a_port_in_use_is_named(fashion_folder, tmp_path):
+    run_dir = tmp_path / "run"
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        config = tf_config([address, free_address()], index=0)
+        done = run_command(*arguments(fashion_folder, run_dir), TF_CONFIG=config)
+    check_refused(done, run_dir, address)
+
+
+def test_workers_of_different_commands_are_told_apart(fashion_folder, tmp_path, started):
+    addresses = [free_address(), free_address()]
+    for index, epochs in enumerate((3, 4)):
+        words = arguments(fashion_folder, tmp_path / "run", "--worker-timeout", 60, epochs=epochs)
+        started(*words, TF_CONFIG=tf_config(addresses, index=index))
+    deadline = time.monotonic() + 60
+    for index in (0, 1):
+        while "epochs" not in read_errors(tmp_path, index):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert re.search(r"epochs.*4.*3", read_errors(tmp_path, index))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fault_that_only_the_chief_finds_ends_all(fashion_folder, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "notes.txt").write_text("mine")
+    done = run_command(*arguments(fashion_folder, run_dir, "--local-workers", 2))
+    assert done.returncode == 2
+    assert f"keras-resnet: {run_dir}: the folder is not empty" in done.stderr
+    assert re.search(r"worker 1: keras-resnet: the chief .* could not begin", done.stderr)
+
+
+def test_local_workers_need_a_strategy_of_several(fashion_folder, tmp_path):
+    words = arguments(fashion_folder, tmp_path / "run", "--local-workers", 2)
+    done = run_command(*words, "--strategy", "mirrored")
+    check_refused(done, tmp_path / "run", "mirrored")

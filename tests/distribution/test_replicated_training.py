@@ -1,0 +1,266 @@
+"""Networks trained under every strategy: the same network, and what of Keras works there.
+
+`TABLE` is the table of the README: each of its cells is a test here.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import replica_job
+
+import keras_resnet
+
+# name -> job, number of processes, number of replicas.
+SETTINGS = {
+    "none": ({"strategy": "none"}, 1, 1),
+    "mirrored-2": ({"strategy": "mirrored", "devices": 2}, 1, 2),
+    "mirrored-4": ({"strategy": "mirrored", "devices": 4}, 1, 4),
+    "multiworker-2": ({"strategy": "multiworker"}, 2, 2),
+    "multiworker-3": ({"strategy": "multiworker"}, 3, 3),
+}
+REPLICATED = [name for name in SETTINGS if name != "none"]
+PAIRS = ["mirrored-2", "multiworker-2"]
+
+EQUIVALENCE = {
+    # At a rate of real training; rounding is not in the way.
+    "float64": ("train_epoch", {"policy": "float64", "rate": 0.02}),
+    # Training amplifies rounding: at this rate it stays below what is to be shown.
+    "float32": ("train_epoch", {"rate": 2.0**-11}),
+}
+FEATURES = {
+    "unsynchronized": ("train_epoch", {"sync": False}),
+    "not_averaged": ("train_without_average", {}),
+    "arrays": ("plain_arrays", {}),
+    "mixed_bfloat16": ("train_epoch", {"policy": "mixed_bfloat16"}),
+    "schedule": ("with_schedule", {}),
+    "callbacks": ("with_callbacks", {}),
+    "random": ("random_numbers", {}),
+    "jit_compile": ("refusal", {"jit_compile": True}),
+}
+STEPS_PER_EXECUTION = {
+    "none": ("plain_arrays", {"steps_per_execution": 4}),
+    "mirrored-2": ("refusal", {"steps_per_execution": 4}),
+    "multiworker-2": ("plain_arrays", {"steps_per_execution": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, idx_folder):
+    """Returns a function of a setting and a task: what each worker found."""
+    folders = {}
+
+    def find(setting, task):
+        if setting not in folders:
+            job, workers, _ = SETTINGS[setting]
+            tasks = dict(EQUIVALENCE)
+            if setting in STEPS_PER_EXECUTION:
+                tasks |= FEATURES | {"steps_per_execution": STEPS_PER_EXECUTION[setting]}
+            folder = tmp_path_factory.mktemp("jobs") / setting
+            folders[setting] = replica_job.run({**job, "tasks": tasks}, folder, workers)
+        return [np.load(folder / f"{task}.npz") for folder in folders[setting]]
+
+    return find
+
+
+def part(found, prefix):
+    return {name: found[name] for name in found.files if name.startswith(f"{prefix}/")}
+
+
+def distance(a, b):
+    """Returns the norm of the difference of two sets of arrays, by that of the first."""
+    squares = np.sum([np.sum((a[name] - b[name]) ** 2.0) for name in a])
+    return np.sqrt(squares / np.sum([np.sum(a[name] ** 2.0) for name in a]))
+
+
+# ----------------------------------------------------------------------------------------------
+# One network, whatever the number of replicas
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", REPLICATED)
+def test_in_float64_the_weights_are_those_of_one_replica(done, setting):
+    (one,) = done("none", "float64")
+    for found in done(setting, "float64"):
+        for kind in ("weight", "optimizer"):
+            difference = distance(part(one, kind), part(found, kind))
+            print(f"{setting}, {kind}: {difference:.1e}")
+            assert difference < 1e-11
+
+
+@pytest.mark.parametrize("setting", REPLICATED)
+def test_in_float32_the_weights_are_those_of_one_replica(done, setting):
+    (one,) = done("none", "float32")
+    weights = part(one, "weight")
+    (other,) = done("none", "float64")
+    assert distance(weights, part(other, "weight")) > 1e-3  # what another rate makes of them
+    for found in done(setting, "float32"):
+        difference = distance(weights, part(found, "weight"))
+        print(f"{setting}: {difference:.1e}")
+        assert difference < 1e-5
+
+
+@pytest.mark.parametrize("setting", REPLICATED)
+@pytest.mark.parametrize("policy", EQUIVALENCE)
+def test_the_loss_curve_is_that_of_one_replica(done, setting, policy):
+    (one,) = done("none", policy)
+    assert len(one["curve"]) == 10 and one["curve"][-1] < one["curve"][0]
+    for found in done(setting, policy):
+        np.testing.assert_allclose(found["curve"], one["curve"], rtol=1e-3)
+        # Over the whole epoch each image counts once, also on shards of different sizes.
+        for name, values in part(one, "history").items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if SETTINGS[name][1] > 1])
+def test_all_workers_have_the_same_bits(done, setting):
+    tasks = [*EQUIVALENCE]
+    tasks += ["unsynchronized", "schedule"] if setting in STEPS_PER_EXECUTION else []
+    for task in tasks:
+        chief, *others = done(setting, task)
+        assert others
+        for other in others:
+            for name in chief.files:
+                np.testing.assert_array_equal(chief[name], other[name], err_msg=f"{task}: {name}")
+
+
+def test_keras_own_loss_would_weigh_small_shards_too_heavily(done):
+    # What `GlobalBatchCrossentropy` is for: 64 images are no whole number for three replicas.
+    from keras_resnet.distribution import choose_loss
+
+    assert type(choose_loss(614, 64, 2)).__name__ == "SparseCategoricalCrossentropy"
+    assert type(choose_loss(614, 64, 3)).__name__ == "GlobalBatchCrossentropy"
+    assert type(choose_loss(614, 64, 4)).__name__ == "GlobalBatchCrossentropy"
+
+
+@pytest.mark.parametrize("setting", PAIRS)
+def test_without_synchronisation_moving_statistics_are_averaged(done, setting):
+    (one,) = done("none", "unsynchronized")
+    averaged = done(setting, "unsynchronized")[0]
+    moving = [name for name in averaged.files if "moving" in name]
+    assert moving
+    for name in moving:
+        np.testing.assert_allclose(averaged[name], one[name], rtol=0.3, atol=0.05, err_msg=name)
+    # The replicas' own batches are other batches: this is not the network of one replica.
+    assert distance(part(one, "weight"), part(averaged, "weight")) > 1e-4
+
+
+def test_left_alone_the_workers_would_save_different_networks(done):
+    chief, other = done("multiworker-2", "not_averaged")
+    moving = [name for name in chief.files if "moving" in name]
+    assert any(not np.array_equal(chief[name], other[name]) for name in moving)
+
+
+@pytest.mark.parametrize("setting", PAIRS)
+def test_each_replica_draws_its_own_random_numbers(done, setting):
+    drawn = np.concatenate([found["drawn"] for found in done(setting, "random")])
+    assert len(drawn) == 2 and not np.array_equal(drawn[0], drawn[1])
+    (alone,) = done("none", "random")
+    np.testing.assert_array_equal(alone["drawn"][0], drawn[0])
+
+
+# ----------------------------------------------------------------------------------------------
+# What works: the README's table
+# ----------------------------------------------------------------------------------------------
+
+
+def fit_of_arrays(done, setting):
+    (one,) = done("none", "arrays")
+    for found in done(setting, "arrays"):
+        assert len(found["history/loss"]) == 2
+        np.testing.assert_allclose(found["history/loss"], one["history/loss"], rtol=1e-3)
+
+
+def evaluate(done, setting):
+    (one,) = done("none", "arrays")
+    for found in done(setting, "arrays"):
+        np.testing.assert_allclose(found["evaluate"], one["evaluate"], rtol=1e-3)
+
+
+def predict(done, setting):
+    (one,) = done("none", "arrays")
+    for found in done(setting, "arrays"):
+        assert found["predict"].shape == (70, 10)
+        # In the order of the images, on every worker.
+        np.testing.assert_allclose(found["predict"], one["predict"], atol=1e-3)
+
+
+def metrics(done, setting):
+    (one,) = done("none", "float32")
+    for found in done(setting, "float32"):
+        for name in ("history/accuracy", "history/val_accuracy"):
+            np.testing.assert_allclose(found[name], one[name], atol=1e-6)
+
+
+def callbacks(done, setting):
+    chief, *others = done(setting, "callbacks")
+    # ReduceLROnPlateau halves the rate after the second epoch, EarlyStopping stops there.
+    assert len(chief["loss"]) == 2 and chief["rate"] == replica_job.RATE / 2
+    names = {"1.weights.h5", "2.weights.h5", "backup", "history.csv", "tensorboard"}
+    assert set(chief["names"]) == names and chief["chief"]
+    assert set(map(str, chief["names"])) == {p.name for p in Path(str(chief["place"])).iterdir()}
+    for other in others:
+        assert not other["chief"] and set(other["names"]) == names
+        assert not Path(str(other["place"])).parent.exists()  # scratch, taken away at the end
+
+
+def steps_per_execution(done, setting):
+    if "mirrored" in setting:
+        refused(done, setting, "steps_per_execution")
+        return
+    (one,) = done("none", "arrays")
+    for found in done(setting, "steps_per_execution"):
+        # Four batches an epoch, of 64 images: one call of the callbacks for all four.
+        assert found["calls"].tolist() == [3, 3]
+        np.testing.assert_allclose(found["history/loss"], one["history/loss"], rtol=1e-3)
+
+
+def refused(done, setting, argument):
+    for found in done(setting, argument):
+        assert str(found["message"]).startswith(f"`{argument}` must be "), found["message"]
+        assert len(str(found["message"]).splitlines()) == 1 and not len(found["steps"])
+
+
+def jit_compile(done, setting):
+    refused(done, setting, "jit_compile")
+
+
+def mixed_precision(done, setting):
+    (one,) = done("none", "mixed_bfloat16")
+    for found in done(setting, "mixed_bfloat16"):
+        np.testing.assert_allclose(found["history/loss"], one["history/loss"], rtol=0.02)
+
+
+def learning_rate_schedules(done, setting):
+    (one,) = done("none", "schedule")
+    name = next(name for name in one.files if name.endswith("iteration"))
+    for found in done(setting, "schedule"):
+        assert found[name] == one[name] == 20
+        np.testing.assert_allclose(found["history/loss"], one["history/loss"], rtol=1e-3)
+
+
+# row of the README's table -> what it says of mirrored and of multiworker, and the test.
+TABLE = {
+    "`fit`, of arrays or `Shards`": ("yes", "yes", fit_of_arrays),
+    "`evaluate`": ("yes", "yes", evaluate),
+    "`predict`": ("yes", "yes", predict),
+    "metrics": ("yes", "yes", metrics),
+    "callbacks": ("yes", "yes, with `worker_path`", callbacks),
+    "learning-rate schedules": ("yes", "yes", learning_rate_schedules),
+    "mixed precision": ("yes", "yes", mixed_precision),
+    "`steps_per_execution` > 1": ("error", "yes, no faster", steps_per_execution),
+    "`jit_compile=True`": ("error", "error", jit_compile),
+}
+
+
+@pytest.mark.parametrize("setting", PAIRS)
+@pytest.mark.parametrize("row", TABLE)
+def test_each_cell_of_the_table(done, setting, row):
+    TABLE[row][2](done, setting)
+
+
+def test_the_readme_has_this_table():
+    readme = Path(keras_resnet.__file__).parents[1] / "README.md"
+    lines = readme.read_text(encoding="utf-8").splitlines()
+    for row, (mirrored, multiworker, _) in TABLE.items():
+        assert f"| {row} | yes | {mirrored} | {multiworker} |" in lines

@@ -1,0 +1,114 @@
+"""Which strategy is chosen, and what is said of it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from keras_resnet.distribution import is_chief, strategies, worker_path
+from keras_resnet.errors import InputError
+
+WORKERS = ["a:1", "b:2", "c:3"]
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """As on a machine that nothing is set on."""
+    for name in ("TF_CONFIG", "SLURM_PROCID", "SLURM_STEP_ID", "KERAS_RESNET_LOCAL_WORKER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_alone_without_gpus_there_is_no_strategy():
+    decision = strategies.decide()
+    assert (decision.name, decision.num_replicas, decision.is_chief) == ("none", 1, True)
+    assert str(decision) == "strategy: none (no GPU, one process), 1 replica"
+
+
+@pytest.mark.parametrize("name", ["auto", "multiworker"])
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_tf_config_means_multiworker(monkeypatch, name, index):
+    task = {"type": "worker", "index": index}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"worker": WORKERS}, "task": task}))
+    decision = strategies.decide(name)
+    assert (decision.name, decision.num_replicas) == ("multiworker", 3)
+    assert decision.is_chief == (index == 0)
+    assert f"TF_CONFIG, worker {index} ({WORKERS[index]})" in str(decision)
+
+
+def test_slurm_means_multiworker(monkeypatch):
+    step = {"JOB_ID": 7, "STEP_ID": 0, "PROCID": 1, "LOCALID": 0, "NODEID": 1, "NTASKS": 2}
+    step |= {"STEP_NODELIST": "node[1-2]", "STEP_TASKS_PER_NODE": "1(x2)", "STEP_NUM_TASKS": 2}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    decision = strategies.decide()
+    assert decision.name == "multiworker" and decision.cluster.source == "Slurm"
+    assert decision.cluster.address.startswith("node2:")
+
+
+@pytest.mark.parametrize("name", ["none", "mirrored"])
+def test_what_is_asked_for_goes_before_tf_config(monkeypatch, name):
+    monkeypatch.setenv("TF_CONFIG", "{nonsense")
+    assert strategies.decide(name).name == name
+
+
+def test_several_gpus_mean_mirrored(monkeypatch):
+    import tensorflow as tf
+
+    # There is no GPU to test on: what TensorFlow says is replaced, and nothing is started.
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind}:0", f"{kind}:1"])
+    decision = strategies.decide()
+    assert str(decision) == "strategy: mirrored (2 GPUs), 2 replicas"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("mirored", "one of auto, none"), ("multiworker", "--local-workers N")]
+)
+def test_what_cannot_be_is_said(name, reason):
+    with pytest.raises(InputError, match=reason):
+        strategies.decide(name)
+
+
+def test_other_backends_train_alone_or_not_at_all():
+    code = """
+from keras_resnet.distribution import strategies
+print(strategies.decide())
+strategies.decide("mirrored")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"KERAS_BACKEND": "jax", "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+    )
+    assert "strategy: none (tf.distribute is not for the jax backend)" in done.stdout
+    assert "needs KERAS_BACKEND tensorflow, got jax" in done.stderr
+
+
+LATE = """
+import os, tensorflow as tf
+tf.constant(1) + 1
+from keras_resnet.distribution import choose_strategy
+choose_strategy("multiworker")
+"""
+
+
+def test_chosen_too_late_it_says_so():
+    config = {"cluster": {"worker": ["localhost:23456"]}, "task": {"type": "worker", "index": 0}}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import os; os.environ['TF_CONFIG'] = {json.dumps(config)!r}{LATE}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "InputError" in done.stderr and "before anything else is done" in done.stderr
+
+
+def test_alone_a_process_is_the_chief_and_writes_where_it_was_told(tmp_path):
+    strategy = strategies.choose_strategy("none", say=None)
+    assert is_chief(strategy) and worker_path(tmp_path / "here", strategy) == tmp_path / "here"

@@ -1,0 +1,294 @@
+"""A script that trains under a strategy as a user's own would, and what starts it in tests.
+
+`python replica_job.py JOB RESULT`: JOB is a file with a JSON object, RESULT a folder for what each
+worker finds.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+BATCH = 64
+IMAGES = 614
+"""Nine batches of 64 and one of 38, which 3 and 4 replicas cannot share evenly."""
+
+
+RATE = 2.0**-9
+
+
+def run(job, folder, workers=1):
+    """Runs a job in a process, or in one for each worker; returns their folders.
+
+    Args:
+        job: What `main` reads.
+        folder: A folder that is not there yet.
+        workers: How many processes; more than one get a TF_CONFIG each.
+    """
+    from keras_resnet.distribution.launcher import run_local_workers
+
+    folder.mkdir()
+    path = folder / "job.json"
+    path.write_text(json.dumps(job))
+    command = [sys.executable, __file__, str(path), str(folder)]
+    with open(folder / "log.txt", "w") as log:
+        status = run_local_workers(
+            command,
+            command,
+            workers,
+            stdout=log,
+            stderr=log,
+            environ={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        )
+    assert status == 0, (folder / "log.txt").read_text()[-5000:]
+    return [folder / str(worker) for worker in range(workers)]
+
+
+def start_strategy(job):
+    """Returns the strategy of a job; mirrored ones have logical processors for replicas."""
+    import tensorflow as tf
+
+    from keras_resnet.distribution import choose_strategy
+
+    processor = tf.config.list_physical_devices("CPU")[0]
+    devices = [tf.config.LogicalDeviceConfiguration()] * job.get("devices", 1)
+    tf.config.set_logical_device_configuration(processor, devices)
+    if not job.get("fix", True):
+        from keras_resnet.distribution import keras_fix
+
+        keras_fix.apply = lambda: None
+    return choose_strategy(job["strategy"], timeout=60)
+
+
+def read_split(count, start=0):
+    """Returns some training images of Fashion-MNIST."""
+    from keras_resnet.datasets import Split, load_dataset
+
+    split = load_dataset("fashion_mnist").splits["train"]
+    return Split(split.images[start : start + count], split.labels[start : start + count])
+
+
+def build(strategy, images, sync=True, policy="float32", rate=RATE, decay=None, **compiled):
+    """Returns a small compiled network of raw images; `decay` is steps of a cosine."""
+    import keras
+
+    from keras_resnet import Spec, build_resnet, with_preprocessing
+    from keras_resnet.distribution import choose_loss, synchronize_batchnorm
+
+    keras.utils.set_random_seed(0)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        with strategy.scope():
+            # Without biases before a BatchNormalization: they have no gradient but rounding.
+            spec = Spec((1, 1), (16, 32))
+            network = build_resnet(spec, (28, 28, 1), 10, variant="torchvision", stem="small")
+            model = with_preprocessing(network, (28, 28, 1))
+            if sync:
+                synchronize_batchnorm(model)
+            if decay:
+                rate = keras.optimizers.schedules.CosineDecay(rate, decay)
+            model.compile(
+                keras.optimizers.SGD(rate, momentum=0.9),
+                choose_loss(images, BATCH, strategy.num_replicas_in_sync),
+                metrics=["accuracy"],
+                **compiled,
+            )
+    finally:
+        keras.config.set_dtype_policy(before)
+    return model
+
+
+class Curve:
+    """The running mean of the loss after each step."""
+
+    def __new__(cls):
+        """Returns a callback with `losses`."""
+        import keras
+
+        callback = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda step, logs: callback.losses.append(float(logs["loss"]))
+        )
+        callback.losses = []
+        return callback
+
+
+def local_values(variable):
+    """Returns what each replica of this process has of a Keras variable."""
+    values = getattr(variable.value, "values", [variable.value])
+    return [np.asarray(value) for value in values]
+
+
+# ----------------------------------------------------------------------------------------------
+# What a job may ask for: functions of the strategy that return arrays
+# ----------------------------------------------------------------------------------------------
+
+
+def train_epoch(strategy, sync=True, epochs=1, **options):
+    """Trains an epoch of ten steps; the last has fewer images."""
+    from keras_resnet.distribution import AverageMovingStatistics, Shards
+
+    split, measured = read_split(IMAGES), read_split(100, 1000)
+    model = build(strategy, len(split), sync, **options)
+    curve = Curve()
+    shards = Shards(split, BATCH, strategy, lambda epoch: split.order(0, epoch))
+    held = Shards(measured, BATCH, strategy)
+    history = model.fit(
+        shards.dataset,
+        steps_per_epoch=shards.steps,
+        validation_data=held.dataset,
+        validation_steps=held.steps,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[curve, AverageMovingStatistics()],
+    ).history
+    found = {f"weight/{v.path}": np.asarray(v) for v in model.weights}
+    found |= {f"optimizer/{v.path}": np.asarray(v) for v in model.optimizer.variables}
+    for variable in model.weights:
+        first, *others = local_values(variable)
+        assert all(np.array_equal(first, other) for other in others), variable.path
+    found["curve"] = np.array(curve.losses)
+    return found | {f"history/{name}": np.array(values) for name, values in history.items()}
+
+
+def train_without_average(strategy):
+    """Trains as `train_epoch` without synchronised BatchNormalization, and averages nothing."""
+    from keras_resnet.distribution import Shards
+
+    split = read_split(IMAGES)
+    model = build(strategy, len(split), sync=False)
+    shards = Shards(split, BATCH, strategy)
+    model.fit(shards.dataset, steps_per_epoch=shards.steps, shuffle=False, verbose=0)
+    return {f"weight/{v.path}": np.asarray(v) for v in model.weights}
+
+
+def plain_arrays(strategy, **compiled):
+    """`fit`, `evaluate` and `predict` of arrays, as Keras deals them out itself."""
+    split = read_split(200)
+    model = build(strategy, len(split), **compiled)
+    steps = []
+    import keras
+
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: steps.append(step))
+    history = model.fit(
+        split.images,
+        split.labels,
+        batch_size=BATCH,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[count],
+    ).history
+    found = {f"history/{name}": np.array(values) for name, values in history.items()}
+    evaluation = model.evaluate(split.images, split.labels, batch_size=BATCH, verbose=0)
+    found["evaluate"] = np.array(evaluation)
+    found["predict"] = model.predict(split.images[:70], batch_size=32, verbose=0)
+    found["calls"] = np.array(steps)
+    found |= {f"weight/{v.path}": np.asarray(v) for v in model.weights}
+    return found
+
+
+def with_schedule(strategy):
+    """A learning-rate schedule: the rate after each epoch."""
+    return train_epoch(strategy, epochs=2, decay=20)
+
+
+def with_callbacks(strategy, folder):
+    """Keras's own callbacks that write and read files, one place a worker."""
+    import keras
+
+    from keras_resnet.distribution import is_chief, worker_path
+
+    split = read_split(200)
+    model = build(strategy, len(split))
+    place = worker_path(folder / "written", strategy)
+    place.mkdir()
+    watchers = [
+        keras.callbacks.ModelCheckpoint(place / "{epoch}.weights.h5", save_weights_only=True),
+        keras.callbacks.BackupAndRestore(place / "backup", delete_checkpoint=False),
+        keras.callbacks.TensorBoard(place / "tensorboard"),
+        keras.callbacks.CSVLogger(place / "history.csv"),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=0, factor=0.5, min_delta=10),
+        keras.callbacks.EarlyStopping("loss", patience=1, min_delta=10),
+        keras.callbacks.TerminateOnNaN(),
+    ]
+    arguments = {"batch_size": BATCH, "epochs": 9, "verbose": 0, "callbacks": watchers}
+    history = model.fit(split.images, split.labels, **arguments).history
+    names = sorted(path.name for path in place.iterdir())
+    return {
+        "loss": np.array(history["loss"]),
+        "rate": keras.ops.convert_to_numpy(model.optimizer.learning_rate),
+        "names": np.array(names),
+        "chief": np.array(is_chief(strategy)),
+        "place": np.array(str(place)),
+    }
+
+
+def refusal(strategy, **compiled):
+    """What is said of a model that cannot be trained under the strategy."""
+    from keras_resnet.distribution import check_compiled
+
+    split = read_split(80)
+    model = build(strategy, len(split), **compiled)
+    steps = []
+    try:
+        check_compiled(model)
+        model.fit(split.images, split.labels, batch_size=BATCH, verbose=0)
+    except ValueError as error:
+        return {"message": np.array(str(error)), "steps": np.array(steps)}
+    return {"message": np.array("")}
+
+
+def random_numbers(strategy):
+    """What augmentation draws on each replica of this process for the same images."""
+    import keras
+    import tensorflow as tf
+
+    from keras_resnet.distribution.replicas import separate_seeds
+    from keras_resnet.preprocessing import Augmentation
+
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        inputs = keras.Input((28, 28, 1))
+        model = keras.Model(inputs, Augmentation(["shift"])(inputs))
+    separate_seeds(strategy, model)
+    images = tf.constant(read_split(16).images, "float32")
+
+    @tf.function
+    def draw():
+        return strategy.run(lambda: model(images, training=True))
+
+    return {"drawn": np.stack([np.asarray(v) for v in strategy.experimental_local_results(draw())])}
+
+
+TASKS = {
+    function.__name__: function
+    for function in (
+        *(train_epoch, train_without_average, plain_arrays, with_schedule, with_callbacks),
+        *(refusal, random_numbers),
+    )
+}
+
+
+def main(job_path, folder):
+    """Does the tasks of a job one after another; their arrays go to NAME.npz."""
+    import keras
+
+    job, folder = json.loads(Path(job_path).read_text()), Path(folder)
+    worker = folder / os.environ["KERAS_RESNET_LOCAL_WORKER"]
+    worker.mkdir()
+    strategy = start_strategy(job)
+    for name, (task, options) in job["tasks"].items():
+        if task == "with_callbacks":
+            options = {"folder": folder}
+        print("task", name, flush=True)
+        # The loss is computed in floatx, whatever the policy.
+        keras.config.set_floatx("float64" if options.get("policy") == "float64" else "float32")
+        np.savez(worker / f"{name}.npz", **TASKS[task](strategy, **options))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
