@@ -296,6 +296,8 @@ def _train(args):
     from keras_resnet.report import format_run
     from keras_resnet.training import train
 
+    if args.restarts:
+        raise InputError(f"--restarts needs --local-workers, got --restarts {args.restarts} alone")
     command = os.environ.get(_COMMAND) or shlex.join(["keras-resnet", *args.words])
     run = train(**_given(args, _TRAIN_OPTIONS), command=command)
     if run.report:  # the chief's

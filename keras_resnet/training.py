@@ -392,7 +392,9 @@ def _explain(plan, error, feeds, received, finished):
         ) from failure
     lost = _lost_worker(plan.decision.cluster, error)
     if lost and received:
-        raise Interrupted(f"interrupted; {finished}: {plan.resume_command}") from None
+        raise Interrupted(
+            f"interrupted, {lost} is gone; {finished}: {plan.resume_command}"
+        ) from None
     if lost:
         raise TrainingError(
             f"{lost} is gone, or cannot be reached; {finished}. Go on: {plan.resume_command}"
@@ -451,10 +453,11 @@ def _prepare(plan):
             _synchronize(model)
         numbers = _start_from(plan, model)
         _compile(model, plan)
-        if plan.decision.is_chief:
-            run_folder.check_space(plan.run_dir, _bytes_on_disk(model))
-            if last.exists():
-                archive.load_weights(model, last)
+    if plan.decision.is_chief:
+        run_folder.check_space(plan.run_dir, _bytes_on_disk(model))
+        # Not in the scope: Keras makes variables as it loads, and there all workers would have to.
+        if last.exists():
+            archive.load_weights(model, last)
     if plan.decision.num_replicas > 1:
         from keras_resnet.distribution.replicas import broadcast, separate_seeds
 

@@ -70,7 +70,9 @@ def read_split(count, start=0):
     return Split(split.images[start : start + count], split.labels[start : start + count])
 
 
-def build(strategy, images, sync=True, policy="float32", rate=RATE, decay=None, **compiled):
+def build(
+    strategy, images, sync=True, policy="float32", rate=RATE, decay=None, stages=1, **compiled
+):
     """Returns a small compiled network of raw images; `decay` is steps of a cosine."""
     import keras
 
@@ -83,7 +85,7 @@ def build(strategy, images, sync=True, policy="float32", rate=RATE, decay=None, 
     try:
         with strategy.scope():
             # Without biases before a BatchNormalization: they have no gradient but rounding.
-            spec = Spec((1, 1), (16, 32))
+            spec = Spec((1,) * stages, (16, 32)[:stages])
             network = build_resnet(spec, (28, 28, 1), 10, variant="torchvision", stem="small")
             model = with_preprocessing(network, (28, 28, 1))
             if sync:

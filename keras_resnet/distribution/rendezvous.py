@@ -25,7 +25,7 @@ import socket
 import time
 
 from keras_resnet.distribution.cluster import split_address
-from keras_resnet.errors import InputError, one_line
+from keras_resnet.errors import InputError, TrainingError, one_line
 
 _MAGIC = b"keras_resnet meeting 1 "
 _MAX_LINE = 2**20
@@ -45,6 +45,7 @@ _FIRST_PAUSE, _LAST_PAUSE = 0.02, 1.0
 _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _LOOK = "see its own output"
+_GONE = "went away before training began"
 _SAME = "start all with the same command and versions"
 
 _shortened = reprlib.Repr()
@@ -65,7 +66,8 @@ def meet(cluster, about, timeout=300.0):
         A `Meeting`, a context manager that closes itself.
 
     Raises:
-        InputError: If the own port is taken, a worker does not come, goes away, or was started
+        TrainingError: If a worker goes away.
+        InputError: If the own port is taken, a worker does not come, or was started
             differently. All workers that are there raise the same.
 
     Example:
@@ -111,8 +113,8 @@ class Meeting:
 
         Raises:
             InputError: On the others, if `make` raised anything on the chief, where it goes on.
-                On all, if a worker has gone away, or does not come to its own `share` within
-                the timeout of `meet`.
+                On all, if a worker does not come to its own `share` within the timeout of `meet`.
+            TrainingError: On all, if a worker has gone away.
         """
         if self._side is None:
             return json.loads(json.dumps(make()))
@@ -172,6 +174,7 @@ class _Chief:
         self.strangers = {}  # _Wire -> None, in the order of their coming
         self.seen = set()  # who has come, whether still there or not
         self.about = self.fault = None
+        self.parting = False  # whether who goes away has all that there was to have
         self.deadline = time.monotonic() + timeout
         self.listener = _listen(cluster)
         self.listener.setblocking(False)
@@ -199,6 +202,7 @@ class _Chief:
             raise
         value = json.loads(value)
         self._tell({"value": value}, answered=True)
+        self.parting = True
         self._tell({"go": True})
         return value
 
@@ -224,7 +228,7 @@ class _Chief:
                 self._fail(f"{silent} gave no answer for {self.timeout:g} s: {_LOOK}")
             self._turn(left)
         if self.fault:
-            raise InputError(self.fault)
+            raise _error(self.fault)
 
     def _turn(self, seconds):
         """Waits a while for something to come, and deals with it."""
@@ -246,9 +250,9 @@ class _Chief:
             return
         except OSError:
             self._drop(wire)
-            if wire.index is not None:
+            if wire.index is not None and not self.parting:
                 name = self.cluster.name(wire.index)
-                self._fail(f"{name} went away before training began: {_LOOK}")
+                self._fail(f"{name} {_GONE}: {_LOOK}")
             return
         if wire.index is not None:
             wire.owes = wire.owes and not lines
@@ -430,7 +434,7 @@ class _Guest:
                     raise
         message = _decode(self.lines.pop(0))
         if "fault" in message:
-            raise InputError(one_line(message["fault"]))
+            raise _error(one_line(message["fault"]))
         if key not in message:
             raise _Foreign
         return message[key]
@@ -439,9 +443,8 @@ class _Guest:
         try:
             return self._await(key, deadline)
         except OSError as error:
-            raise InputError(
-                f"{self.cluster.name(0)}, the chief, went away before training began: "
-                f"{_reason(error)}; {_LOOK}"
+            raise _error(
+                f"{self.cluster.name(0)}, the chief, {_GONE}: {_reason(error)}; {_LOOK}"
             ) from error
 
     def _answer(self):
@@ -454,6 +457,11 @@ class _Guest:
         if self.wire is not None:
             self.wire.socket.close()
         self.wire = None
+
+
+def _error(fault):
+    """Returns the error of a fault: a worker that is lost may be started again, the rest not."""
+    return (TrainingError if _GONE in fault else InputError)(fault)
 
 
 def _listen(cluster):

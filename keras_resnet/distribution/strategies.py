@@ -18,9 +18,6 @@ from keras_resnet.quiet import stderr_kept_back
 TIMEOUT = 300.0
 """Seconds that a worker waits for the others to come."""
 
-_HEARTBEAT_TIMEOUT = 20
-"""Seconds without a sign of life after which TensorFlow takes a worker for lost."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
@@ -191,6 +188,7 @@ def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
     Raises:
         InputError: If TF_CONFIG is wrong, a worker does not come, its versions are others, or
             there is no such strategy.
+        TrainingError: If a worker goes away again before all have come.
 
     Example:
         >>> from keras_resnet import build_resnet18
@@ -205,8 +203,8 @@ def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
             f"tf.distribute needs KERAS_BACKEND tensorflow, got {keras.backend.backend()}"
         )
     if decision.cluster:
-        with rendezvous.meet(decision.cluster, versions(), timeout):
-            pass
+        with rendezvous.meet(decision.cluster, versions(), timeout) as meeting:
+            meeting.share(str)  # nothing; but no one leaves before all know that all are there
     strategy = start(decision)
     if say:
         say(str(decision))

@@ -91,28 +91,25 @@ def check_run(run_dir, stdout, chief):
     assert (run_dir / "report.md").is_file() and (run_dir / "model.keras").is_file()
 
 
-def free_job(step):
-    """Returns the number of a job whose workers' ports are free here."""
-    for job in itertools.count(os.getpid()):
-        cluster = slurm_cluster({**step, "SLURM_JOB_ID": str(job)})
-        if are_free(split_address(worker)[1] for worker in cluster.workers):
-            return str(job)
+def ports(job):
+    """Returns the ports that the workers of a job of `SRUN` will have."""
+    step = dict.fromkeys(("SLURM_STEP_ID", "SLURM_PROCID"), "0")
+    step |= dict.fromkeys(("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"), "2")
+    step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(job)}
+    return [split_address(worker)[1] for worker in slurm_cluster(step).workers]
 
 
 def test_sbatch_trains(programs, environ, fashion_folder, tmp_path):
     """The script runs whole; only `srun` is a stand-in, for Slurm itself, which CI has not."""
     programs("srun", SRUN)
-    step = {
-        **{"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
-        **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"},
-    }
+    job = next(job for job in itertools.count(os.getpid()) if are_free(ports(job)))
     run_dir = tmp_path / "run"
     done = subprocess.run(
         ["bash", str(SBATCH), *words(fashion_folder, run_dir)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**environ, "SLURM_JOB_ID": free_job(step), "SLURM_CPUS_PER_TASK": "1"},
+        env={**environ, "SLURM_JOB_ID": str(job), "SLURM_CPUS_PER_TASK": "1"},
     )
     assert done.returncode == 0, done.stderr
     check_run(run_dir, done.stdout, "Slurm, worker 0 (localhost:")
