@@ -144,8 +144,8 @@ def write_report(run_dir, config, history, evaluation, split):
     Args:
         run_dir: The run folder; it is made where it is missing.
         config: What the run was: settings, model, num_parameters, init, dataset, recipe, seed,
-            precision, backend, versions, git_commit, machine, command. What is missing or None is
-            left out.
+            precision, strategy, replicas, backend, versions, git_commit, machine, command. What is
+            missing or None is left out.
         history: One mapping for each epoch; see `HISTORY_COLUMNS`. It may be empty.
         evaluation: The `evaluation.Evaluation` of the trained model.
         split: The `Split` that was evaluated.
@@ -438,6 +438,10 @@ _SETUP = (
     ("Seed", ("seed",), str),
     ("Precision", ("precision",), str),
     ("", ("precision_reason",), str),
+    ("Strategy", ("strategy",), str),
+    ("", ("strategy_reason",), str),
+    ("Replicas", ("replicas",), str),
+    ("Synchronised BatchNorm", ("settings", "sync_batchnorm"), str),
     ("Backend", ("backend",), str),
     ("Versions", ("versions",), lambda versions: _pairs(versions, "{} {}")),
     ("Git commit", ("git_commit",), str),

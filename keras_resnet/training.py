@@ -451,11 +451,12 @@ def _prepare(plan):
         model = _build_classifier(plan, plan.opening.precision)
         if plan.settings["sync_batchnorm"]:
             _synchronize(model)
-        numbers = _start_from(plan, model)
+    # The chief loads alone, and not in the scope: variables are made there by all or by none.
+    numbers = _start_from(plan, model)
+    with plan.scope():
         _compile(model, plan)
     if plan.decision.is_chief:
         run_folder.check_space(plan.run_dir, _bytes_on_disk(model))
-        # Not in the scope: Keras makes variables as it loads, and there all workers would have to.
         if last.exists():
             archive.load_weights(model, last)
     if plan.decision.num_replicas > 1:

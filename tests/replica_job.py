@@ -130,6 +130,8 @@ def local_values(variable):
 
 def train_epoch(strategy, sync=True, epochs=1, **options):
     """Trains an epoch of ten steps; the last has fewer images."""
+    import keras
+
     from keras_resnet.distribution import AverageMovingStatistics, Shards
 
     split, measured = read_split(IMAGES), read_split(100, 1000)
@@ -152,7 +154,7 @@ def train_epoch(strategy, sync=True, epochs=1, **options):
     for variable in model.weights:
         first, *others = local_values(variable)
         assert all(np.array_equal(first, other) for other in others), variable.path
-    found["curve"] = np.array(curve.losses)
+    found |= {"curve": np.array(curve.losses), "keras": np.array(keras.__version__)}
     return found | {f"history/{name}": np.array(values) for name, values in history.items()}
 
 

@@ -68,7 +68,7 @@ def _fix_symbolic_build(keras_own):
         if iterator is None or not is_multi_worker(strategy):
             return keras_own(self, iterator=iterator, data_batch=data_batch)
         check_compiled(self)
-        _, _, batches = next(iter(iterator))
+        *_, batches = next(iter(iterator))
         # Keras averages the batch over all workers, which cannot be done eagerly, and needs no
         # more of it than shapes and dtypes: those of this worker's first replica do.
         data_batch = tree.map_structure(

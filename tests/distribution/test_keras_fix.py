@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import replica_job
 
@@ -97,3 +98,25 @@ before = functions()
 keras_fix.apply()"""
     assert look(code)[0]
     assert keras_resnet.distribution.check_compiled is keras_fix.check_compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("minor", keras_fix.TESTED_VERSIONS)
+def test_every_release_that_the_fix_names(minor, tmp_path, idx_folder, monkeypatch):
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    wanted = ["--target", str(tmp_path / "keras"), f"keras=={minor}.*"]
+    if subprocess.run([*pip, *wanted], check=False).returncode:
+        pytest.skip(f"Keras {minor} cannot be installed here")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "keras"))
+    tasks = {
+        "epoch": ["train_epoch", {"stages": 2}],
+        "arrays": ["plain_arrays", {}],
+        "four steps": ["plain_arrays", {"steps_per_execution": 4}],
+    }
+    job = {"strategy": "multiworker", "tasks": tasks}
+    chief, other = replica_job.run(job, tmp_path / "job", workers=2)
+    for task in tasks:
+        mine, theirs = (np.load(folder / f"{task}.npz") for folder in (chief, other))
+        for name in mine.files:
+            np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    assert str(np.load(chief / "epoch.npz")["keras"]).startswith(f"{minor}.")
