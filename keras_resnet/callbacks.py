@@ -103,12 +103,21 @@ class StopOnRequest(keras.callbacks.Callback):
 
     Args:
         received: What `catching_stop_signals` yields.
+        patience: Seconds to go on all the same. A worker that is not the chief gives it time to
+            save: the chief's last step needs all of them.
     """
 
-    def __init__(self, received):
+    def __init__(self, received, patience=0):
         super().__init__()
         self.received = received
+        self.patience = patience
+        self.since = None
         self.epoch = 0
+
+    def _is_time(self):
+        if self.received and self.since is None:
+            self.since = time.monotonic()
+        return self.since is not None and time.monotonic() - self.since >= self.patience
 
     def on_epoch_begin(self, epoch, logs=None):
         """Remembers the epoch, for the message."""
@@ -116,12 +125,12 @@ class StopOnRequest(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Stops if it was asked for."""
-        if self.received:
+        if self._is_time():
             raise Interrupted(f"in epoch {self.epoch + 1}, after step {batch + 1}")
 
     def on_test_batch_end(self, batch, logs=None):
         """Stops if it was asked for."""
-        if self.received:
+        if self._is_time():
             raise Interrupted(f"while epoch {self.epoch + 1} was being measured")
 
 

@@ -1,6 +1,6 @@
 """`keras-resnet`: parses, calls, prints. No logic, and nothing heavy imported before it is needed.
 
-Exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+Exit status: 0 done, 1 a run failed, 2 bad input, 75 another worker was lost, 130 interrupted.
 """
 
 import argparse
@@ -13,7 +13,14 @@ import sys
 from pathlib import Path
 
 from keras_resnet import __version__
-from keras_resnet.errors import ExportError, InputError, Interrupted, TrainingError, one_line
+from keras_resnet.errors import (
+    ExportError,
+    InputError,
+    Interrupted,
+    TrainingError,
+    WorkerLost,
+    one_line,
+)
 from keras_resnet.exporting.formats import FORMATS
 from keras_resnet.exporting.formats import PRECISIONS as EXPORT_PRECISIONS
 from keras_resnet.quiet import stderr_kept_back
@@ -313,8 +320,7 @@ def _launch(args):
     from keras_resnet.distribution.launcher import run_local_workers
     from keras_resnet.run_folder import default_run_dir
 
-    if args.strategy in ("none", "mirrored") and args.local_workers > 1:
-        raise InputError(f"--local-workers are a multiworker strategy, got {args.strategy}")
+    _check_launch(args)
     words = _without(args.words, _LAUNCH_OPTIONS)
     if args.run_dir is None:
         run_dir = default_run_dir(args.model or "resnet18", args.recipe or "quick")
@@ -330,6 +336,24 @@ def _launch(args):
         restarts=args.restarts,
         environ={**os.environ, _COMMAND: shlex.join(["keras-resnet", *args.words])},
     )
+
+
+def _check_launch(args):
+    from keras_resnet.run_folder import check_empty
+
+    several = args.local_workers > 1
+    if args.strategy in (("none", "mirrored") if several else ("multiworker",)):
+        raise InputError(
+            f"--local-workers {args.local_workers} is a strategy of "
+            f"{'several workers' if several else 'one process'}, got --strategy {args.strategy}"
+        )
+    if "KERAS_RESNET_LOCAL_WORKER" in os.environ:
+        raise InputError("a process that --local-workers started starts none itself")
+    if args.resume and args.run_dir is None:
+        raise InputError("--resume needs the --run-dir of the run to go on with")
+    # Now: after a restart it would be taken for a run to go on with.
+    if not args.resume and args.run_dir is not None:
+        check_empty(Path(args.run_dir))
 
 
 def _without(words, options):
@@ -521,6 +545,8 @@ def _parser():
             help=command.help,
             description=command.description,
             epilog=command.epilog,
+            # An option that is typed in part would reach the workers of --local-workers as it is.
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for option, arguments in command.options.items():
@@ -551,7 +577,7 @@ def _import_keras():
 
 
 # error -> exit status.
-_STATUS = {InputError: 2, Interrupted: 130, TrainingError: 1, ExportError: 1}
+_STATUS = {InputError: 2, Interrupted: 130, WorkerLost: 75, TrainingError: 1, ExportError: 1}
 
 
 def main(arguments=None):

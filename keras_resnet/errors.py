@@ -1,7 +1,8 @@
 """The errors that a user can cause, apart from those that a bug causes.
 
-The command line turns an `InputError` into one line and exit status 2, and a `TrainingError` or
-an `ExportError` into one line and exit status 1. Anything else is a bug and keeps its traceback.
+The command line turns an `InputError` into one line and exit status 2, a `WorkerLost` into one and
+75 (EX_TEMPFAIL of sysexits.h), another `TrainingError` or an `ExportError` into one and 1. Anything
+else is a bug and keeps its traceback.
 """
 
 
@@ -15,6 +16,10 @@ class TrainingError(RuntimeError):
 
 class Interrupted(TrainingError):
     """A run was asked to stop, by Ctrl-C or SIGTERM; the message says where it stopped."""
+
+
+class WorkerLost(TrainingError):
+    """Another worker of a run has ended or cannot be reached; the same command may go on."""
 
 
 class ExportError(RuntimeError):

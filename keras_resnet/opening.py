@@ -142,14 +142,19 @@ def open_run(given, run_dir, resume, num_replicas, lock):
     """
     if resume and run_dir is None:
         raise InputError("`resume` needs the `run_dir` of the run to go on with")
+    if resume not in (True, False, "auto"):
+        raise InputError(f"`resume` must be True, False or 'auto', got {resume!r}")
     if resume == "auto":
         resume = (Path(run_dir) / run_folder.CONFIG).exists()
+    if resume and Path(run_dir).is_dir():
+        run_folder.lock_run_dir(Path(run_dir), lock)
     config = run_folder.read_config(run_dir, DEFAULTS) if resume else None
     settings = _resolve_settings(given, config)
     precision = choose_precision(settings["precision"])
     init = _open_init(settings, config, run_dir)
     recipe = _make_recipe(settings, init, num_replicas)
     if config:
+        _check_same_replicas(run_dir, config, num_replicas)
         _check_same_recipe(run_dir, config, recipe)
     run_dir = Path(run_dir or run_folder.default_run_dir(settings["model"], settings["recipe"]))
     made = run_folder.make_run_dir(run_dir, resume, lock)
@@ -170,6 +175,15 @@ def _make_recipe(settings, init, num_replicas):
         recipe = scale_batch(recipe, num_replicas)
     stem = recipe.stem or SPECS[settings["model"]].stem
     return dataclasses.replace(recipe, stem=stem)
+
+
+def _check_same_replicas(run_dir, config, num_replicas):
+    before = config.get("replicas", num_replicas)
+    if config["settings"]["scale_batch"] and before != num_replicas:
+        raise InputError(
+            f"{run_dir}: the run was started with --scale-batch on {before} replicas, and its "
+            f"batches are theirs: start as many, got {num_replicas}"
+        )
 
 
 def _check_same_recipe(run_dir, config, recipe):

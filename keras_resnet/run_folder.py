@@ -27,7 +27,7 @@ def make_run_dir(run_dir, resume, lock):
 
     Args:
         run_dir: The folder; its parents are made, too.
-        resume: Whether it holds a run already.
+        resume: Whether it holds a run already, which `lock_run_dir` has locked.
         lock: A `contextlib.ExitStack` that holds the folder's lock until it is closed.
 
     Returns:
@@ -40,21 +40,45 @@ def make_run_dir(run_dir, resume, lock):
     try:
         made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.enter_context(files.locked(run_dir, "another run is writing to it"))
-        if not resume and any(run_dir.iterdir()):
-            raise InputError(
-                f"{run_dir}: the folder is not empty; resume the run in it with --resume, or name "
-                "another --run-dir"
-            )
-        if resume:
-            for folder in (run_dir, run_dir / "checkpoints"):
-                files.remove_partials(folder)
+        if not resume:
+            lock_run_dir(run_dir, lock)
+        for folder in (run_dir, run_dir / "checkpoints"):
+            files.remove_partials(folder)
         probe = run_dir / ".probe"
+        probe.unlink(missing_ok=True)
+        if not resume:
+            check_empty(run_dir)
         files.write_text(probe, "")
         probe.unlink()
     except OSError as error:
         raise InputError(f"{run_dir}: cannot be written to: {error.strerror or error}") from error
     return made
+
+
+def lock_run_dir(run_dir, lock):
+    """Locks a run folder, so that no other process writes to it.
+
+    Args:
+        run_dir: The folder.
+        lock: A `contextlib.ExitStack` that holds the lock until it is closed.
+
+    Raises:
+        InputError: If another process has it.
+    """
+    lock.enter_context(files.locked(run_dir, "another run is writing to it"))
+
+
+def check_empty(run_dir):
+    """Raises an `InputError` if the folder of a new run holds something.
+
+    Args:
+        run_dir: The folder, a `pathlib.Path`; it may be missing.
+    """
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise InputError(
+            f"{run_dir}: the folder is not empty; resume the run in it with --resume, or name "
+            "another --run-dir"
+        )
 
 
 def unmake_run_dir(run_dir, made):
@@ -93,7 +117,7 @@ def read_config(run_dir, settings):
 
     Args:
         run_dir: The run folder.
-        settings: The names that its settings must have.
+        settings: The names that its settings may have, with the values of those that it lacks.
 
     Raises:
         InputError: If there is none, or it is damaged or of another version.
@@ -101,6 +125,7 @@ def read_config(run_dir, settings):
     path = Path(run_dir) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        config["settings"] = {**settings, **config["settings"]}
         if set(config["settings"]) != set(settings):
             raise ValueError("its settings are not those of this version")
         # The rest is written once the data are loaded: a run can be killed before.

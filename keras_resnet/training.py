@@ -17,7 +17,7 @@ from keras_resnet import archive, callbacks, files, fine_tuning, run_folder
 from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.datasets.images import border_level
 from keras_resnet.distribution import rendezvous, strategies
-from keras_resnet.errors import InputError, Interrupted, TrainingError, look_up
+from keras_resnet.errors import InputError, Interrupted, TrainingError, WorkerLost, look_up
 from keras_resnet.inference import Predictor, measure
 from keras_resnet.models import build_resnet, count_parameters
 from keras_resnet.opening import (
@@ -77,6 +77,10 @@ class Run:
 # ----------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------
+
+
+CHIEF_SECONDS = 10.0
+"""How long another worker that was asked to stop waits for the chief to do so first."""
 
 
 class Batches(keras.utils.PyDataset):
@@ -166,19 +170,42 @@ class _Plan:
 def _make_plan(opening, decision, strategy, in_memory, verbose):
     """Loads the data, unless they are in memory, and settles the rest."""
     settings, recipe = opening.settings, opening.recipe
-    dataset = in_memory or load_dataset(
-        settings["dataset"],
-        image_size=recipe.image_size,
-        **{name: settings[name] for name in DATA_SETTINGS},
-    )
-    replicas = decision.num_replicas
-    if replicas > 1:
-        from keras_resnet.distribution.replicas import check_batches, check_same
 
-        check_same(strategy, "data: their fingerprint", dataset.fingerprint)
-        check_batches(len(dataset.splits["train"]), recipe.batch_size, replicas)
+    def load():
+        return in_memory or load_dataset(
+            settings["dataset"],
+            image_size=recipe.image_size,
+            **{name: settings[name] for name in DATA_SETTINGS},
+        )
+
+    several = decision.num_replicas > 1
+    dataset = _load_everywhere(load, decision, strategy, recipe) if several else load()
     card = _make_card(settings, recipe, opening.init, dataset)
     return _Plan(opening, dataset, card, decision, strategy, verbose)
+
+
+def _load_everywhere(load, decision, strategy, recipe):
+    """Returns what `load` returns, if that is the same on all workers."""
+    from keras_resnet.distribution.replicas import check_batches, check_same, find_failed
+
+    failure = dataset = None
+    try:
+        dataset = load()
+        replicas, measured = decision.num_replicas, dataset.splits[dataset.evaluation_split]
+        check_batches(len(dataset.splits["train"]), recipe.batch_size, replicas)
+        # Of what measures, the batches are fitted.
+        check_batches(len(measured), max(len(measured), replicas), replicas)
+    except Exception as error:
+        failure = error
+    # All take part in this one, so that none is left waiting in the next.
+    failed = find_failed(strategy, failure is not None)
+    if failure:
+        raise failure
+    if failed:
+        worker = failed[0] * decision.cluster.size // decision.num_replicas
+        raise InputError(f"{decision.cluster.name(worker)} cannot load its data: see what it says")
+    check_same(strategy, "data: their fingerprint", dataset.fingerprint)
+    return dataset
 
 
 def _make_card(settings, recipe, init, dataset):
@@ -338,12 +365,15 @@ def _feeds(plan, first_epoch):
 
 def _watchers(plan, history, received):
     """Returns the callbacks of a run, in the order in which they must be called."""
-    watchers = [callbacks.EpochTimer(len(plan.train)), callbacks.StopOnDivergence()]
-    if not plan.decision.is_chief:
-        return [*watchers, callbacks.History(history)]
-    # Under several workers the chief alone answers: the others then lose it, and stop.
-    watchers.append(callbacks.StopOnRequest(received))
-    return [*watchers, callbacks.Recorder(history, plan.run_dir, plan.card)]
+    chief = plan.decision.is_chief
+    return [
+        callbacks.EpochTimer(len(plan.train)),
+        callbacks.StopOnDivergence(),
+        callbacks.StopOnRequest(received, patience=0 if chief else CHIEF_SECONDS),
+        callbacks.Recorder(history, plan.run_dir, plan.card)
+        if chief
+        else callbacks.History(history),
+    ]
 
 
 def _fit(plan, model, history):
@@ -365,9 +395,11 @@ def _fit(plan, model, history):
                     verbose=0,
                     callbacks=watchers,
                 )
-            if received and plan.decision.is_chief:
+            if received:
                 raise Interrupted("after the last epoch")
         except Interrupted as stop:
+            if not plan.decision.is_chief:
+                raise Interrupted(f"interrupted {stop}: {plan.resume_command}") from None
             path = plan.run_dir / "checkpoints" / "interrupted.keras"
             archive.save_model(model, path, plan.card)
             raise Interrupted(
@@ -396,7 +428,7 @@ def _explain(plan, error, feeds, received, finished):
             f"interrupted, {lost} is gone; {finished}: {plan.resume_command}"
         ) from None
     if lost:
-        raise TrainingError(
+        raise WorkerLost(
             f"{lost} is gone, or cannot be reached; {finished}. Go on: {plan.resume_command}"
         ) from error
 
@@ -501,7 +533,13 @@ def _run(plan, model, config):
     plan.say(f"run folder: {plan.run_dir}{resumed}")
     if len(history) < plan.recipe.epochs:
         _fit(plan, model, history)
-    return _finish(plan, model, config, history)
+    run = _finish(plan, model, config, history)
+    if plan.decision.num_replicas > 1:
+        from keras_resnet.distribution.replicas import find_failed
+
+        # Whoever starts lost workers again starts those that have not ended well.
+        find_failed(plan.strategy, False)
+    return run
 
 
 def _out_of_memory(error):
@@ -513,7 +551,7 @@ def _out_of_memory(error):
 
 @contextlib.contextmanager
 def _saying_what_is_left(plan):
-    """Turns a full disk and a full memory into a `TrainingError` that says how to go on."""
+    """Turns a full disk, a full memory and a lost worker into a `TrainingError`."""
     try:
         yield
     except OSError as error:
@@ -598,7 +636,7 @@ def train(
             starts one if not.
         strategy: "auto" (the default), "none", "mirrored" or "multiworker": a row of
             `distribution.STRATEGIES`. Under several workers each of them calls `train` with the
-            same arguments; the chief alone writes files.
+            same arguments, once in its process; the chief alone writes files.
         sync_batchnorm: Whether BatchNormalization takes its statistics over the batches of all
             replicas; if not, which is the default, the moving statistics are averaged over the
             replicas at each epoch's end.
@@ -615,7 +653,8 @@ def train(
     Raises:
         InputError: If an argument, the data or the folder do not allow the run; nothing was
             trained then.
-        TrainingError: If the loss became infinite or NaN, or a file could not be written.
+        TrainingError: If the loss became infinite or NaN, or a file could not be written; a
+            `WorkerLost` if another worker ended or cannot be reached.
         Interrupted: On Ctrl-C or SIGTERM.
 
     Example:
@@ -638,6 +677,8 @@ def train(
         given["dataset"] = in_memory.name
     given = fine_tuning.plain_settings(given)
     decision = strategies.decide(strategy)
+    if decision.cluster:
+        strategies.check_first()
     with contextlib.ExitStack() as lock:
         opening = _open(
             lambda: open_run(given, run_dir, resume, decision.num_replicas, lock),
@@ -656,9 +697,12 @@ def train(
             plan.say(str(decision))
             _check_same_data(opening, plan.dataset)
             begun = _begin(plan, command)
-        except Exception:
+        except Exception as error:
             if opening.made is not None:
                 run_folder.unmake_run_dir(opening.run_dir, opening.made)
+            lost = _lost_worker(decision.cluster, error)
+            if lost:
+                raise WorkerLost(f"{lost} is gone; the run had not begun") from error
             raise
         with _saying_what_is_left(plan):
             return _run(plan, *begun)

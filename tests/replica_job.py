@@ -246,6 +246,44 @@ def refusal(strategy, **compiled):
     return {"message": np.array("")}
 
 
+def frozen_statistics(strategy):
+    """The moving statistics of a frozen layer, before and after an epoch."""
+    from keras_resnet.distribution import AverageMovingStatistics, Shards
+    from keras_resnet.distribution.replicas import batchnorm_layers
+
+    split = read_split(BATCH)
+    model = build(strategy, len(split), sync=False)
+    layer, *_ = batchnorm_layers(model)
+    layer.trainable = False
+    model.compile("sgd", model.loss)
+    layer.moving_mean.assign(np.linspace(0.1, 0.9, 16))
+    before = np.asarray(layer.moving_mean)
+    shards = Shards(split, BATCH, strategy)
+    watchers = [AverageMovingStatistics()]
+    arguments = {"steps_per_epoch": shards.steps, "shuffle": False, "verbose": 0}
+    model.fit(shards.dataset, epochs=3, callbacks=watchers, **arguments)
+    return {"before": before, "after": np.asarray(layer.moving_mean)}
+
+
+def train_twice(strategy, folder):
+    """Two runs of `keras_resnet.train` in one process, of different networks."""
+    import dataclasses
+
+    from keras_resnet import SPECS, Spec, load_dataset, train
+
+    data = dataclasses.replace(
+        load_dataset("fashion_mnist"),
+        splits={"train": read_split(128), "test": read_split(64, 999)},
+    )
+    losses = []
+    for name, filters in (("narrow", 16), ("wide", 32)):
+        SPECS[name] = Spec((1,), (filters,))
+        options = {"epochs": 1, "batch_size": 32, "precision": "float32", "verbose": False}
+        run = train(name, data, strategy="mirrored", run_dir=Path(folder) / name, **options)
+        losses.append(run.history[0]["loss"])
+    return {"losses": np.array(losses)}
+
+
 def random_numbers(strategy):
     """What augmentation draws on each replica of this process for the same images."""
     import keras
@@ -272,7 +310,7 @@ TASKS = {
     function.__name__: function
     for function in (
         *(train_epoch, train_without_average, plain_arrays, with_schedule, with_callbacks),
-        *(refusal, random_numbers),
+        *(refusal, random_numbers, frozen_statistics, train_twice),
     )
 }
 
@@ -286,7 +324,7 @@ def main(job_path, folder):
     worker.mkdir()
     strategy = start_strategy(job)
     for name, (task, options) in job["tasks"].items():
-        if task == "with_callbacks":
+        if task in ("with_callbacks", "train_twice"):
             options = {"folder": folder}
         print("task", name, flush=True)
         # The loss is computed in floatx, whatever the policy.

@@ -41,8 +41,8 @@ TERMINATE_SECONDS = 5
 _DRAIN_SECONDS = 5
 _POLL_SECONDS = 0.02
 
-BAD_INPUT, INTERRUPTED = 2, 130
-# Another try ends in the same way, or is not wanted.
+BAD_INPUT, INTERRUPTED, WORKER_LOST = 2, 130, 75
+# These tell more, from the chief, than what a worker says that lost it.
 _FINAL = (BAD_INPUT, INTERRUPTED)
 
 # What comes to this process -> what it passes on to the chief, which knows no closed terminal.
@@ -72,7 +72,8 @@ def run_local_workers(
         restart_command: The words that start a worker after a failure: they say to resume.
         count: The number of workers. A single one gets a `TF_CONFIG` without a
             cluster.
-        restarts: How many times to start again when a worker has failed.
+        restarts: How many times to start again when a worker was lost: killed by a signal, or
+            not reached by another, which then ends with 75.
         stdout: A stream for the chief's standard output; `sys.stdout` by default. The chief gets
             its file descriptor, so that it sees a terminal; without one, lines are copied.
         stderr: The same for standard error.
@@ -83,8 +84,7 @@ def run_local_workers(
         Otherwise that of the worker that failed first, since the others failed because of it,
         unless the chief says 2 (bad input) or 130 (interrupted), which tell more than the 1 of a
         worker that lost its chief. A worker that a signal killed counts as 1; what a worker
-        answers to being ended by this process counts for nothing. After 2 or 130 there is no
-        restart.
+        answers to being ended by this process counts for nothing.
 
     Raises:
         InputError: If a number is out of range, a `TF_CONFIG` is set already or the system has no
@@ -108,7 +108,7 @@ def run_local_workers(
                 return 0
             if received:
                 return INTERRUPTED
-            if crew.status in _FINAL or restart > restarts:
+            if not crew.lost_one or restart > restarts:
                 break
             screen.say(f"restart {restart} of {restarts}: {crew.failure}")
             command = restart_command
@@ -147,20 +147,22 @@ def share_gpus(devices, count):
         count: The number of workers.
 
     Returns:
-        A list of `count` strings; "-1" hides all GPUs from a worker for which none is left. None
-        instead of each where there are no GPUs at all.
+        A list of `count` strings, each with as many GPUs as the others, as TensorFlow needs it;
+        "-1" hides all of them where there are fewer than workers. None instead of each where
+        there are no GPUs at all.
 
     Example:
         >>> share_gpus(["0", "1", "2"], 2)
-        ['0,2', '1']
+        ['0', '1']
         >>> share_gpus(["0"], 2)
-        ['0', '-1']
+        ['-1', '-1']
         >>> share_gpus([], 2)
         [None, None]
     """
     if not devices:
         return [None] * count
-    return [",".join(devices[index::count]) or "-1" for index in range(count)]
+    each = len(devices) // count
+    return [",".join(devices[i * each : (i + 1) * each]) or "-1" for i in range(count)]
 
 
 def _check(count, restarts, environ):
@@ -391,6 +393,12 @@ class _Crew:
         codes = {worker.index: worker.process.returncode for worker in self.failed}
         code = codes[0] if codes.get(0) in _FINAL else codes[self.failed[0].index]
         return code if code > 0 else 1
+
+    @property
+    def lost_one(self):
+        """Whether a worker was killed or not reached; other failures would only come again."""
+        lost = (w.process.returncode in (WORKER_LOST, *range(-64, 0)) for w in self.failed)
+        return self.status not in _FINAL and any(lost)
 
     def run(self):
         """Waits until all have ended, and sees to it once one fails or a signal has come."""

@@ -25,7 +25,7 @@ import socket
 import time
 
 from keras_resnet.distribution.cluster import split_address
-from keras_resnet.errors import InputError, TrainingError, one_line
+from keras_resnet.errors import InputError, WorkerLost, one_line
 
 _MAGIC = b"keras_resnet meeting 1 "
 _MAX_LINE = 2**20
@@ -66,7 +66,7 @@ def meet(cluster, about, timeout=300.0):
         A `Meeting`, a context manager that closes itself.
 
     Raises:
-        TrainingError: If a worker goes away.
+        WorkerLost: If a worker goes away.
         InputError: If the own port is taken, a worker does not come, or was started
             differently. All workers that are there raise the same.
 
@@ -114,7 +114,7 @@ class Meeting:
         Raises:
             InputError: On the others, if `make` raised anything on the chief, where it goes on.
                 On all, if a worker does not come to its own `share` within the timeout of `meet`.
-            TrainingError: On all, if a worker has gone away.
+            WorkerLost: On all, if a worker has gone away.
         """
         if self._side is None:
             return json.loads(json.dumps(make()))
@@ -195,7 +195,7 @@ class _Chief:
         try:
             value = json.dumps(make())
             if len(value) > _MAX_LINE - 100:
-                raise ValueError(f"what the chief shares must fit into 1 MiB, got {len(value)} B")
+                raise InputError(f"what the chief shares must fit into 1 MiB, got {len(value)} B")
         except BaseException as error:
             chief = self.cluster.workers[0]
             self._fail(f"the chief ({chief}) could not begin: {one_line(error)}")
@@ -461,7 +461,7 @@ class _Guest:
 
 def _error(fault):
     """Returns the error of a fault: a worker that is lost may be started again, the rest not."""
-    return (TrainingError if _GONE in fault else InputError)(fault)
+    return (WorkerLost if _GONE in fault else InputError)(fault)
 
 
 def _listen(cluster):

@@ -6,6 +6,7 @@ gradient of one replica that sees the whole batch.
 """
 
 import hashlib
+import itertools
 
 import keras
 import numpy as np
@@ -19,7 +20,8 @@ class Shards:
     """A split for `model.fit` under a strategy: each replica gets its part of every batch.
 
     A worker reads the images of its own replicas and no others. The data set has no end:
-    `model.fit` takes `steps` of it an epoch.
+    `model.fit` takes `steps` of it an epoch; a `steps_per_execution` must divide them, since it
+    would take the rest from the next epoch.
 
     Args:
         split: A `datasets.Split`.
@@ -118,21 +120,20 @@ def check_batches(images, batch_size, replicas):
 
 
 def fit_batch_size(images, batch_size, replicas):
-    """Returns the largest batch size, up to a given one, that leaves no replica without an image.
+    """Returns the nearest batch size that leaves no replica without an image, a smaller one first.
 
     Args:
         images: Images an epoch, at least as many as replicas.
-        batch_size: Images a step of all replicas together, at most.
+        batch_size: Images a step of all replicas together, wanted.
         replicas: How many replicas there are.
 
     Example:
-        >>> fit_batch_size(10000, 128, 8), fit_batch_size(10001, 100, 4)
-        (128, 98)
+        >>> [fit_batch_size(10000, 128, 8), fit_batch_size(10001, 100, 4), fit_batch_size(17, 4, 4)]
+        [128, 98, 6]
     """
-    sizes = range(max(batch_size, replicas), replicas - 1, -1)
-    fitting = (size for size in sizes if images % size == 0 or images % size >= replicas)
-    # Where there is none, all images make one batch.
-    return next(fitting, images)
+    start = max(batch_size, replicas)
+    sizes = itertools.chain(range(start, replicas - 1, -1), range(start + 1, images + 1))
+    return next(size for size in sizes if images % size == 0 or images % size >= replicas)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -161,7 +162,7 @@ class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
 
 
 def choose_loss(images, batch_size, replicas):
-    """Returns the loss for logits under several replicas.
+    """Returns the loss for logits under several replicas that `Shards` feeds.
 
     Args:
         images: Images an epoch.
@@ -201,17 +202,20 @@ class AverageMovingStatistics(keras.callbacks.Callback):
     """Averages BatchNormalization's moving statistics over the replicas at each epoch's end.
 
     Each replica moves its own by the images that it sees. Averaged, every worker measures and
-    saves the same network. It acts before an epoch is measured, and at its end if it is not.
+    saves the same network. It acts once an epoch, before that is measured, or at its end if it is
+    not. Layers that are frozen or synchronised are equal everywhere, and stay as they are.
     """
 
     def __init__(self):
         super().__init__()
         self._average = None
+        self._due = False
 
     def on_train_begin(self, logs=None):
         """Finds the variables."""
         strategy = self.model.distribute_strategy
-        layers = [layer for layer in batchnorm_layers(self.model) if not layer.synchronized]
+        layers = batchnorm_layers(self.model)
+        layers = [layer for layer in layers if layer.trainable and not layer.synchronized]
         variables = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
 
         def average():
@@ -224,15 +228,19 @@ class AverageMovingStatistics(keras.callbacks.Callback):
         graph = tf.function(lambda: strategy.run(average))
         self._average = graph if variables and strategy.num_replicas_in_sync > 1 else None
 
+    def on_epoch_begin(self, epoch, logs=None):
+        """Notes that there will be something to average."""
+        self._due = self._average is not None
+
     def on_test_begin(self, logs=None):
         """Averages, where `fit` measures an epoch."""
-        if self._average:
+        if self._due:
             self._average()
+        self._due = False
 
     def on_epoch_end(self, epoch, logs=None):
-        """Averages, where it does not; what is equal stays as it is."""
-        if self._average:
-            self._average()
+        """Averages, where it does not."""
+        self.on_test_begin()
 
 
 def broadcast(strategy, variables):
@@ -288,7 +296,25 @@ def check_same(strategy, what, text):
         return context.all_reduce("SUM", tf.where(mine, tf.constant(number, "int64"), 0))
 
     if int(_run(strategy, from_chief)) != number:
-        raise InputError(f"every worker needs the same {what}, the chief has another: {text}")
+        raise InputError(f"every worker needs the chief's {what}; this one has another: {text}")
+
+
+def find_failed(strategy, failed):
+    """Returns the replicas on whose workers something failed: a list of their numbers.
+
+    All workers call it, and wait for each other.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+        failed: Whether something failed on this worker.
+    """
+
+    def collect():
+        context = tf.distribute.get_replica_context()
+        replica = tf.range(context.num_replicas_in_sync) == context.replica_id_in_sync_group
+        return context.all_reduce("SUM", tf.cast(replica, "int32") * int(failed))
+
+    return np.flatnonzero(_run(strategy, collect)).tolist()
 
 
 def separate_seeds(strategy, model):

@@ -1,6 +1,7 @@
 """Which `tf.distribute` strategy a process trains under."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -43,7 +44,10 @@ class Decision:
         """How many replicas there will be."""
         if self.name == "none":
             return 1
-        return len(_devices()) * (self.cluster.size if self.cluster else 1)
+        if self.cluster:
+            # Of processors a worker takes one, also where there are several logical ones.
+            return self.cluster.size * max(1, _count_gpus())
+        return len(_devices())
 
     def __str__(self):
         replicas = "1 replica" if self.num_replicas == 1 else f"{self.num_replicas} replicas"
@@ -59,6 +63,12 @@ def _devices():
         return gpus
     processors = tf.config.list_physical_devices("CPU")
     return tf.config.get_logical_device_configuration(processors[0]) or processors
+
+
+def _count_gpus():
+    import tensorflow as tf
+
+    return len(tf.config.list_physical_devices("GPU"))
 
 
 def _alone(name, cluster):
@@ -79,9 +89,7 @@ def _auto(name, cluster):
         return _multiworker(name, cluster)
     if keras.backend.backend() != "tensorflow":
         return Decision("none", f"tf.distribute is not for the {keras.backend.backend()} backend")
-    import tensorflow as tf
-
-    gpus = len(tf.config.list_physical_devices("GPU"))
+    gpus = _count_gpus()
     if gpus > 1:
         return Decision("mirrored", f"{gpus} GPUs")
     return Decision("none", f"{gpus or 'no'} GPU, one process")
@@ -135,12 +143,27 @@ def start(decision):
 
     makers = {
         "none": tf.distribute.get_strategy,
-        "mirrored": tf.distribute.MirroredStrategy,
+        "mirrored": _start_mirrored,
         "multiworker": lambda: _start_multiworker(decision.cluster),
     }
-    return makers[decision.name]()
+    strategy = makers[decision.name]()
+    if strategy.num_replicas_in_sync != decision.num_replicas:
+        raise InputError(
+            f"{decision}: TensorFlow has {strategy.num_replicas_in_sync} replicas; every worker "
+            "needs as many GPUs as the others"
+        )
+    return strategy
 
 
+@functools.cache
+def _start_mirrored():
+    # One for all runs of a process: a second one takes the first one's keys for its messages.
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy()
+
+
+@functools.cache
 def _start_multiworker(cluster):
     import tensorflow as tf
 
@@ -161,13 +184,23 @@ def _start_multiworker(cluster):
     return strategy
 
 
+def check_first():
+    """Raises an `InputError` if this process has started a multi-worker strategy already."""
+    if _start_multiworker.cache_info().currsize:
+        raise InputError(
+            "a process can meet the other workers once, for TensorFlow's server keeps its port: "
+            "start another process for another run"
+        )
+
+
 def versions():
     """Returns what must be equal on all workers, apart from their command."""
     import tensorflow as tf
 
     from keras_resnet import __version__
 
-    return {"keras": keras.__version__, "tensorflow": tf.__version__, "keras-resnet": __version__}
+    found = {"keras": keras.__version__, "tensorflow": tf.__version__, "GPUs": _count_gpus()}
+    return {**found, "keras-resnet": __version__}
 
 
 def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
@@ -188,7 +221,7 @@ def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
     Raises:
         InputError: If TF_CONFIG is wrong, a worker does not come, its versions are others, or
             there is no such strategy.
-        TrainingError: If a worker goes away again before all have come.
+        WorkerLost: If a worker goes away again before all have come.
 
     Example:
         >>> from keras_resnet import build_resnet18
@@ -203,6 +236,7 @@ def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
             f"tf.distribute needs KERAS_BACKEND tensorflow, got {keras.backend.backend()}"
         )
     if decision.cluster:
+        check_first()
         with rendezvous.meet(decision.cluster, versions(), timeout) as meeting:
             meeting.share(str)  # nothing; but no one leaves before all know that all are there
     strategy = start(decision)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import keras_resnet
 from keras_resnet.distribution.cluster import Cluster
 from keras_resnet.distribution.rendezvous import _MAGIC, meet
-from keras_resnet.errors import InputError, TrainingError
+from keras_resnet.errors import InputError, WorkerLost
 
 ABOUT = {"keras": "3.15.1", "epochs": 3}
 
@@ -73,7 +73,7 @@ def all_attend(clusters, **options):
 
 def check_fault(result, text):
     # A worker that is lost may be started again; a fault in what it was told may not.
-    assert type(result) is (TrainingError if "went away" in text else InputError), result
+    assert type(result) is (WorkerLost if "went away" in text else InputError), result
     assert text in str(result) and "\n" not in str(result), result
 
 

@@ -133,6 +133,7 @@ def test_a_fitting_batch_size_is_found_for_any_split(images, batch_size, replica
     if images >= replicas:
         size = fit_batch_size(images, batch_size, replicas)
         check_batches(images, size, replicas)
+        assert size <= max(batch_size, replicas) or images % replicas
         fits = images % batch_size == 0 or images % batch_size >= replicas
         assert size == batch_size or not fits or batch_size <= replicas
 

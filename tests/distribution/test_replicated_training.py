@@ -45,6 +45,12 @@ STEPS_PER_EXECUTION = {
 }
 
 
+EXTRA = {
+    "multiworker-3": {"frozen": ("frozen_statistics", {})},
+    "mirrored-2": {"twice": ("train_twice", {})},
+}
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, idx_folder):
     """Returns a function of a setting and a task: what each worker found."""
@@ -53,7 +59,7 @@ def done(tmp_path_factory, idx_folder):
     def find(setting, task):
         if setting not in folders:
             job, workers, _ = SETTINGS[setting]
-            tasks = dict(EQUIVALENCE)
+            tasks = EQUIVALENCE | EXTRA.get(setting, {})
             if setting in STEPS_PER_EXECUTION:
                 tasks |= FEATURES | {"steps_per_execution": STEPS_PER_EXECUTION[setting]}
             folder = tmp_path_factory.mktemp("jobs") / setting
@@ -150,6 +156,17 @@ def test_left_alone_the_workers_would_save_different_networks(done):
     chief, other = done("multiworker-2", "not_averaged")
     moving = [name for name in chief.files if "moving" in name]
     assert any(not np.array_equal(chief[name], other[name]) for name in moving)
+
+
+def test_frozen_layers_keep_their_statistics_to_the_bit(done):
+    # A mean of three equal numbers is often another number.
+    for found in done("multiworker-3", "frozen"):
+        np.testing.assert_array_equal(found["after"], found["before"])
+
+
+def test_a_process_can_train_twice_under_mirrored(done):
+    (found,) = done("mirrored-2", "twice")
+    assert np.isfinite(found["losses"]).all()
 
 
 @pytest.mark.parametrize("setting", PAIRS)
