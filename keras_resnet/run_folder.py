@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib import metadata
@@ -14,6 +15,7 @@ from keras_resnet import files
 from keras_resnet.errors import InputError, one_line
 
 CONFIG = "config.json"
+_PROBE = ".probe"
 
 
 def default_run_dir(model, recipe):
@@ -42,12 +44,11 @@ def make_run_dir(run_dir, resume, lock):
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
             lock_run_dir(run_dir, lock)
-        for folder in (run_dir, run_dir / "checkpoints"):
-            files.remove_partials(folder)
-        probe = run_dir / ".probe"
-        probe.unlink(missing_ok=True)
-        if not resume:
             check_empty(run_dir)
+        else:
+            for folder in (run_dir, run_dir / "checkpoints"):
+                files.remove_partials(folder)
+        probe = run_dir / _PROBE
         files.write_text(probe, "")
         probe.unlink()
     except OSError as error:
@@ -74,7 +75,9 @@ def check_empty(run_dir):
     Args:
         run_dir: The folder, a `pathlib.Path`; it may be missing.
     """
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    # What a run leaves that is killed before it has begun.
+    left = re.compile(r"\.probe|\.(\.probe|config)\.[0-9a-f]{8}\.partial(\.json)?")
+    if run_dir.is_dir() and not all(left.fullmatch(path.name) for path in run_dir.iterdir()):
         raise InputError(
             f"{run_dir}: the folder is not empty; resume the run in it with --resume, or name "
             "another --run-dir"

@@ -19,7 +19,7 @@ from conftest import command, run_command, write_tiny
 from PIL import Image
 
 import keras_resnet
-from keras_resnet import training
+from keras_resnet import run_folder, training
 from keras_resnet.archive import load_model, read_card
 from keras_resnet.errors import InputError, Interrupted, TrainingError
 from keras_resnet.recipes import RECIPES
@@ -627,3 +627,12 @@ def test_public_names_are_there():
     assert issubclass(Interrupted, TrainingError)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = keras_resnet.no_such_name
+
+
+def test_what_a_run_leaves_that_was_killed_at_once_is_no_run(tmp_path):
+    for name in (".probe", "..probe.0123abcd.partial", ".config.0123abcd.partial.json"):
+        (tmp_path / name).write_text("")
+    run_folder.check_empty(tmp_path)
+    (tmp_path / ".hidden").write_text("someone's")
+    with pytest.raises(InputError, match="not empty"):
+        run_folder.check_empty(tmp_path)
