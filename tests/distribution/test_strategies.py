@@ -1,11 +1,14 @@
 """Which strategy is chosen, and what is said of it."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import keras_resnet
 from keras_resnet.distribution import is_chief, strategies, worker_path
 from keras_resnet.errors import InputError
 
@@ -112,3 +115,24 @@ def test_chosen_too_late_it_says_so():
 def test_alone_a_process_is_the_chief_and_writes_where_it_was_told(tmp_path):
     strategy = strategies.choose_strategy("none", say=None)
     assert is_chief(strategy) and worker_path(tmp_path / "here", strategy) == tmp_path / "here"
+
+
+FEW_IMAGES = """
+import numpy as np
+images, labels = np.zeros((16, 28, 28, 1), "float32"), np.arange(16) % 10
+"""
+
+
+def test_the_script_in_the_readme_runs(tmp_path):
+    readme = Path(keras_resnet.__file__).parents[1] / "README.md"
+    blocks = re.findall("```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    (script,) = [block for block in blocks if "choose_strategy" in block]
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_IMAGES + script],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "best.keras").is_file()
