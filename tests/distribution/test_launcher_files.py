@@ -117,7 +117,10 @@ def test_sbatch_trains(programs, environ, fashion_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("statuses", "status", "starts"),
-    [([0], 0, 1), ([2], 2, 1), ([137, 1, 0], 0, 3), ([1, 1, 1, 1], 1, 3), ([143, 2], 2, 2)],
+    [
+        *(([0], 0, 1), ([1], 1, 1), ([2], 2, 1), ([137, 75, 0], 0, 3), ([75] * 4, 75, 3)),
+        ([143, 2], 2, 2),
+    ],
 )
 def test_sbatch_starts_again(programs, tmp_path, statuses, status, starts):
     left = tmp_path / "left"
