@@ -71,9 +71,20 @@ def read_split(count, start=0):
 
 
 def build(
-    strategy, images, sync=True, policy="float32", rate=RATE, decay=None, stages=1, **compiled
+    strategy,
+    images,
+    sync=True,
+    policy="float32",
+    rate=RATE,
+    decay=None,
+    stages=1,
+    weighed=True,
+    **compiled,
 ):
-    """Returns a small compiled network of raw images; `decay` is steps of a cosine."""
+    """Returns a small compiled network of raw images; `decay` is steps of a cosine.
+
+    Without `weighed` it has the loss that Keras has for a single replica.
+    """
     import keras
 
     from keras_resnet import Spec, build_resnet, with_preprocessing
@@ -94,7 +105,7 @@ def build(
                 rate = keras.optimizers.schedules.CosineDecay(rate, decay)
             model.compile(
                 keras.optimizers.SGD(rate, momentum=0.9),
-                choose_loss(images, BATCH, strategy.num_replicas_in_sync),
+                choose_loss(images, BATCH, strategy.num_replicas_in_sync if weighed else 1),
                 metrics=["accuracy"],
                 **compiled,
             )
