@@ -1,18 +1,23 @@
 # make demo: from an empty machine to a trained, measured and exported ResNet-18.
 # make test: from an empty machine to a tested checkout.
-# make test-all: that, and the tests marked as slow.
+# make test-fast: the tests between two commits, without those marked as thorough or slow.
+# make test-all: all tests, those marked as slow too.
 # All leave `. .venv/bin/activate` usable; run again, they install nothing.
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Python compiles a module when it is first imported: most of TensorFlow's and PyTorch's never are.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \
+	--constraint constraints.txt
+# A process for each core. One that has finished its tests takes over half of what another has left.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 IDX := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
 
-.PHONY: demo test test-all data lint format clean
+.PHONY: demo test test-fast test-all data lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed data
@@ -20,13 +25,14 @@ demo: $(VENV)/installed data
 	$(BIN)/keras-resnet evaluate $(DEMO)
 	$(BIN)/keras-resnet export $(DEMO)
 
-test: $(VENV)/installed-test data
-	$(BIN)/python -m pytest
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint data
+	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/installed-test data
-	$(BIN)/python -m pytest -m ""
+test-fast: lint data
+	$(PYTEST) -m "not slow and not thorough"
+
+test-all: lint data
+	$(PYTEST) -m ""
 
 # Fashion-MNIST: what is there already, else Debian's package where it may be installed.
 data:

@@ -425,8 +425,7 @@ def plot_confused_pairs(evaluation, split, path, *, pairs=6, images=8):
         shown = pair.indices[:images]
         chances = evaluation.probabilities[shown, pair.predicted]
         for column, image in enumerate(split.images[shown]):
-            axes = grid.image(row, column, image)
-            axes.set_xlabel(_percent(chances[column]), fontsize=9, labelpad=3, color=_INK)
+            grid.image(row, column, image, _percent(chances[column]))
     _save(grid.figure, path)
 
 
@@ -456,8 +455,9 @@ def plot_predictions(evaluation, split, path, seed=0, *, rows=4, columns=6):
         f"accuracy on all {len(evaluation):,} images: {evaluation.accuracy:.2%}",
     )
     for place, (index, image) in enumerate(zip(shown, split.images[shown], strict=True)):
-        axes = grid.image(*divmod(place, columns), image)
-        _caption(axes, evaluation, index)
+        is_wrong = evaluation.predictions[index] != evaluation.labels[index]
+        caption = _caption(evaluation, index)
+        grid.image(*divmod(place, columns), image, caption, is_wrong=is_wrong)
     _save(grid.figure, path)
 
 
@@ -470,65 +470,68 @@ def _sample(evaluation, count, random):
     return random.permutation(np.concatenate([wrong[:take], right[: count - take]]))
 
 
-def _caption(axes, evaluation, index):
+def _caption(evaluation, index):
     predicted, true = evaluation.predictions[index], evaluation.labels[index]
     name = evaluation.class_names
     chance = _percent(evaluation.probabilities[index, predicted])
     text = f"{_label(name[predicted], 15)}  {chance}"
-    if predicted == true:
-        axes.set_xlabel(text, fontsize=9, labelpad=4, color=_INK)
-        return
-    # The word and the frame say it too: colour alone is not enough for everyone.
-    text += f"\ntrue: {_label(name[true], 15)}"
-    axes.set_xlabel(text, fontsize=9, labelpad=4, color=_RED_INK)
-    axes.spines[:].set(color=RED, linewidth=3)
+    # The word says it, too: the frame's colour alone is not enough for everyone.
+    return text if predicted == true else f"{text}\ntrue: {_label(name[true], 15)}"
 
 
 class _Grid:
-    """A figure with images in rows and columns, laid out in inches so that no text is squeezed."""
+    """A figure with images in rows and columns, laid out in inches so that no text is squeezed.
+
+    One axes holds all images and texts, in inches from the figure's lower left corner: an axes
+    for each image takes several times as long to draw.
+    """
 
     def __init__(self, rows, columns, *, cell, below, above, left=0.15):
         self.step_x, self.step_y, self.cell = cell + 0.16, cell + below, cell
         self.left = left
-        self.width = left + columns * self.step_x
-        self.height = above + rows * self.step_y + 0.05
+        width, self.height = left + columns * self.step_x, above + rows * self.step_y + 0.05
         self.top = self.height - above
-        self.figure = _figure(self.width, self.height)
+        self.figure = _figure(width, self.height)
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, self.height))
+        self.axes.set_axis_off()
+
+    def text(self, x, y, text, **options):
+        """Writes `text` with its place in inches."""
+        self.axes.text(x, y, text, **{"color": _INK, **options})
 
     def heading(self, text, second=""):
-        """Writes the title at the top left, with a fainter second line."""
-        for line, down, options in ((text, 0.1, {"fontweight": "bold"}), (second, 0.31, {})):
-            place = 0.15 / self.width, 1 - down / self.height
-            self.figure.text(*place, line, va="top", fontsize=10, color=_INK, **options)
+        """Writes the title at the top left, with a second line."""
+        options = {"va": "top", "fontsize": 10}
+        self.text(0.15, self.height - 0.1, text, fontweight="bold", **options)
+        self.text(0.15, self.height - 0.31, second, **options)
 
     def row_label(self, row, text, second):
-        """Writes what a row shows to the left of it."""
-        middle = (self.top - row * self.step_y - self.cell / 2) / self.height
-        x = 0.15 / self.width
-        self.figure.text(x, middle, text, fontsize=10.5, color=_INK, va="bottom")
-        below = middle - 0.07 / self.height
-        self.figure.text(x, below, second, fontsize=9, color="#555555", va="top")
+        """Writes a row's label and a fainter second line to the left of its images."""
+        middle = self.top - row * self.step_y - self.cell / 2
+        self.text(0.15, middle, text, fontsize=10.5, va="bottom")
+        self.text(0.15, middle - 0.07, second, fontsize=9, color="#555555", va="top")
 
-    def image(self, row, column, image):
-        """Draws `image` (uint8, [h, w, 1 or 3]) and returns its axes."""
+    def image(self, row, column, image, caption, *, is_wrong=False):
+        """Draws `image` (uint8, [h, w, 1 or 3]) with a caption below it, and a frame."""
+        from matplotlib.patches import Rectangle
+
         left = self.left + column * self.step_x
         bottom = self.top - row * self.step_y - self.cell
-        axes = self.figure.add_axes(
-            (
-                left / self.width,
-                bottom / self.height,
-                self.cell / self.width,
-                self.cell / self.height,
-            ),
-            xticks=[],
-            yticks=[],
+        height, width = (self.cell * size / max(image.shape[:2]) for size in image.shape[:2])
+        x, y = left + (self.cell - width) / 2, bottom + (self.cell - height) / 2
+        self.axes.imshow(
+            image[..., 0] if image.shape[-1] == 1 else image,
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            extent=(x, x + width, y, y + height),
+            aspect="auto",
         )
-        grey = image.shape[-1] == 1
-        axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
-        # Set afterwards: imshow chooses its own ticks.
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_color(_FAINT)
-        return axes
+        colour, line, text = (RED, 3, _RED_INK) if is_wrong else (_FAINT, 0.8, _INK)
+        frame = Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line)
+        self.axes.add_patch(frame)
+        middle = left + self.cell / 2
+        self.text(middle, y - 0.05, caption, fontsize=9, color=text, ha="center", va="top")
 
 
 def _check_same(evaluation, split):

@@ -1,9 +1,19 @@
 """Fixtures that more than one test module uses."""
 
-import dataclasses
 import os
+
+# Tests run in several processes, one for each core: more threads would wait for each other. Set
+# before TensorFlow and PyTorch are imported, and inherited by the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+import contextlib
+import dataclasses
+import io
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +29,31 @@ models.SPECS["tiny"] = models.Spec((1, 1), (8, 16))
 from keras_resnet.cli import main
 sys.exit(main())
 """
+
+
+def run_main(*arguments):
+    """Runs the command line, knowing the network "tiny", in this process.
+
+    Processes of their own cost seconds: `run_command` is for tests about processes.
+
+    Returns:
+        A `subprocess.CompletedProcess`.
+    """
+    from keras_resnet import models
+    from keras_resnet.cli import main
+
+    words = [str(argument) for argument in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(models.SPECS, tiny=models.Spec((1, 1), (8, 16))),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            status = main(words)
+        except SystemExit as stop:  # raised by argparse
+            status = stop.code
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def command(*arguments):
@@ -129,7 +164,7 @@ def fashion_folder(idx_folder, tmp_path_factory):
 def trained_run(fashion_folder, tmp_path_factory):
     """The folder of a finished run of three epochs, trained from the command line."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    done = run_command(
+    done = run_main(
         *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
         *("--run-dir", run_dir, "--image-size", 28, "--batch-size", 32, "--epochs", 3),
         *("--precision", "float32"),

@@ -33,14 +33,18 @@ BOUNDS = {
 ALL_IMAGES = (*IMAGES, (64, 1), (97, 3), (224, 3))
 THOROUGH = {"torchvision resnet18": (*ALL_IMAGES, (32, 2)), "torchvision resnet50": ALL_IMAGES}
 
+# A network of each kind: block, stem, shortcut, order of a pre-activated block, library.
 FAST = {
-    *(f"torchvision {name}" for name in ("resnet18", "resnet34", "resnet50", "resnet101")),
-    "torchvision resnext50_32x4d",
+    *("torchvision resnet18", "torchvision resnet50", "torchvision resnext50_32x4d"),
     *(f"timm {name}" for name in ("resnet18d", "resnet50d", "seresnet50")),
-    *(f"timm {name}" for name in ("resnetv2_18", "resnetv2_50", "resnetv2_50d")),
-    *("huggingface resnet18", "huggingface resnet50"),
-    "huggingface resnet50 downsample_in_bottleneck",
+    *("timm resnetv2_18", "timm resnetv2_50d"),
+    *("huggingface resnet18", "huggingface resnet50 downsample_in_bottleneck"),
     *("keras.applications ResNet50", "keras.applications ResNet50V2"),
+}
+# In float64 a wrong network cannot hide behind rounding; float32 is what networks are used in.
+FAST_FLOAT32 = {
+    *("torchvision resnet18", "torchvision resnet50"),
+    *("timm resnetv2_50d", "keras.applications ResNet50"),
 }
 
 # torchvision's own numbers, from its table of published weights.
@@ -76,7 +80,7 @@ def marked(networks, fast, *arguments):
 
 @pytest.fixture(
     scope="module",
-    params=marked(NETWORKS, FAST, "float32") + marked(NETWORKS, FAST, "float64"),
+    params=marked(NETWORKS, FAST_FLOAT32, "float32") + marked(NETWORKS, FAST, "float64"),
 )
 def pair(request):
     network, dtype = request.param
@@ -134,7 +138,8 @@ TRAINED = [row(f"torchvision resnet{depth}") for depth in (18, 34, 50, 101, 152)
 
 @pytest.mark.parametrize(
     "case",
-    marked(TRAINED, FAST, "float32") + marked(TRAINED, {"torchvision resnet18"}, "float64"),
+    marked(TRAINED, {"torchvision resnet18"}, "float32")
+    + marked(TRAINED, {"torchvision resnet18"}, "float64"),
 )
 def test_losses_of_20_sgd_steps(case):
     """SGD with momentum 0.9; see `parity.trajectory_difference`."""

@@ -1,7 +1,9 @@
 """Runs: what they leave, and how they end early and go on."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,15 +13,16 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import keras
 import numpy as np
 import pytest
-from conftest import command, run_command, write_tiny
+from conftest import command, run_main, write_tiny
 from PIL import Image
 
 import keras_resnet
-from keras_resnet import run_folder, training
+from keras_resnet import models, run_folder, training
 from keras_resnet.archive import load_model, read_card
 from keras_resnet.errors import InputError, Interrupted, TrainingError
 from keras_resnet.recipes import RECIPES
@@ -27,6 +30,21 @@ from keras_resnet.report import read_history
 from keras_resnet.training import Batches, train
 
 SMALL = {"image_size": 28, "batch_size": 64, "precision": "float32", "verbose": False}
+
+
+@pytest.fixture(scope="module")
+def finished(fashion, tmp_path_factory):
+    """The folder of a finished run of one epoch by the recipe "seed"; not to be changed."""
+    with mock.patch.dict(models.SPECS, tiny=models.Spec((1, 1), (8, 16))):
+        run_dir = tmp_path_factory.mktemp("finished") / "run"
+        return train("tiny", fashion, "seed", epochs=1, run_dir=run_dir, **SMALL).run_dir
+
+
+@pytest.fixture
+def copied(finished, tmp_path, tiny, fashion):
+    """Arguments that resume a copy of it."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    return {"dataset": fashion, "run_dir": run_dir, "resume": True, "verbose": False}
 
 
 def test_a_run_folder_holds_everything(trained_run):
@@ -93,13 +111,12 @@ def test_the_model_takes_raw_images(trained_run):
     assert card["background"] == "dark"
 
 
-def test_best_checkpoint_is_the_best_epoch(tmp_path, tiny, fashion):
-    run = train(tiny, fashion, epochs=4, run_dir=tmp_path / "run", **SMALL)
-    accuracies = [row["val_accuracy"] for row in run.history]
-    card = read_card(tmp_path / "run" / "checkpoints" / "best.keras")
+def test_best_checkpoint_is_the_best_epoch(trained_run):
+    accuracies = [row["val_accuracy"] for row in read_history(trained_run / "history.csv")]
+    card = read_card(trained_run / "checkpoints" / "best.keras")
     # The first of the best, where epochs tie.
     assert len(card["history"]) == 1 + accuracies.index(max(accuracies))
-    assert len(read_card(tmp_path / "run" / "checkpoints" / "last.keras")["history"]) == 4
+    assert len(read_card(trained_run / "checkpoints" / "last.keras")["history"]) == 3
 
 
 def test_precision_reaches_the_layers_and_the_artifact_is_float32(tmp_path, tiny, fashion):
@@ -214,7 +231,7 @@ def test_killed_and_resumed_ends_where_an_unbroken_run_ends(trained_run, fashion
     assert process.wait() == -signal.SIGKILL
     assert len(read_card(run_dir / "checkpoints" / "last.keras")["history"]) in (1, 2)
 
-    resumed = run_command("train", "--resume", "--run-dir", run_dir)
+    resumed = run_main("train", "--resume", "--run-dir", run_dir)
     assert resumed.returncode == 0, resumed.stderr
     assert re.search("resumed after epoch [12]", resumed.stdout)
     history = read_history(run_dir / "history.csv")
@@ -239,7 +256,7 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(fashion_folder, t
     # What a writer that was killed in mid-write leaves.
     partial = run_dir / "checkpoints" / ".last.0123abcd.partial.keras"
     partial.write_bytes(b"PK half a file")
-    resumed = run_command("train", "--resume", "--run-dir", run_dir)
+    resumed = run_main("train", "--resume", "--run-dir", run_dir)
     assert resumed.returncode == 0, resumed.stderr
     assert [row["epoch"] for row in read_history(run_dir / "history.csv")] == [1, 2, 3]
     assert not partial.exists()
@@ -260,9 +277,8 @@ def test_a_stop_signal_saves_and_exits(number, fashion_folder, tmp_path):
     assert len(read_history(run_dir / "history.csv")) >= 1
 
 
-def test_killed_while_data_are_loaded_a_run_keeps_its_settings(tmp_path, tiny, fashion):
-    first = train(tiny, fashion, "seed", epochs=1, run_dir=tmp_path / "run", **SMALL)
-    settings = json.loads((first.run_dir / "config.json").read_text())["settings"]
+def test_killed_while_data_are_loaded_a_run_keeps_its_settings(tmp_path, tiny, fashion, finished):
+    settings = json.loads((finished / "config.json").read_text())["settings"]
     killed = tmp_path / "killed"
     killed.mkdir()
     (killed / "config.json").write_text(json.dumps({"settings": settings}))
@@ -272,14 +288,16 @@ def test_killed_while_data_are_loaded_a_run_keeps_its_settings(tmp_path, tiny, f
     assert len(run.history) == 1
 
 
-def test_a_finished_run_resumed_writes_what_is_missing(tmp_path, tiny, fashion):
-    run = train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+def test_a_finished_run_resumed_writes_what_is_missing(copied):
+    run_dir = copied["run_dir"]
+    history, report = (run_dir / name for name in ("history.csv", "report.json"))
+    before, accuracy = read_history(history), json.loads(report.read_text())["accuracy"]
     for name in ("model.keras", "report.md"):
-        (run.run_dir / name).unlink()
-    again = train(dataset=fashion, run_dir=run.run_dir, resume=True, verbose=False)
-    assert again.history == run.history
-    assert again.report["accuracy"] == run.report["accuracy"]
-    assert (run.run_dir / "report.md").exists() and (run.run_dir / "model.keras").exists()
+        (run_dir / name).unlink()
+    again = train(**copied)
+    assert again.history == before
+    assert again.report["accuracy"] == accuracy
+    assert (run_dir / "report.md").exists() and (run_dir / "model.keras").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tiny, fashion, monkeypatch):
@@ -381,21 +399,21 @@ train("tiny", "folder:" + sys.argv[1], run_dir=sys.argv[2], epochs=1, image_size
     assert names == {"best.keras", "last.keras"}
 
 
-def test_a_write_that_fails_leaves_the_last_checkpoint_whole(tmp_path, tiny, fashion):
-    run = train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
-    (run.run_dir / "model.keras").unlink()
+def test_a_write_that_fails_leaves_the_last_checkpoint_whole(copied):
+    run_dir = copied["run_dir"]
+    (run_dir / "model.keras").unlink()
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a full disk, for large files
     try:
         with pytest.raises(TrainingError, match="--resume"):
-            train(dataset=fashion, run_dir=run.run_dir, resume=True, verbose=False)
+            train(**copied)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert not (run.run_dir / "model.keras").exists()
-    load_model(run.run_dir / "checkpoints" / "last.keras")
-    assert train(dataset=fashion, run_dir=run.run_dir, resume=True, verbose=False).report
+    assert not (run_dir / "model.keras").exists()
+    load_model(run_dir / "checkpoints" / "last.keras")
+    assert train(**copied).report
 
 
 def test_too_little_space_is_found_before_training(tmp_path, tiny, fashion, monkeypatch):
@@ -417,29 +435,38 @@ def weights_of(model):
     return {weight.path: np.array(weight) for weight in model.weights}
 
 
-def test_fine_tuning_moves_what_is_not_frozen_and_nothing_else(
-    tmp_path, tiny, fashion, checkpoint, capsys
-):
+@pytest.fixture(scope="module")
+def tuned(fashion, checkpoint, tmp_path_factory):
+    """A fine-tuned run, and what it printed."""
+    settings = {**TUNED, "freeze": "stem, stage1", "verbose": True}
+    printed = io.StringIO()
+    with (
+        mock.patch.dict(models.SPECS, tiny=models.Spec((1, 1), (8, 16))),
+        contextlib.redirect_stdout(printed),
+    ):
+        run_dir = tmp_path_factory.mktemp("tuned") / "run"
+        run = train("tiny", fashion, epochs=1, init=checkpoint, run_dir=run_dir, **settings)
+    return run, printed.getvalue()
+
+
+def test_fine_tuning_moves_what_is_not_frozen_and_nothing_else(tmp_path, tuned):
+    run, out = tuned
     before = weights_of(write_tiny(tmp_path / "again.safetensors"))
     # Grey images: what the colours' kernels would have given for equal colours.
     before["stem_conv/kernel"] = before["stem_conv/kernel"].sum(axis=2, keepdims=True)
-    settings = {**TUNED, "verbose": True}
-    run = train(tiny, fashion, epochs=1, init=checkpoint, run_dir=tmp_path / "run", **settings)
     after = weights_of(run.model.get_layer("tiny"))
     frozen = {path for path in after if path.startswith(("stem_", "stage1_"))}
     assert frozen and set(after) == set(before)
     for path, weight in after.items():
         same = weight.shape == before[path].shape and np.array_equal(weight, before[path])
         assert same == (path in frozen), path  # moving statistics are among them
-    out = capsys.readouterr().out
     assert "variant torchvision, stem imagenet, 30 tensors loaded; new head: 10 classes" in out
     assert "the checkpoint has 12; first convolution adapted from 3 channels to 1" in out
     assert "frozen: stem, stage1; 3,850 of 5,442 parameters are trained" in out
 
 
-def test_a_fine_tuned_run_says_what_it_came_from(tmp_path, tiny, fashion, checkpoint):
-    settings = {**TUNED, "freeze": "stem, stage1"}
-    run = train(tiny, fashion, epochs=1, init=checkpoint, run_dir=tmp_path / "run", **settings)
+def test_a_fine_tuned_run_says_what_it_came_from(tuned, tiny, checkpoint):
+    run, _ = tuned
     config = json.loads((run.run_dir / "config.json").read_text())
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert config["settings"]["init"] == str(checkpoint)
@@ -567,33 +594,29 @@ def test_what_cannot_begin_leaves_no_folder(tmp_path, tiny):
         ({"model": "resnet18"}, "`model` was 'tiny', got 'resnet18'"),
     ],
 )
-def test_resume_refuses_other_settings(tmp_path, tiny, fashion, change, message):
-    train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+def test_resume_refuses_other_settings(copied, change, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        train(**{"dataset": fashion, **change}, run_dir=tmp_path / "run", resume=True)
+        train(**{**copied, **change})
 
 
-def test_resume_refuses_a_recipe_that_was_edited(tmp_path, tiny, fashion, monkeypatch):
-    train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
-    edited = dataclasses.replace(RECIPES["quick"], warmup=0.5)
-    monkeypatch.setitem(RECIPES, "quick", edited)
+def test_resume_refuses_a_recipe_that_was_edited(copied, monkeypatch):
+    edited = dataclasses.replace(RECIPES["seed"], warmup=0.5)
+    monkeypatch.setitem(RECIPES, "seed", edited)
     with pytest.raises(InputError, match=r"the recipe has changed .*\(warmup\)"):
-        train(dataset=fashion, run_dir=tmp_path / "run", resume=True, verbose=False)
+        train(**copied)
 
 
-def test_resume_refuses_other_data(tmp_path, tiny, fashion):
-    train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
-    other = dataclasses.replace(fashion, fingerprint="0" * 64)
+def test_resume_refuses_other_data(copied):
+    other = dataclasses.replace(copied["dataset"], fingerprint="0" * 64)
     with pytest.raises(InputError, match="the data are not those"):
-        train(dataset=other, run_dir=tmp_path / "run", resume=True, verbose=False)
+        train(**{**copied, "dataset": other})
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, tiny, fashion):
-    run = train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
-    path = run.run_dir / "checkpoints" / "last.keras"
+def test_a_damaged_checkpoint_is_named(copied):
+    path = copied["run_dir"] / "checkpoints" / "last.keras"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InputError, match=re.escape(str(path))):
-        train(dataset=fashion, run_dir=run.run_dir, resume=True, verbose=False)
+        train(**copied)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])

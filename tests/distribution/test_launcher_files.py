@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import shlex
 import socket
@@ -75,6 +76,9 @@ def words(folder, run_dir):
     ]
 
 
+SCALED = ("--scale-batch", "--sync-batchnorm")
+
+
 def are_free(ports):
     with contextlib.ExitStack() as stack:
         try:
@@ -105,7 +109,7 @@ def test_sbatch_trains(programs, environ, fashion_folder, tmp_path):
     job = next(job for job in itertools.count(os.getpid()) if are_free(ports(job)))
     run_dir = tmp_path / "run"
     done = subprocess.run(
-        ["bash", str(SBATCH), *words(fashion_folder, run_dir)],
+        ["bash", str(SBATCH), *words(fashion_folder, run_dir), *SCALED],
         capture_output=True,
         text=True,
         timeout=300,
@@ -113,6 +117,9 @@ def test_sbatch_trains(programs, environ, fashion_folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     check_run(run_dir, done.stdout, "Slurm, worker 0 (localhost:")
+    # Batch size and rate are those of two replicas.
+    recipe = json.loads((run_dir / "config.json").read_text())["recipe"]
+    assert (recipe["batch_size"], recipe["learning_rate"]) == (64, 4e-3)
 
 
 @pytest.mark.parametrize(

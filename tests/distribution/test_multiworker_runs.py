@@ -11,7 +11,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import command, run_command
+from conftest import command, run_command, run_main
 
 from keras_resnet.archive import load_model, read_card
 from keras_resnet.report import read_history
@@ -112,17 +112,7 @@ def test_two_local_workers_train_the_network_of_one_process(fashion_folder, tmp_
     assert load_model(run_dir / "model.keras").count_params() > 0
 
 
-def test_scaled_batches_and_synchronised_batchnorm(fashion_folder, tmp_path):
-    more = ("--scale-batch", "--sync-batchnorm", "--local-workers", 2)
-    done = run_command(*arguments(fashion_folder, tmp_path / "run", *more, epochs=1))
-    assert done.returncode == 0, done.stderr
-    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
-    assert (recipe["batch_size"], recipe["learning_rate"]) == (64, 4e-3)
-
-
-@pytest.mark.parametrize(
-    ("victim", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)]
-)
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_worker_ends_the_run_and_the_same_command_resumes(
     victim, number, fashion_folder, tmp_path, trained_run, started
 ):
@@ -161,7 +151,10 @@ def test_restarts_do_that_by_themselves(fashion_folder, tmp_path, trained_run, s
     rest = process.stdout.read()
     assert process.wait(timeout=120) == 0, read_errors(tmp_path)
     assert "resumed after epoch" in rest
-    assert "restart 1 of 1: worker 1 was killed by SIGKILL" in read_errors(tmp_path)
+    stderr = read_errors(tmp_path)
+    assert "restart 1 of 1: worker 1 was killed by SIGKILL" in stderr
+    assert re.search(r"worker 1 \(localhost:\d+\) is gone, or cannot be reached", stderr)
+    assert re.search(r"[12] of 3 epochs are finished", stderr) and "Traceback" not in stderr
     check_finished(run_dir, trained_run)
 
 
@@ -184,7 +177,7 @@ def test_a_second_run_into_a_folder_is_refused(fashion_folder, tmp_path, started
     run_dir = tmp_path / "run"
     process = started(*arguments(fashion_folder, run_dir, epochs=1000))
     wait_for(process, "epoch 1/1000")
-    second = run_command("train", "--resume", "--run-dir", run_dir)
+    second = run_main("train", "--resume", "--run-dir", run_dir)
     assert second.returncode == 2
     assert f"{run_dir}: another run is writing to it" in second.stderr
     assert process.poll() is None  # the first goes on
@@ -220,29 +213,28 @@ FAULTS = {
 
 def check_refused(done, run_dir, reason):
     assert done.returncode == 2, done.stderr
-    # TensorFlow has its say first, since the test's command imports it before the command line.
-    line = done.stderr.splitlines()[-1]
+    (line,) = done.stderr.splitlines()
     assert line.startswith("keras-resnet: ") and reason in line
-    assert "Traceback" not in done.stderr
     assert not run_dir.exists()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_tf_config_is_one_line(fault, fashion_folder, tmp_path):
+def test_a_wrong_tf_config_is_one_line(fault, fashion_folder, tmp_path, monkeypatch):
     make, reason = FAULTS[fault]
     run_dir = tmp_path / "run"
+    monkeypatch.setenv("TF_CONFIG", make())
     words = arguments(fashion_folder, run_dir, "--worker-timeout", 2)
-    check_refused(run_command(*words, TF_CONFIG=make()), run_dir, reason)
+    check_refused(run_main(*words), run_dir, reason)
 
 
-def test_a_port_in_use_is_named(fashion_folder, tmp_path):
+def test_a_port_in_use_is_named(fashion_folder, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
-        config = tf_config([address, free_address()], index=0)
-        done = run_command(*arguments(fashion_folder, run_dir), TF_CONFIG=config)
+        monkeypatch.setenv("TF_CONFIG", tf_config([address, free_address()], index=0))
+        done = run_main(*arguments(fashion_folder, run_dir))
     check_refused(done, run_dir, address)
 
 
@@ -274,7 +266,7 @@ def test_restarts_never_go_on_with_a_folder_that_is_not_theirs(fashion_folder, t
     run_dir.mkdir()
     (run_dir / "notes.txt").write_text("mine")
     more = ("--local-workers", 2, "--restarts", 1)
-    done = run_command(*arguments(fashion_folder, run_dir, *more))
+    done = run_main(*arguments(fashion_folder, run_dir, *more))
     assert done.returncode == 2
     assert f"keras-resnet: {run_dir}: the folder is not empty" in done.stderr
     assert "worker 1" not in done.stderr  # none was started
@@ -307,7 +299,7 @@ def test_data_that_one_worker_cannot_load_end_all(fashion_folder, tmp_path, star
 
 @pytest.mark.parametrize("option", ["--local", "--local-worker", "--restart"])
 def test_the_launchers_options_are_not_abbreviated(option, fashion_folder, tmp_path):
-    done = run_command(*arguments(fashion_folder, tmp_path / "run", option, 1))
+    done = run_main(*arguments(fashion_folder, tmp_path / "run", option, 1))
     assert done.returncode == 2 and f"unrecognized arguments: {option}" in done.stderr
 
 
@@ -319,16 +311,16 @@ def test_the_launchers_options_are_not_abbreviated(option, fashion_folder, tmp_p
     ],
 )
 def test_options_that_contradict_each_other(words, reason, fashion_folder, tmp_path):
-    done = run_command(*arguments(fashion_folder, tmp_path / "run", *words))
+    done = run_main(*arguments(fashion_folder, tmp_path / "run", *words))
     check_refused(done, tmp_path / "run", reason)
 
 
 def test_resume_needs_the_folder_under_local_workers_too():
-    done = run_command("train", "--resume", "--local-workers", 2)
+    done = run_main("train", "--resume", "--local-workers", 2)
     assert done.returncode == 2 and "--resume needs the --run-dir" in done.stderr
 
 
 def test_local_workers_need_a_strategy_of_several(fashion_folder, tmp_path):
     words = arguments(fashion_folder, tmp_path / "run", "--local-workers", 2)
-    done = run_command(*words, "--strategy", "mirrored")
+    done = run_main(*words, "--strategy", "mirrored")
     check_refused(done, tmp_path / "run", "mirrored")

@@ -1,6 +1,9 @@
 """The scripts that export and ask what they wrote, run as a reader runs them."""
 
+import contextlib
+import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,8 +20,8 @@ EXPORT = Path(__file__).parents[2] / "export"
 SCRIPTS = ("saved_model", "tflite", "onnx")
 
 
-def run_script(name, *arguments, folder=None):
-    """Runs a copy of a script from the folder it was copied to."""
+def run_process(name, *arguments, folder):
+    """Runs a copy of a script in a process, from the folder it was copied to."""
     words = [sys.executable, f"export_{name}.py", *map(str, arguments)]
     shutil.copy(EXPORT / words[1], folder)
     return subprocess.run(
@@ -29,6 +32,25 @@ def run_script(name, *arguments, folder=None):
         timeout=300,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Returns a function that runs a script in this process, from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        words = [f"export_{name}.py", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(EXPORT / words[0]), run_name="__main__")
+            except SystemExit as stop:
+                status = stop.code or 0
+        return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+    return run
 
 
 def answers(done):
@@ -52,7 +74,7 @@ def refusal(done, status):
 def test_all_three_write_to_one_folder_and_agree(trained_run, tmp_path):
     found = {}
     for name in SCRIPTS:
-        done = run_script(name, trained_run, "--precision", "float32", folder=tmp_path)
+        done = run_process(name, trained_run, "--precision", "float32", folder=tmp_path)
         assert done.returncode == 0, done.stderr
         own = answers(done)
         assert own
@@ -72,9 +94,9 @@ def test_all_three_write_to_one_folder_and_agree(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_without_preprocessing_they_ask_with_floats(name, trained_run, tmp_path):
+def test_without_preprocessing_they_ask_with_floats(name, trained_run, tmp_path, run_script):
     options = ["--no-preprocessing", "--precision", "float32", "--out", "a folder/out"]
-    done = run_script(name, *options, trained_run, folder=tmp_path)
+    done = run_script(name, *options, trained_run)
     assert done.returncode == 0, done.stderr
     assert answers(done) and done.stdout.splitlines()[-1].split(": ")[1] == "logits"
     assert (tmp_path / "a folder" / "out" / "manifest.json").is_file()
@@ -92,10 +114,12 @@ def test_without_preprocessing_they_ask_with_floats(name, trained_run, tmp_path)
         ("tflite", ["RUN", "--precision", "int4"], "invalid choice: 'int4'"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(name, arguments, message, trained_run, tmp_path):
+def test_bad_input_is_one_line_and_status_2(
+    name, arguments, message, trained_run, tmp_path, run_script
+):
     arguments = [trained_run if each == "RUN" else each for each in arguments]
-    assert message in refusal(run_script(name, *arguments, folder=tmp_path), 2)
-    assert os.listdir(tmp_path) == [f"export_{name}.py"]
+    assert message in refusal(run_script(name, *arguments), 2)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +133,17 @@ def coarse_model(trained_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["tflite", "onnx"])
-def test_a_failed_proof_is_a_table_and_status_1(name, coarse_model, tmp_path):
-    done = run_script(name, coarse_model, "--precision", "int8", folder=tmp_path)
+def test_a_failed_proof_is_a_table_and_status_1(name, coarse_model, tmp_path, run_script):
+    done = run_script(name, coarse_model, "--precision", "int8")
     assert "are not the network they were made of" in refusal(done, 1)
     (line, *_) = [line for line in done.stdout.splitlines() if "at least 0.985" in line]
     assert line.startswith("model-int8") and " agreement " in line
-    assert os.listdir(tmp_path) == [f"export_{name}.py"]
+    assert os.listdir(tmp_path) == []
 
 
-def test_force_publishes_what_failed_and_says_so(coarse_model, tmp_path):
+def test_force_publishes_what_failed_and_says_so(coarse_model, tmp_path, run_script):
     options = ["--precision", "int8", "--force"]
-    done = run_script("onnx", coarse_model, *options, folder=tmp_path)
+    done = run_script("onnx", coarse_model, *options)
     assert done.returncode == 0, done.stderr
     assert {*answers(done)} == {"model-int8.onnx"} and "FAILED" in done.stdout
     (row,) = read_manifest(tmp_path / "exported")["artifacts"]
@@ -127,7 +151,7 @@ def test_force_publishes_what_failed_and_says_so(coarse_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_names_the_options(name, tmp_path):
-    done = run_script(name, "--help", folder=tmp_path)
+def test_help_names_the_options(name, run_script):
+    done = run_script(name, "--help")
     assert done.returncode == 0
     assert "RUN_OR_MODEL" in done.stdout and "--out DIR" in done.stdout

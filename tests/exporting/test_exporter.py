@@ -1,20 +1,19 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import run_command
+from conftest import run_main
 from hypothesis import given
 from hypothesis import strategies as st
 
 import keras_resnet
 from keras_resnet import InputError, inference
 from keras_resnet.datasets import Split
+from keras_resnet.exporting import formats
 from keras_resnet.exporting.exporter import draw_evenly, export
 from keras_resnet.exporting.formats import choose_artifacts
 from keras_resnet.manifest import digest, read_manifest
@@ -29,7 +28,7 @@ ONE = {"to": ["onnx"], "precision": ["float32"]}
 def exported(trained_run, tmp_path_factory):
     """Every format and precision of a run, by the command line; its output."""
     folder = tmp_path_factory.mktemp("exported") / "export"
-    done = run_command("export", trained_run, "--out", folder, "--force")
+    done = run_main("export", trained_run, "--out", folder, "--force")
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -87,12 +86,12 @@ def test_evaluate_and_predict_take_any_of_them(exported, trained_run, fashion_fo
     labels = set()
     for file in ("model-float32.onnx", "model-int8-batch1.tflite", "saved_model"):
         trust = ["--trust"] if file == "saved_model" else []
-        done = run_command("predict", folder / file, image, "--json", *trust)
+        done = run_main("predict", folder / file, image, "--json", *trust)
         assert done.returncode == 0, done.stderr
         labels.add(json.loads(done.stdout)[0]["labels"][0]["label"])
     assert len(labels) == 1
     results = [
-        run_command("evaluate", path, "--json")
+        run_main("evaluate", path, "--json")
         for path in (trained_run, folder / "model-float32.tflite")
     ]
     accuracies = [json.loads(done.stdout)["accuracy"] for done in results]
@@ -296,7 +295,7 @@ def test_images_that_are_enlarged(size, fashion, tmp_path):
 def test_bad_input_is_one_line_and_status_2(arguments, message, exported, trained_run):
     names = {"run": trained_run, "export": exported[0]}
     before = sorted(trained_run.rglob("*"))
-    done = run_command("export", *(argument.format(**names) for argument in arguments))
+    done = run_main("export", *(argument.format(**names) for argument in arguments))
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -319,23 +318,12 @@ def test_a_proof_needs_images(small_model, fashion, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_proof_is_a_table_and_status_1(trained_run, tmp_path):
+def test_a_failed_proof_is_a_table_and_status_1(trained_run, tmp_path, monkeypatch):
     """The demand on float32 set beyond what any arithmetic keeps."""
-    code = """
-import sys
-from keras_resnet import models
-from keras_resnet.exporting import formats
-models.SPECS["tiny"] = models.Spec((1, 1), (8, 16))
-formats.PRECISIONS["float32"] = formats.Precision("", formats.Gate(1e-30, 1.0, None))
-from keras_resnet.cli import main
-sys.exit(main())
-"""
-    arguments = ["export", trained_run, "--to", "onnx", "--precision", "float32"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments), "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
+    gate = formats.Gate(1e-30, 1.0, None)
+    monkeypatch.setitem(formats.PRECISIONS, "float32", formats.Precision("", gate))
+    arguments = ["--to", "onnx", "--precision", "float32", "--out", tmp_path / "out"]
+    done = run_main("export", trained_run, *arguments)
     assert done.returncode == 1, done.stderr
     table = [line.split() for line in done.stdout.splitlines()[1:]]
     assert table[0] == ["file", "check", "found", "must", "be"]

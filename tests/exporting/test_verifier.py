@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_command
+from conftest import run_main
 
 import keras_resnet
 from keras_resnet import archive
@@ -104,7 +104,7 @@ def flip(path, position=0.5):
 
 
 def test_a_copy_elsewhere_is_sound_without_its_model_and_data(copy):
-    done = run_command("verify", copy, "--json")
+    done = run_main("verify", copy, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     expected = {REFERENCE: SOUND, **dict.fromkeys(ARTIFACTS, SOUND), "saved_model": NOT_RUN}
@@ -126,7 +126,7 @@ def test_verification_changes_nothing(copy):
 
 
 def test_with_a_data_set_all_its_images_are_measured(exported, fashion_folder):
-    done = run_command("verify", exported, "--dataset", f"folder:{fashion_folder}", "--json")
+    done = run_main("verify", exported, "--dataset", f"folder:{fashion_folder}", "--json")
     assert done.returncode == 0, done.stderr
     found = {row["file"]: row for row in json.loads(done.stdout)["files"]}
     for row in read_manifest(exported)["artifacts"]:
@@ -160,7 +160,7 @@ def test_one_flipped_byte_is_found(file, position, copy):
 
 def test_a_changed_file_is_named_and_the_status_is_1(copy):
     flip(copy / "model-int8.tflite")
-    done = run_command("verify", copy)
+    done = run_main("verify", copy)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"keras-resnet: {copy}: it is not what was exported"
     (line,) = [line for line in done.stdout.splitlines() if CHANGED in line]
@@ -387,7 +387,7 @@ def test_a_hostile_reference_is_one_line_or_a_failure(case, copy):
 def test_a_pickle_on_the_command_line_is_status_2(copy):
     write_pickle(copy)
     relist(copy, REFERENCE)
-    done = run_command("verify", copy)
+    done = run_main("verify", copy)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(f"keras-resnet: {copy / REFERENCE}: damaged:")
     assert not (copy / "unpickled").exists()
@@ -438,7 +438,7 @@ def test_a_manifest_without_artifacts_is_no_traceback(copy, fashion_folder):
 
 
 def test_a_folder_without_a_manifest_is_status_2(tmp_path):
-    done = run_command("verify", tmp_path)
+    done = run_main("verify", tmp_path)
     assert done.returncode == 2
     message = f"keras-resnet: {tmp_path / MANIFEST}: there is no such manifest"
     assert done.stderr.splitlines()[-1] == message
