@@ -11,8 +11,8 @@ DEMO := runs/demo
 # Python compiles a module when it is first imported: most of TensorFlow's and PyTorch's never are.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \
 	--constraint constraints.txt
-# A process for each core. One that has finished its tests takes over half of what another has left.
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+# A process for each core; the tests of a file share its fixtures, so they run in one process.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 IDX := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
