@@ -538,9 +538,9 @@ def report(args):
         plot_efficiency(model, clusters, batch, workers, args.plot)
 
 
-def main():
-    """Reads the command line and reports; returns the exit status."""
-    args = _parser().parse_args()
+def main(words=None):
+    """Reads the command line, `sys.argv` by default, and reports; returns the exit status."""
+    args = _parser().parse_args(words)
     try:
         report(args)
     except BadInput as error:

@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import contextlib
 import dataclasses
 import io
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -70,6 +71,12 @@ def run_command(*arguments, timeout=300, **environment):
         timeout=timeout,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
     )
+
+
+def default_signals():
+    """Restores signals that a shell in the background or `nohup` has had this process ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def check(what, difference, bound):

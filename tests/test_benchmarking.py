@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny_exports
-from conftest import run_command
+from conftest import default_signals, run_command
 from PIL import Image
 
 from keras_resnet import SPECS, Spec, build_resnet, inference, seals, with_preprocessing
@@ -389,8 +389,7 @@ def test_workers_end_with_their_parent(light, stop):
         [sys.executable, "-c", LONG, light],
         stderr=subprocess.DEVNULL,
         env=environment,
-        # A shell that runs the tests in the background has them ignore it, and their children too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=default_signals,
     )
     try:
         until = time.monotonic() + 60

@@ -35,6 +35,20 @@ def run(script, *arguments):
     )
 
 
+@pytest.fixture
+def run_model(capsys):
+    """Returns a function that runs scaling_model.py in this process."""
+
+    def run(*arguments):
+        try:
+            status = model.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # raised by argparse
+            status = stop.code
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return run
+
+
 def load_model():
     spec = importlib.util.spec_from_file_location("scaling_model", BENCHMARKS / "scaling_model.py")
     module = importlib.util.module_from_spec(spec)
@@ -175,8 +189,8 @@ def measured(tmp_path):
     return measured
 
 
-def test_tables_and_plot(measured, tmp_path):
-    done = run("scaling_model.py", measured(), "--plot", tmp_path / "plot.png")
+def test_tables_and_plot(measured, tmp_path, run_model):
+    done = run_model(measured(), "--plot", tmp_path / "plot.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("computing: 100.0 ms + 12.50 ms an image; gradients 44.0 MB")
     # Apart 900 ms, 2 · 1 ms of latencies, 44 MB at 220 MB/s.
@@ -195,9 +209,9 @@ def test_tables_and_plot(measured, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "scaling.json"]
 
 
-def test_numbers_in_place_of_a_file():
+def test_numbers_in_place_of_a_file(run_model):
     steps = ("--step", "32:0.8", "--step", "64:1.5", "--bytes", "44e6")
-    done = run("scaling_model.py", *steps, "--workers", 16, "--bandwidth", 10, "--overlap", 0.5)
+    done = run_model(*steps, "--workers", 16, "--bandwidth", 10, "--overlap", 0.5)
     assert done.returncode == 0, done.stderr
     assert "check" not in done.stdout
     (row,) = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["16"])
@@ -222,8 +236,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_line(measured, arguments, message):
-    done = run("scaling_model.py", *(word.format(file=measured()) for word in arguments))
+def test_bad_input_is_one_line(measured, arguments, message, run_model):
+    done = run_model(*(word.format(file=measured()) for word in arguments))
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -240,8 +254,8 @@ def test_bad_input_is_one_line(measured, arguments, message):
     ],
     ids=str,
 )
-def test_bad_file_is_one_line(measured, changes):
-    done = run("scaling_model.py", measured(**changes))
+def test_bad_file_is_one_line(measured, changes, run_model):
+    done = run_model(measured(**changes))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "scaling.json" in done.stderr
 
@@ -260,6 +274,7 @@ def benchmark(tmp_path_factory):
     return done.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @two_cores
 def test_doctests_of_the_benchmark():
     """In a process of its own: the script hides GPUs from the one that imports it."""
@@ -268,6 +283,7 @@ def test_doctests_of_the_benchmark():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 @two_cores
 def test_measures_every_form(benchmark):
     printed, found = benchmark
@@ -283,6 +299,7 @@ def test_measures_every_form(benchmark):
     assert found["versions"]["tensorflow"]
 
 
+@pytest.mark.slow
 @two_cores
 def test_gradient_bytes_are_those_of_the_network(benchmark):
     from keras_resnet import Spec, build_resnet
@@ -294,6 +311,7 @@ def test_gradient_bytes_are_those_of_the_network(benchmark):
     assert result["gradient_bytes"] == sum(sizes)
 
 
+@pytest.mark.slow
 @two_cores
 def test_figures_follow_from_the_rounds(benchmark):
     (result,) = benchmark[1]["results"]
@@ -315,6 +333,7 @@ def test_figures_follow_from_the_rounds(benchmark):
     assert min(efficiencies) <= result["weak"]["efficiency"] <= max(efficiencies)
 
 
+@pytest.mark.slow
 @two_cores
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_leaves_no_process_behind(number, status):
@@ -334,6 +353,7 @@ def wait_for_children(pid, count):
     raise AssertionError(f"{count} workers did not come")
 
 
+@pytest.mark.slow
 @two_cores
 def test_scaling_refuses_at_the_start():
     done = run("scaling.py", "--batch-size", 7)

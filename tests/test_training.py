@@ -18,7 +18,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
-from conftest import command, run_main, write_tiny
+from conftest import command, default_signals, run_main, write_tiny
 from PIL import Image
 
 import keras_resnet
@@ -209,8 +209,7 @@ def start(run_dir, folder, *more):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"},
-        # As in a terminal, also where a shell has started pytest with Ctrl-C ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=default_signals,
     )
 
 

@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+from conftest import default_signals
 
 from keras_resnet.distribution import launcher
 from keras_resnet.distribution.launcher import run_local_workers, share_cores, share_gpus
@@ -380,8 +381,7 @@ class Parent:
             stderr=subprocess.PIPE,
             text=True,
             env=without("TF_CONFIG"),
-            # As in a terminal, also where a shell has started pytest with Ctrl-C ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=default_signals,
         )
         self.workers = []
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import command, run_command, run_main
+from conftest import command, default_signals, run_command, run_main
 
 from keras_resnet.archive import load_model, read_card
 from keras_resnet.report import read_history
@@ -40,8 +40,7 @@ def started(tmp_path):
             stderr=errors,
             text=True,
             env={**os.environ, **ENVIRONMENT, **environment},
-            # As in a terminal, also where a shell has started pytest with Ctrl-C ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=default_signals,
         )
         processes.append((process, errors))
         return process
