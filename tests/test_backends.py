@@ -14,6 +14,8 @@ import pytest
 from keras_resnet.models import Spec, build_resnet
 from keras_resnet.preprocessing import with_preprocessing
 
+pytestmark = pytest.mark.thorough
+
 
 def run_python(code, *arguments, backend="tensorflow"):
     """Returns what `code` prints in a new process with Keras on `backend`."""

@@ -31,6 +31,8 @@ from keras_resnet.benchmarking.processes import Worker, WorkerError
 from keras_resnet.errors import InputError
 from keras_resnet.manifest import digest, read_manifest
 
+pytestmark = pytest.mark.thorough
+
 FORMATS = {".tflite": "tflite", ".onnx": "onnx", "": "saved_model"}
 SOURCE = "model.keras"
 

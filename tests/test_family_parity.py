@@ -18,7 +18,7 @@ from test_backends import run_python
 
 from keras_resnet.models import SPECS, VARIANTS, Spec, build_resnet
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_torch_thread")]
 
 BOUNDS = {
     # what: in float32, in float64

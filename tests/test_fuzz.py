@@ -17,6 +17,8 @@ from manifests import sample
 
 from keras_resnet.models import Spec
 
+pytestmark = pytest.mark.thorough
+
 SECONDS_A_MUTANT = 60
 
 

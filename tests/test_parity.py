@@ -26,7 +26,7 @@ from keras_resnet.blocks import ResidualBlock
 from keras_resnet.datasets import load_dataset
 from keras_resnet.models import build_resnet18
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_torch_thread")]
 
 
 @pytest.fixture(scope="module")

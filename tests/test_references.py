@@ -8,6 +8,8 @@ import torch
 from references import FACTORIES, SOURCES
 from torch import nn
 
+pytestmark = pytest.mark.thorough
+
 # torchvision's own numbers, from its table of published weights.
 TORCHVISION_PARAMETERS = {
     "resnet18": 11_689_512,

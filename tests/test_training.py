@@ -29,6 +29,8 @@ from keras_resnet.recipes import RECIPES
 from keras_resnet.report import read_history
 from keras_resnet.training import Batches, train
 
+pytestmark = pytest.mark.thorough
+
 SMALL = {"image_size": 28, "batch_size": 64, "precision": "float32", "verbose": False}
 
 

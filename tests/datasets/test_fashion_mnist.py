@@ -149,6 +149,7 @@ def test_channels(linked):
     assert "`channels` must be 1" in error_of(channels=3)
 
 
+@pytest.mark.thorough
 def test_a_prepared_tfds_folder(prepared):
     dataset = load_dataset(data_dir=prepared)
     assert dataset.source == f"prepared TFDS folder {prepared / NAME / '3.0.1'}"
@@ -162,6 +163,7 @@ def test_a_prepared_tfds_folder(prepared):
     assert fingerprint_arrays(*dataset.splits.values()) == FINGERPRINT == dataset.fingerprint
 
 
+@pytest.mark.thorough
 def test_the_backend_decides_which_comes_first(prepared, linked, monkeypatch):
     (linked / NAME).symlink_to(prepared / NAME)
     monkeypatch.setenv("KERAS_BACKEND", "jax")
@@ -172,6 +174,7 @@ def test_the_backend_decides_which_comes_first(prepared, linked, monkeypatch):
     assert load_dataset(prefer_tensorflow=True).source.startswith("prepared TFDS")
 
 
+@pytest.mark.thorough
 def test_a_truncated_tfrecord(prepared, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(prepared / NAME, root / NAME)

@@ -11,6 +11,8 @@ import replica_job
 import keras_resnet
 from keras_resnet.distribution import keras_fix
 
+pytestmark = pytest.mark.thorough
+
 PATCHED = ("reduce_per_replica", "_maybe_symbolic_build", "_make_function")
 
 # What becomes of Keras's functions, in one process: one after another, put back in between.

@@ -17,6 +17,8 @@ from conftest import TINY_COMMAND
 from keras_resnet.distribution.cluster import slurm_cluster, split_address
 from keras_resnet.report import read_history
 
+pytestmark = pytest.mark.thorough
+
 LAUNCHERS = Path(__file__).parents[2] / "launchers"
 SBATCH = LAUNCHERS / "slurm.sbatch"
 

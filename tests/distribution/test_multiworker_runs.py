@@ -16,6 +16,8 @@ from conftest import command, default_signals, run_command, run_main
 from keras_resnet.archive import load_model, read_card
 from keras_resnet.report import read_history
 
+pytestmark = pytest.mark.thorough
+
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
 
 

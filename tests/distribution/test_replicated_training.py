@@ -11,6 +11,8 @@ import replica_job
 
 import keras_resnet
 
+pytestmark = pytest.mark.thorough
+
 MORE_REPLICAS = ["mirrored-4", "multiworker-3"]
 # name -> job, number of processes, number of replicas.
 SETTINGS = {

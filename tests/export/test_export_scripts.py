@@ -16,6 +16,8 @@ from keras_resnet import archive
 from keras_resnet.inference import load
 from keras_resnet.manifest import read_manifest
 
+pytestmark = pytest.mark.thorough
+
 EXPORT = Path(__file__).parents[2] / "export"
 SCRIPTS = ("saved_model", "tflite", "onnx")
 

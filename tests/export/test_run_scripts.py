@@ -14,6 +14,8 @@ from PIL import Image
 from keras_resnet import seals
 from keras_resnet.inference import predict_files
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 SUFFIXES = ("tflite", "onnx")
 RUNTIME_PACKAGES = ("numpy", "pillow", "ai-edge-litert", "onnxruntime")

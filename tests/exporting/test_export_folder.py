@@ -21,6 +21,8 @@ from keras_resnet.exporting import folder as folders
 from keras_resnet.inference import load
 from keras_resnet.manifest import MANIFEST, read_manifest
 
+pytestmark = pytest.mark.thorough
+
 FIRST, SECOND = "model-float32.onnx", "model-int8.onnx"
 
 

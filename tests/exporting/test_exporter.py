@@ -20,6 +20,8 @@ from keras_resnet.manifest import digest, read_manifest
 from keras_resnet.runtimes import open_runtime
 from keras_resnet.runtimes.keras_file import ends_in_softmax
 
+pytestmark = pytest.mark.thorough
+
 ALL = {artifact.file for artifact in choose_artifacts()}
 ONE = {"to": ["onnx"], "precision": ["float32"]}
 

@@ -14,6 +14,8 @@ from keras_resnet.exporting.graph import Contract
 from keras_resnet.exporting.verifier import FORCED, verify
 from keras_resnet.runtimes import Runtime, Tensor
 
+pytestmark = pytest.mark.thorough
+
 # format -> its float32 files.
 FILES = {
     "saved_model": {"saved_model"},

@@ -13,6 +13,8 @@ from keras_resnet.exporting.exporter import Job
 from keras_resnet.exporting.formats import Artifact
 from keras_resnet.exporting.fresh import FreshSavedModel
 
+pytestmark = pytest.mark.thorough
+
 CARD = {"class_names": [str(i) for i in range(10)]}
 
 

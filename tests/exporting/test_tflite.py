@@ -13,6 +13,8 @@ from keras_resnet.exporting.exporter import Job
 from keras_resnet.exporting.formats import FORMATS, Artifact
 from keras_resnet.exporting.graph import Serving
 
+pytestmark = pytest.mark.thorough
+
 PRECISIONS = FORMATS["tflite"].precisions
 
 

@@ -19,6 +19,8 @@ from keras_resnet.exporting.verifier import CHANGED, DIFFERS, NOT_RUN, SOUND
 from keras_resnet.inference import load
 from keras_resnet.manifest import MANIFEST, digest, read_manifest
 
+pytestmark = pytest.mark.thorough
+
 PRECISIONS = ["float32", "int8"]
 ARTIFACTS = [
     "saved_model",

@@ -14,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from keras_resnet.errors import InputError
 from keras_resnet.runtimes import Prober, open_runtime
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory):

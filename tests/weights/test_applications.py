@@ -17,6 +17,8 @@ from keras_resnet.models import Spec, build_resnet
 from keras_resnet.weights import LAYOUTS, load_keras_applications_weights
 from keras_resnet.weights.applications import read_keras_applications
 
+pytestmark = pytest.mark.thorough
+
 NETWORKS = {"keras_v1": "ResNet50", "keras_v2": "ResNet50V2"}
 FORMS = ["a model", "model.keras", "model.h5", "weights.h5"]
 
