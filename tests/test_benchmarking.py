@@ -10,16 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
 import pytest
 import tiny_exports
-from conftest import default_signals, run_command
+from conftest import default_signals, run_main
 from PIL import Image
 
 from keras_resnet import SPECS, Spec, build_resnet, inference, seals, with_preprocessing
-from keras_resnet.benchmarking import benchmark, format_benchmark, plot_benchmark
+from keras_resnet.benchmarking import benchmark, format_benchmark, plot_benchmark, run
 from keras_resnet.benchmarking.contestants import (
     TORCH_LAYOUTS,
     Contestant,
@@ -80,6 +81,13 @@ def describe_artifact(path, batch):
         "failures": [],
         "published_by_force": False,
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_turns():
+    """Makes turns short: the tests ask for figures, not for exact ones."""
+    with mock.patch.object(run, "TURN_SECONDS", 0.02):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +288,7 @@ def test_a_wrong_network_and_a_broken_one_are_shown_as_such(light):
 
 
 def test_the_command_line_measures_and_writes(light):
-    done = run_command("benchmark", light, "--rounds", 1)
+    done = run_main("benchmark", light, "--rounds", 1)
     assert done.returncode == 0, done.stderr
     assert "model.tflite" in done.stdout and "speed-up" in done.stdout
     assert (light / "benchmark.json").is_file() and (light / "benchmark.png").is_file()
