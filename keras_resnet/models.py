@@ -220,14 +220,15 @@ def _features(shape):
 
 
 def _logits(x, num_classes):
-    """Ends a network: logits in float32 (or float64), also where it computes in half precision.
+    """Ends a network: logits in float32 (in float64 under that policy), whatever it computes in.
 
     A softmax over half-precision logits loses the differences that training still needs.
     """
+    exact = "float64" if keras.config.dtype_policy().variable_dtype == "float64" else "float32"
     return keras.layers.Dense(
         num_classes,
         kernel_initializer=TORCH_UNIFORM,
-        dtype=keras.config.dtype_policy().variable_dtype,
+        dtype=exact,
         name="logits",
     )(x)
 
@@ -382,8 +383,8 @@ def build_resnet(
     """Builds a residual network: stem, stages, global average pooling, logits.
 
     Its layers are called ``stem_…``, ``stage1_block1`` …, ``global_avg_pool`` and ``logits``. It
-    computes in the dtype policy in force (`keras.config.set_dtype_policy`); logits stay in
-    float32.
+    computes in the dtype policy in force (`keras.config.set_dtype_policy`); the layer ``logits``
+    computes in float32 under every policy, and in float64 under that one.
 
     Args:
         spec: The name of a row of `SPECS`, or a `Spec` of your own.

@@ -171,10 +171,16 @@ def test_a_network_that_starts_with_identities_is_its_stem_and_its_shortcuts():
 
 
 @pytest.mark.parametrize(
-    ("policy", "logits"),
-    [("float32", "float32"), ("mixed_bfloat16", "float32"), ("float64", "float64")],
+    ("policy", "weights", "logits"),
+    [
+        ("float32", "float32", "float32"),
+        ("mixed_bfloat16", "float32", "float32"),
+        ("float16", "float16", "float32"),
+        ("bfloat16", "bfloat16", "float32"),
+        ("float64", "float64", "float64"),
+    ],
 )
-def test_logits_are_never_in_half_precision(policy, logits):
+def test_logits_are_never_in_half_precision(policy, weights, logits):
     keras.config.set_dtype_policy(policy)
     try:
         model = build_resnet(TINY, (16, 16, 1))
@@ -184,8 +190,10 @@ def test_logits_are_never_in_half_precision(policy, logits):
     output = model(np.ones((1, 16, 16, 1)))
     assert keras.backend.standardize_dtype(output.dtype) == logits
     assert model.get_layer("stage1_block1").compute_dtype == policy.removeprefix("mixed_")
-    assert {weight.dtype for weight in model.weights} == {logits}
-    assert {weight.dtype for weight in dense.weights} == {logits}
+    head = model.get_layer("logits").weights
+    assert {weight.dtype for weight in head} == {logits}
+    assert {weight.dtype for weight in model.weights[: -len(head)]} == {weights}
+    assert {weight.dtype for weight in dense.weights} == {weights}
 
 
 def test_specs_are_data():
