@@ -5,6 +5,7 @@ Depths, variants of the block and stems are the rows of three tables, `SPECS`, `
 """
 
 import dataclasses
+import math
 import re
 
 import keras
@@ -565,6 +566,24 @@ def build_dense_resnet(input_features=12, hidden_features=24, output_features=8,
         x = DenseResidualBlock(hidden_features, name=f"block{index + 1}")(x)
     outputs = keras.layers.Dense(output_features, name="final_fc")(x)
     return keras.Model(inputs, outputs, name="dense_resnet")
+
+
+def last_map_size(spec, stem, image_size):
+    """Returns the height and width of the last stage's maps, for square images.
+
+    Args:
+        spec: A row of `SPECS`.
+        stem: A row of `STEMS`.
+        image_size: Height and width that the network takes, in pixels.
+
+    Example:
+        >>> last_map_size("resnet18", "imagenet", 224), last_map_size("resnet18", "imagenet", 28)
+        (7, 1)
+    """
+    stem = STEMS[stem]
+    halvings = stem.pool + len(SPECS[spec].blocks) - 1
+    stride = math.prod(strides for _, strides, _ in stem.convolutions) * 2**halvings
+    return math.ceil(image_size / stride)
 
 
 def build_named(name, input_shape=None, num_classes=None, variant=None, stem=None):

@@ -27,6 +27,7 @@ from keras_resnet.models import (
     build_resnet101,
     build_resnet152,
     count_parameters,
+    last_map_size,
     residual_stage,
     summarize_shapes,
 )
@@ -466,3 +467,14 @@ def test_dense_network_refuses_what_is_no_count(argument, value):
 
 def test_dense_network_may_have_no_blocks():
     assert build_dense_resnet(num_blocks=0).output_shape == (None, 8)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_last_map_has_the_size_that_is_said(variant, stem, monkeypatch):
+    monkeypatch.setitem(SPECS, "tiny", TINY)
+    for size in (1, 8, 9, 30, 33):
+        backbone = build_resnet(
+            TINY, (size, size, 1), variant=variant, stem=stem, include_top=False
+        )
+        assert backbone.output_shape[1:3] == (last_map_size("tiny", stem, size),) * 2
