@@ -152,6 +152,8 @@ def open_run(given, run_dir, resume, num_replicas, lock):
     settings = _resolve_settings(given, config)
     precision = choose_precision(settings["precision"])
     init = _open_init(settings, config, run_dir)
+    if not config:
+        settings = fine_tuning.adopt_normalization(settings, given, init)
     recipe = _make_recipe(settings, init, num_replicas)
     if config:
         _check_same_replicas(run_dir, config, num_replicas)

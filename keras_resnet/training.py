@@ -481,6 +481,8 @@ def _finish(plan, model, config, history):
     """Saves the trained weights as a float32 model, measures that, and writes the report."""
     final = _build_classifier(plan, "float32")
     final.set_weights(model.get_weights())
+    if plan.settings["freeze"]:
+        fine_tuning.freeze(final.get_layer(plan.settings["model"]), plan.settings["freeze"])
     if not plan.decision.is_chief:
         return Run(plan.run_dir, final, history, None)
     archive.save_model(final, plan.run_dir / "model.keras", plan.card)
@@ -651,13 +653,15 @@ def train(
         learning_rate: Instead of the recipe's.
         variant: A row of `models.VARIANTS`, instead of the recipe's or the checkpoint's.
         stem: A row of `models.STEMS`, instead of the recipe's or the checkpoint's.
-        init: A checkpoint to start from, any file that `weights.convert` reads: fine-tuning. The
-            network gets the checkpoint's variant and stem; a head of another number of classes
-            is new, and the first convolution is fitted to the images' channels.
+        init: A checkpoint to start from, any file that `weights.convert` reads, or a `.keras`
+            file of this package: fine-tuning. The network gets the checkpoint's variant and
+            stem; a head of another number of classes is new, and the first convolution is fitted
+            to the images' channels.
         freeze: Modules that keep the weights of `init`, such as ["stem", "stage1"]; see
-            `summarize_shapes`.
-        normalize: A row of `preprocessing.NORMALIZATIONS`: "none" (the default: images in 0 … 1),
-            "imagenet", what PyTorch's published weights expect, "inception" or "caffe".
+            `summarize_shapes`. They are frozen in model.keras, too.
+        normalize: A row of `preprocessing.NORMALIZATIONS`: "none" (images in 0 … 1), "imagenet",
+            what PyTorch's published weights expect, "inception" or "caffe". The default is that
+            of the preprocessing in a `.keras` file given as `init`, and "none" otherwise.
         precision: "auto" (the default), "float32", "bfloat16" or "float16"; see
             `choose_precision`.
         seed: Whole number; 0 by default. It sets the first weights and the order of the images.

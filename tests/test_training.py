@@ -338,27 +338,27 @@ def test_a_finished_run_resumed_writes_what_is_missing(copied):
 def test_a_finished_run_can_be_continued_with_more_epochs(copied, tmp_path, tiny, fashion):
     run_dir = copied["run_dir"]
     before = json.loads((run_dir / "config.json").read_text())
-    run = train(epochs=3, command="train --resume --epochs 3", **copied)
-    assert [row["epoch"] for row in run.history] == [1, 2, 3]
+    run = train(epochs=2, command="train --resume --epochs 2", **copied)
+    assert [row["epoch"] for row in run.history] == [1, 2]
     assert run.history[0] == read_history(run_dir / "history.csv")[0]
     assert run.report["accuracy"] == pytest.approx(run.history[-1]["val_accuracy"], abs=1e-6)
     config = json.loads((run_dir / "config.json").read_text())
-    assert (config["settings"]["epochs"], config["recipe"]["epochs"]) == (3, 3)
-    command = "train --resume --epochs 3"
-    assert config["continued"] == [{"after_epoch": 1, "epochs": 3, "command": command}]
+    assert (config["settings"]["epochs"], config["recipe"]["epochs"]) == (2, 2)
+    command = "train --resume --epochs 2"
+    assert config["continued"] == [{"after_epoch": 1, "epochs": 2, "command": command}]
     for changed in (before, config):
         changed.pop("continued", None)
         changed["settings"]["epochs"] = changed["recipe"]["epochs"] = None
     assert config == before
-    # At a constant rate it is the run that was started with three epochs.
-    unbroken = train(tiny, fashion, "seed", epochs=3, run_dir=tmp_path / "unbroken", **SMALL)
+    # At a constant rate it is the run that was started with two epochs.
+    unbroken = train(tiny, fashion, "seed", epochs=2, run_dir=tmp_path / "unbroken", **SMALL)
     for ours, theirs in zip(run.history, unbroken.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
-    # Resumed without a number it is the run of three epochs.
+    # Resumed without a number it is the run of two epochs.
     assert train(**copied).history == run.history
-    with pytest.raises(InputError, match=r"at least as many `epochs` as it has finished, 3, got 2"):
-        train(epochs=2, **copied)
-    assert json.loads((run_dir / "config.json").read_text())["settings"]["epochs"] == 3
+    with pytest.raises(InputError, match=r"at least as many `epochs` as it has finished, 2, got 1"):
+        train(epochs=1, **copied)
+    assert json.loads((run_dir / "config.json").read_text())["settings"]["epochs"] == 2
 
 
 def test_the_schedule_of_a_continued_run_is_that_of_the_new_total(trained_run, tmp_path):
@@ -564,11 +564,17 @@ def test_a_fine_tuned_run_says_what_it_came_from(tuned, tiny, checkpoint):
     card = read_card(run.run_dir / "model.keras")
     assert (card["variant"], card["normalize"]) == ("torchvision", "imagenet")
     assert card["origin"] == {"file": checkpoint.name, "sha256": digest}
-    # The model is whole: its preprocessing is inside, and all of it can be trained.
+    # The model is whole: its preprocessing is inside. What was frozen is frozen.
     model = load_model(run.run_dir / "model.keras")
     assert model.get_layer("preprocessing").mean == pytest.approx(0.449)
     plain = keras_resnet.build_resnet(tiny, (28, 28, 1), variant="torchvision")
-    assert len(model.trainable_variables) == len(plain.trainable_variables)
+    trained = [w.path for w in plain.trainable_weights if not w.path.startswith(("stem", "stage1"))]
+    for path in ("model.keras", "checkpoints/last.keras"):
+        loaded = keras.models.load_model(run.run_dir / path, compile=False)
+        assert [weight.path for weight in loaded.trainable_weights] == trained
+    model.trainable = False
+    model.trainable = True
+    assert len(model.trainable_weights) == len(plain.trainable_weights)
 
 
 def test_a_head_of_the_same_classes_is_loaded(tmp_path, tiny, fashion, capsys):
@@ -618,6 +624,36 @@ def test_resumed_it_needs_the_file_only_before_its_first_checkpoint(
     (run.run_dir / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="damaged: its init is"):
         train(**again)
+
+
+def test_ones_own_model_is_a_source(tmp_path, tuned, tiny, fashion, capsys):
+    source = tuned[0].run_dir / "model.keras"
+    classes = fashion.class_names[:4]
+    few = np.flatnonzero(fashion.splits["train"].labels < 4)[:64]
+    images, labels = (getattr(fashion.splits["train"], n)[few] for n in ("images", "labels"))
+    split = keras_resnet.Split(images, labels)
+    data = dataclasses.replace(
+        fashion, class_names=classes, splits={"train": split, "test": split}, fingerprint="1"
+    )
+    settings = {**SMALL, "verbose": True, "freeze": "stem,stage1,stage2"}
+    run = train(tiny, data, epochs=1, init=source, run_dir=tmp_path / "run", **settings)
+    out = capsys.readouterr().out
+    assert "a network of this package; variant torchvision, stem imagenet, 30 tensors" in out
+    assert "new head: 4 classes, the checkpoint has 10" in out
+    before, after = (weights_of(each.model.get_layer("tiny")) for each in (tuned[0], run))
+    for path in before:
+        if not path.startswith("logits"):
+            np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+    config = json.loads((run.run_dir / "config.json").read_text())
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert (config["init"]["layout"], config["init"]["sha256"]) == ("keras_resnet", digest)
+    # The images are normalised as the source's were, unless another way is asked for.
+    assert config["settings"]["normalize"] == "imagenet"
+    assert run.model.get_layer("preprocessing").mean == pytest.approx(0.449)
+    origin = read_card(run.run_dir / "model.keras")["origin"]
+    assert origin == {"file": "model.keras", "sha256": digest}
+    resumed = train(dataset=data, run_dir=run.run_dir, resume=True, verbose=False)
+    assert resumed.history == run.history
 
 
 NOT_TUNED = {
