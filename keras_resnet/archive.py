@@ -20,6 +20,7 @@ from keras_resnet import (
     preprocessing,  # noqa: F401  (registers our layers with Keras)
     seals,
 )
+from keras_resnet.blocks import PACKAGE
 from keras_resnet.errors import InputError, one_line
 from keras_resnet.files import replacing
 from keras_resnet.tables import printable
@@ -127,6 +128,21 @@ def read_card(path):
     if not isinstance(card, dict):
         raise InputError(f"{path}: its card must be a JSON object, got {type(card).__name__}")
     return card
+
+
+def is_ours(path):
+    """Returns whether a .keras file describes a model with layers of this package; builds nothing.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: If the file is no .keras file, or its config cannot be read.
+    """
+    path = check_model_path(path)
+    with _opened(path) as archive:
+        text = json.dumps(json.loads(seals.read_member(archive, _CONFIG)))
+    return f'"registered_name": "{PACKAGE}>' in text
 
 
 @contextlib.contextmanager

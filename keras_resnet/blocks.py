@@ -120,8 +120,46 @@ def has_bias(use_bias, normalized):
     return not normalized if use_bias == "unnormalized" else use_bias
 
 
+class _Composite(keras.layers.Layer):
+    """A layer made of layers, each of which is saved frozen if it is frozen.
+
+    Keras saves for a layer whether it is trainable, and nothing about the layers inside. Setting
+    `trainable` passes it on to the layers that exist at that time; those made later start
+    trainable. So a subclass makes its layers with `_inherited`, and the config names the frozen
+    layers where they are not all of them or none.
+    """
+
+    @property
+    def _inherited(self):
+        """The arguments that every layer inside has from this one."""
+        return {"dtype": self.dtype_policy, "trainable": self.trainable}
+
+    @property
+    def _parts(self):
+        """All layers inside, by name; a layer comes before the layers inside it."""
+        return {part.name: part for part in self._flatten_layers(include_self=False)}
+
+    def get_config(self):
+        """Returns the arguments that make this layer again, and the frozen layers inside."""
+        config, parts = super().get_config(), self._parts
+        if any(part.trainable != self.trainable for part in parts.values()):
+            config["frozen"] = [name for name, part in parts.items() if not part.trainable]
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        """Returns the layer that `get_config` described."""
+        config = {**config}
+        frozen = config.pop("frozen", None)
+        layer = cls(**config)
+        if frozen is not None:
+            for name, part in layer._parts.items():
+                part.trainable = name not in frozen
+        return layer
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
-class SqueezeExcitation(keras.layers.Layer):
+class SqueezeExcitation(_Composite):
     """Weighs the channels of an image by what the whole image holds.
 
     The mean of each channel goes through two fully connected layers, the first with fewer units;
@@ -150,15 +188,18 @@ class SqueezeExcitation(keras.layers.Layer):
         super().__init__(**kwargs)
         check_count("reduction", reduction)
         self.reduction = reduction
+        # Layers that exist from the start can be frozen before they are built; `build` knows the
+        # number of units.
+        self.fc1 = keras.layers.Dense(1, "relu", name="fc1", **self._inherited)
+        self.fc2 = keras.layers.Dense(1, "sigmoid", name="fc2", **self._inherited)
 
     def build(self, input_shape):
-        """Makes both layers for the channels of `input_shape`."""
+        """Builds both layers for the channels of `input_shape`."""
         channels = input_shape[-1]
-        units = max(8, channels // self.reduction)
-        self.fc1 = keras.layers.Dense(units, "relu", dtype=self.dtype_policy, name="fc1")
-        self.fc2 = keras.layers.Dense(channels, "sigmoid", dtype=self.dtype_policy, name="fc2")
+        self.fc1.units = max(8, channels // self.reduction)
+        self.fc2.units = channels
         self.fc1.build((None, channels))
-        self.fc2.build((None, units))
+        self.fc2.build((None, self.fc1.units))
 
     def compute_output_shape(self, input_shape):
         """Returns `input_shape`: every channel stays."""
@@ -203,7 +244,7 @@ class EdgePadding2D(keras.layers.Layer):
         return ops.concatenate([x[:, :, :1], x, x[:, :, -1:]], axis=2)
 
 
-class _Residual(keras.layers.Layer):
+class _Residual(_Composite):
     """``relu(branch(x) + shortcut(x))``, where a path is a list of layers, each fed by the last.
 
     A subclass makes its layers in `__init__` and lists them in `branch` and `shortcut`.
@@ -377,15 +418,15 @@ class _ConvResidual(_Residual):
             zero = zero and not self.pre_activation
             setattr(self, f"bn{number}", self._norm(f"bn{number}", zero))
             if self.pre_activation or not last:
-                relu = keras.layers.ReLU(dtype=self.dtype_policy, name=f"relu{number}")
+                relu = keras.layers.ReLU(name=f"relu{number}", **self._inherited)
                 setattr(self, f"relu{number}", relu)
         self.se = self.drop_path = None
         if self.se_reduction is not None:
-            self.se = SqueezeExcitation(self.se_reduction, dtype=self.dtype_policy, name="se")
+            self.se = SqueezeExcitation(self.se_reduction, name="se", **self._inherited)
         if self.stochastic_depth:
             # One draw an image, and the scale that keeps the expected sum.
             self.drop_path = keras.layers.Dropout(
-                self.stochastic_depth, (None, 1, 1, 1), dtype=self.dtype_policy, name="drop_path"
+                self.stochastic_depth, (None, 1, 1, 1), name="drop_path", **self._inherited
             )
 
     def _make_shortcut(self):
@@ -393,7 +434,7 @@ class _ConvResidual(_Residual):
         strides = self.strides
         if self.shortcut_pool and strides > 1:
             pool = SHORTCUT_POOLS[self.shortcut_pool]
-            self.shortcut_reduce = pool(strides, dtype=self.dtype_policy, name="shortcut_reduce")
+            self.shortcut_reduce = pool(strides, name="shortcut_reduce", **self._inherited)
             strides = 1
         if self.use_1x1conv:
             channels = self.filters * self.expansion
@@ -412,16 +453,16 @@ class _ConvResidual(_Residual):
             use_bias=has_bias(self.use_bias, normalized),
             # One initializer object draws the same numbers each time: every layer needs a copy.
             kernel_initializer="zeros" if zero else self.kernel_initializer.clone(),
-            dtype=self.dtype_policy,
             name=name,
+            **self._inherited,
         )
 
     def _norm(self, name, zero=False):
         return batch_norm(
             gamma_initializer="zeros" if zero else "ones",
             epsilon=self.norm_epsilon,
-            dtype=self.dtype_policy,
             name=name,
+            **self._inherited,
         )
 
     @property
@@ -669,7 +710,7 @@ class DenseResidualBlock(_Residual):
         check_count("units", units)
         self.units = units
         self.use_bias = use_bias
-        shared = {"use_bias": use_bias, "dtype": self.dtype_policy}
+        shared = {"use_bias": use_bias, **self._inherited}
         self.fc1 = keras.layers.Dense(units, "relu", name="fc1", **shared)
         self.fc2 = keras.layers.Dense(units, kernel_initializer="zeros", name="fc2", **shared)
 

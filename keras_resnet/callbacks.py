@@ -296,11 +296,12 @@ class Progress(keras.callbacks.Callback):
         self.bar = self.shown.enter_context(bar(self.images, description, stream=self.stream))
 
     def on_train_batch_end(self, batch, logs=None):
-        """Moves the bar by a batch; the epoch's last may be short."""
+        """Moves the bar by a batch; the epoch's last may be of another size."""
         if not self.bar.disable:
             shown = {name: f"{float(logs[name]):.4f}" for name in ("loss", "accuracy")}
             self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(min(self.batch_size, self.images - self.bar.n))
+            last = self.params and batch + 1 == self.params["steps"]
+            self.bar.update(min(self.images if last else self.batch_size, self.images - self.bar.n))
 
     def on_test_begin(self, logs=None):
         """Takes the bar away."""

@@ -3,10 +3,13 @@
 import dataclasses
 import os
 
+from keras_resnet import archive
 from keras_resnet.errors import InputError
+from keras_resnet.files import expand_user
 from keras_resnet.models import module_of
 from keras_resnet.weights.conversion import Source, open_source
 from keras_resnet.weights.layouts import Checkpoint
+from keras_resnet.weights.own import OwnSource, open_own
 
 
 def plain_settings(settings):
@@ -64,13 +67,19 @@ def open_init(settings, recorded=None, needed=True):
     before = _read_record(path, recorded)
     if before and not needed:
         return before
-    source = open_source(path)
+    source = _open(path)
     if before and source.sha256 != before.sha256:
         raise InputError(
             f"{path}: not the file that the run was started with: sha256 {before.sha256[:16]}…, "
             f"got {source.sha256[:16]}…; put that back, or start a new run"
         )
     return source
+
+
+def _open(path):
+    if os.path.splitext(path)[1] == ".keras" and archive.is_ours(expand_user(path)):
+        return open_own(path)
+    return open_source(path)
 
 
 def record(source):
@@ -103,6 +112,22 @@ def adopt_form(recipe, source, kept):
         return recipe
     names = [name for name in ("variant", "stem") if kept[name] is None]
     return dataclasses.replace(recipe, **{n: getattr(source.checkpoint, n) for n in names})
+
+
+def adopt_normalization(settings, given, source):
+    """Returns a run's settings with the normalisation of the model that the run starts from.
+
+    Args:
+        settings: The run's.
+        given: What the run was asked for; a `normalize` there stays.
+        source: What `open_init` returned. Only a model of ours with preprocessing has one.
+
+    Raises:
+        InputError: If the model's is no row of `NORMALIZATIONS`.
+    """
+    if given.get("normalize") is not None or not isinstance(source, OwnSource):
+        return settings
+    return {**settings, "normalize": source.find_normalization() or settings["normalize"]}
 
 
 def load_init(network, source, recipe, num_classes):

@@ -5,6 +5,7 @@ Depths, variants of the block and stems are the rows of three tables, `SPECS`, `
 """
 
 import dataclasses
+import math
 import re
 
 import keras
@@ -220,14 +221,15 @@ def _features(shape):
 
 
 def _logits(x, num_classes):
-    """Ends a network: logits in float32 (or float64), also where it computes in half precision.
+    """Ends a network: logits in float32 (in float64 under that policy), whatever it computes in.
 
     A softmax over half-precision logits loses the differences that training still needs.
     """
+    exact = "float64" if keras.config.dtype_policy().variable_dtype == "float64" else "float32"
     return keras.layers.Dense(
         num_classes,
         kernel_initializer=TORCH_UNIFORM,
-        dtype=keras.config.dtype_policy().variable_dtype,
+        dtype=exact,
         name="logits",
     )(x)
 
@@ -382,8 +384,8 @@ def build_resnet(
     """Builds a residual network: stem, stages, global average pooling, logits.
 
     Its layers are called ``stem_…``, ``stage1_block1`` …, ``global_avg_pool`` and ``logits``. It
-    computes in the dtype policy in force (`keras.config.set_dtype_policy`); logits stay in
-    float32.
+    computes in the dtype policy in force (`keras.config.set_dtype_policy`); the layer ``logits``
+    computes in float32 under every policy, and in float64 under that one.
 
     Args:
         spec: The name of a row of `SPECS`, or a `Spec` of your own.
@@ -564,6 +566,24 @@ def build_dense_resnet(input_features=12, hidden_features=24, output_features=8,
         x = DenseResidualBlock(hidden_features, name=f"block{index + 1}")(x)
     outputs = keras.layers.Dense(output_features, name="final_fc")(x)
     return keras.Model(inputs, outputs, name="dense_resnet")
+
+
+def last_map_size(spec, stem, image_size):
+    """Returns the height and width of the last stage's maps, for square images.
+
+    Args:
+        spec: A row of `SPECS`.
+        stem: A row of `STEMS`.
+        image_size: Height and width that the network takes, in pixels.
+
+    Example:
+        >>> last_map_size("resnet18", "imagenet", 224), last_map_size("resnet18", "imagenet", 28)
+        (7, 1)
+    """
+    stem = STEMS[stem]
+    halvings = stem.pool + len(SPECS[spec].blocks) - 1
+    stride = math.prod(strides for _, strides, _ in stem.convolutions) * 2**halvings
+    return math.ceil(image_size / stride)
 
 
 def build_named(name, input_shape=None, num_classes=None, variant=None, stem=None):

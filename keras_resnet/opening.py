@@ -50,7 +50,7 @@ def _resolve_settings(given, config):
     given = {name: value for name, value in given.items() if value is not None}
     before = config["settings"] if config else DEFAULTS
     for name, value in given.items():
-        if config and value != before[name]:
+        if config and value != before[name] and name != "epochs":  # see `_check_epochs`
             raise InputError(
                 f"a run is resumed with the settings it was started with: `{name}` was "
                 f"{before[name]!r}, got {value!r}; leave it out, or start a new run"
@@ -152,15 +152,19 @@ def open_run(given, run_dir, resume, num_replicas, lock):
     settings = _resolve_settings(given, config)
     precision = choose_precision(settings["precision"])
     init = _open_init(settings, config, run_dir)
+    if not config:
+        settings = fine_tuning.adopt_normalization(settings, given, init)
     recipe = _make_recipe(settings, init, num_replicas)
     if config:
         _check_same_replicas(run_dir, config, num_replicas)
-        _check_same_recipe(run_dir, config, recipe)
+        as_before = {**settings, "epochs": config["settings"]["epochs"]}
+        _check_same_recipe(run_dir, config, _make_recipe(as_before, init, num_replicas))
     run_dir = Path(run_dir or run_folder.default_run_dir(settings["model"], settings["recipe"]))
     made = run_folder.make_run_dir(run_dir, resume, lock)
     config = config or begin_config(settings, init)
     files.write_json(run_dir / run_folder.CONFIG, config)
     history = _read_history(run_dir)
+    _check_epochs(run_dir, recipe, history)
     return Opening(
         settings, recipe, run_dir, *precision, history, config, init, None if resume else made
     )
@@ -195,6 +199,14 @@ def _check_same_recipe(run_dir, config, recipe):
         raise InputError(
             f"{run_dir}: the recipe has changed since the run was started "
             f"({', '.join(changed)}): start a new run"
+        )
+
+
+def _check_epochs(run_dir, recipe, history):
+    if recipe.epochs < len(history):
+        raise InputError(
+            f"{run_dir}: a run is resumed to at least as many `epochs` as it has finished, "
+            f"{len(history)}, got {recipe.epochs}"
         )
 
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from keras_resnet import archive, callbacks, files, fine_tuning, run_folder
 from keras_resnet.datasets import Dataset, load_dataset
+from keras_resnet.datasets.base import cut_batches
 from keras_resnet.datasets.images import border_level
 from keras_resnet.distribution import rendezvous, strategies
 from keras_resnet.errors import InputError, Interrupted, TrainingError, WorkerLost, look_up
 from keras_resnet.inference import Predictor, measure
-from keras_resnet.models import build_resnet, count_parameters
+from keras_resnet.models import build_resnet, count_parameters, last_map_size
 from keras_resnet.opening import (
     DATA_SETTINGS,
     DEFAULTS,
@@ -88,13 +89,14 @@ class Batches(keras.utils.PyDataset):
 
     Args:
         split: A `datasets.Split`.
-        batch_size: Images a batch; the last may be short.
+        batch_size: Images a batch; the last may be of another size.
+        least: See `datasets.base.cut_batches`.
     """
 
-    def __init__(self, split, batch_size):
+    def __init__(self, split, batch_size, least=1):
         super().__init__()
         self.split = split
-        self.batch_size = batch_size
+        self.cuts = cut_batches(len(split), batch_size, least)
         self.order = np.arange(len(split))
         self.failure = None
 
@@ -103,10 +105,10 @@ class Batches(keras.utils.PyDataset):
         self.order = self.split.order(seed, epoch)
 
     def __len__(self):
-        return self.split.num_batches(self.batch_size)
+        return len(self.cuts)
 
     def __getitem__(self, index):
-        chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        chosen = self.order[self.cuts[index]]
         try:
             return self.split.images[chosen], self.split.labels[chosen]
         except InputError as error:
@@ -158,6 +160,18 @@ class _Plan:
     def evaluation(self):
         return self.dataset.splits[self.dataset.evaluation_split]
 
+    @property
+    def least(self):
+        """How many images a training batch needs, so that BatchNormalization finds a variance.
+
+        A channel of a map of one pixel has one value an image: two images must meet, on each
+        replica, or on all of them together where statistics are synchronised.
+        """
+        replicas = self.decision.num_replicas
+        if last_map_size(self.settings["model"], self.recipe.stem, self.recipe.image_size) > 1:
+            return replicas
+        return max(2, replicas) if self.settings["sync_batchnorm"] else 2 * replicas
+
     def scope(self):
         return self.strategy.scope() if self.strategy else contextlib.nullcontext()
 
@@ -193,8 +207,7 @@ def _load_everywhere(load, decision, strategy, recipe):
         dataset = load()
         replicas, measured = decision.num_replicas, dataset.splits[dataset.evaluation_split]
         check_batches(len(dataset.splits["train"]), recipe.batch_size, replicas)
-        # Of what measures, the batches are fitted.
-        check_batches(len(measured), max(len(measured), replicas), replicas)
+        check_batches(len(measured), recipe.batch_size, replicas)
     except Exception as error:
         failure = error
     # All take part in this one, so that none is left waiting in the next.
@@ -249,7 +262,7 @@ def _describe(plan, num_parameters, command):
             "splits": {name: len(split) for name, split in dataset.splits.items()},
             "evaluation_split": dataset.evaluation_split,
         },
-        "recipe": {"name": settings["recipe"], **dataclasses.asdict(plan.recipe)},
+        "recipe": _describe_recipe(plan),
         "seed": settings["seed"],
         "precision": plan.opening.precision,
         "precision_reason": plan.opening.precision_reason,
@@ -258,6 +271,25 @@ def _describe(plan, num_parameters, command):
         "replicas": plan.decision.num_replicas,
         "command": command,
         **run_folder.describe_surroundings(),
+    }
+
+
+def _describe_recipe(plan):
+    return {"name": plan.settings["recipe"], **dataclasses.asdict(plan.recipe)}
+
+
+def _describe_continued(plan, config, command):
+    """Returns the config.json of a run that is resumed to another number of epochs."""
+    here = {
+        "after_epoch": len(plan.opening.history),
+        "epochs": plan.recipe.epochs,
+        "command": command,
+    }
+    return {
+        **config,
+        "settings": plan.settings,
+        "recipe": _describe_recipe(plan),
+        "continued": [*config.get("continued", []), here],
     }
 
 
@@ -292,14 +324,15 @@ def _set_seed(seed):
 
 def _compile(model, plan):
     recipe = plan.recipe
-    steps = recipe.epochs * plan.train.num_batches(recipe.batch_size)
+    steps = recipe.epochs * len(cut_batches(len(plan.train), recipe.batch_size, plan.least))
     schedule = look_up(SCHEDULES, recipe.schedule, "schedule")
     rate = schedule(recipe.learning_rate, steps, recipe.warmup)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if plan.decision.num_replicas > 1:
         from keras_resnet.distribution.replicas import choose_loss
 
-        loss = choose_loss(len(plan.train), recipe.batch_size, plan.decision.num_replicas)
+        replicas = plan.decision.num_replicas
+        loss = choose_loss(len(plan.train), recipe.batch_size, replicas, plan.least)
     optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(rate)
     model.compile(optimizer, loss, metrics=["accuracy"])
     model.optimizer.build(model.trainable_variables)
@@ -340,19 +373,17 @@ def _feeds(plan, first_epoch):
     """Returns how `model.fit` gets both splits: their objects, its arguments, and callbacks."""
     size, seed = plan.recipe.batch_size, plan.settings["seed"]
     if plan.decision.name == "none":
-        batches, measured = Batches(plan.train, size), Batches(plan.evaluation, size)
+        batches, measured = Batches(plan.train, size, plan.least), Batches(plan.evaluation, size)
         # Not PyDataset's own on_epoch_end: Keras calls that once more as it builds the model.
         shuffle = keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: batches.shuffle(seed, epoch)
         )
         arguments = {"x": batches, "validation_data": measured}
         return (batches, measured), arguments, [shuffle]
-    from keras_resnet.distribution.replicas import AverageMovingStatistics, Shards, fit_batch_size
+    from keras_resnet.distribution.replicas import AverageMovingStatistics, Shards
 
     order = functools.partial(plan.train.order, seed)
-    shards = Shards(plan.train, size, plan.strategy, order, first_epoch)
-    # How the images that measure are cut into batches changes nothing.
-    size = fit_batch_size(len(plan.evaluation), size, plan.decision.num_replicas)
+    shards = Shards(plan.train, size, plan.strategy, order, first_epoch, plan.least)
     measured = Shards(plan.evaluation, size, plan.strategy)
     arguments = {
         "x": shards.dataset,
@@ -450,6 +481,8 @@ def _finish(plan, model, config, history):
     """Saves the trained weights as a float32 model, measures that, and writes the report."""
     final = _build_classifier(plan, "float32")
     final.set_weights(model.get_weights())
+    if plan.settings["freeze"]:
+        fine_tuning.freeze(final.get_layer(plan.settings["model"]), plan.settings["freeze"])
     if not plan.decision.is_chief:
         return Run(plan.run_dir, final, history, None)
     archive.save_model(final, plan.run_dir / "model.keras", plan.card)
@@ -517,8 +550,11 @@ def _begin(plan, command):
     plan.say(f"precision: {opening.precision} ({opening.precision_reason}), backend: {backend}")
     with _saying_what_is_left(plan):
         model, num_parameters = _prepare(plan)
-        if plan.decision.is_chief and "dataset" not in config:
-            config = _describe(plan, num_parameters, command)
+        if plan.decision.is_chief:
+            if "dataset" not in config:
+                config = _describe(plan, num_parameters, command)
+            elif config["recipe"]["epochs"] != plan.recipe.epochs:
+                config = _describe_continued(plan, config, command)
             files.write_json(plan.run_dir / run_folder.CONFIG, config)
     return model, config
 
@@ -617,13 +653,15 @@ def train(
         learning_rate: Instead of the recipe's.
         variant: A row of `models.VARIANTS`, instead of the recipe's or the checkpoint's.
         stem: A row of `models.STEMS`, instead of the recipe's or the checkpoint's.
-        init: A checkpoint to start from, any file that `weights.convert` reads: fine-tuning. The
-            network gets the checkpoint's variant and stem; a head of another number of classes
-            is new, and the first convolution is fitted to the images' channels.
+        init: A checkpoint to start from, any file that `weights.convert` reads, or a `.keras`
+            file of this package: fine-tuning. The network gets the checkpoint's variant and
+            stem; a head of another number of classes is new, and the first convolution is fitted
+            to the images' channels.
         freeze: Modules that keep the weights of `init`, such as ["stem", "stage1"]; see
-            `summarize_shapes`.
-        normalize: A row of `preprocessing.NORMALIZATIONS`: "none" (the default: images in 0 … 1),
-            "imagenet", what PyTorch's published weights expect, "inception" or "caffe".
+            `summarize_shapes`. They are frozen in model.keras, too.
+        normalize: A row of `preprocessing.NORMALIZATIONS`: "none" (images in 0 … 1), "imagenet",
+            what PyTorch's published weights expect, "inception" or "caffe". The default is that
+            of the preprocessing in a `.keras` file given as `init`, and "none" otherwise.
         precision: "auto" (the default), "float32", "bfloat16" or "float16"; see
             `choose_precision`.
         seed: Whole number; 0 by default. It sets the first weights and the order of the images.
@@ -632,8 +670,11 @@ def train(
         skip_bad: Whether unreadable images of a folder are left out instead of being an error.
         run_dir: The run folder; runs/MODEL-RECIPE-TIME by default.
         resume: Whether to go on with the run in `run_dir`, from its last finished epoch. Settings
-            that are given as well must be those of the run. "auto" does so if there is one, and
-            starts one if not.
+            that are given as well must be those of the run, but for `epochs`: another total, of at
+            least the epochs that are finished, continues a finished run or shortens one. The
+            rate's schedule is then the one of a run of that total, from the step reached: a cosine
+            that had ended at zero starts again from where the longer cosine is by then. "auto"
+            resumes if there is a run, and starts one if not.
         strategy: "auto" (the default), "none", "mirrored" or "multiworker": a row of
             `distribution.STRATEGIES`. Under several workers each of them calls `train` with the
             same arguments, once in its process; the chief alone writes files.

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
+import keras_resnet
 from keras_resnet.blocks import (
     BottleneckBlock,
     DenseResidualBlock,
@@ -590,3 +591,89 @@ def test_a_map_of_one_pixel_gives_the_numbers_of_the_whole_kernel(size):
     gradients = [tape.gradient(loss, layer.kernel.value).numpy() for loss in (ours, theirs)]
     assert np.any(gradients[0]) and np.any(gradients[0] == 0)
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+# Frozen layers
+
+FROZEN = {
+    "a block": lambda block: setattr(block, "trainable", False),
+    "one normalisation": lambda block: setattr(block.bn1, "trainable", False),
+    "all of a block but one": lambda block: (
+        setattr(block, "trainable", False),
+        setattr(block.bn2, "trainable", True),
+    ),
+    "a layer of a layer": lambda block: setattr(block.se.fc1, "trainable", False),
+    "a layer of a frozen layer": lambda block: (
+        setattr(block.se, "trainable", False),
+        setattr(block.se.fc2, "trainable", True),
+    ),
+}
+
+
+def trainability(model):
+    """Returns what of a model is trained: the flag of each layer, and the paths of the weights."""
+    layers = model._flatten_layers(include_self=False)
+    flags = {layer.name: layer.trainable for layer in layers}
+    return flags, [weight.path for weight in model.trainable_weights]
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_what_is_frozen_stays_so_in_a_file_and_in_a_copy(case, tmp_path):
+    inputs = keras.Input((8, 8, 4))
+    block = BottleneckBlock(4, use_1x1conv=True, se_reduction=2, shortcut_norm=True, name="block")
+    model = keras.Model(inputs, block(inputs))
+    FROZEN[case](block)
+    before = trainability(model)
+    assert len(before[1]) < len(block.get_weights()) - 8  # the eight are moving statistics
+    for path in (tmp_path / "first.keras", tmp_path / "second.keras"):
+        model.save(path)
+        model = keras.models.load_model(path)
+        assert trainability(model) == before
+    assert trainability(keras.models.clone_model(model)) == before
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_a_loaded_block_is_unfrozen_as_a_new_one_is(case):
+    def build():
+        block = BottleneckBlock(4, use_1x1conv=True, se_reduction=2, name="block")
+        FROZEN[case](block)
+        return block
+
+    blocks = [build(), BottleneckBlock.from_config(build().get_config())]
+    for block in blocks:
+        block.trainable = False
+        block.trainable = True
+        block.build((None, 8, 8, 4))
+    assert trainability(blocks[0]) == trainability(blocks[1])
+    assert all(trainability(blocks[1])[0].values())
+
+
+def test_a_block_made_frozen_trains_nothing():
+    for block in (ResidualBlock(4, trainable=False), SqueezeExcitation(trainable=False)):
+        before = block(keras.random.normal((2, 6, 6, 4)))
+        assert not block.trainable_weights
+        assert not any(weight.trainable for weight in block.weights)
+        after = block(keras.random.normal((2, 6, 6, 4)), training=True)
+        assert before.shape == after.shape
+
+
+def test_fit_leaves_a_loaded_frozen_block_as_it_is(tmp_path):
+    spec = keras_resnet.Spec((1, 1), (4, 8))
+    network = keras_resnet.build_resnet(spec, (8, 8, 1), 2, stem="small")
+    for name in ("stem_conv", "stem_bn", "stage1_block1"):
+        network.get_layer(name).trainable = False
+    network.get_layer("stage2_block1").bn1.trainable = False
+    network.save(tmp_path / "network.keras")
+    loaded = keras.models.load_model(tmp_path / "network.keras")
+    before = {weight.path: np.array(weight) for weight in loaded.weights}
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loaded.compile(keras.optimizers.SGD(0.5), loss)
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(8, 8, 8, 1)), rng.integers(0, 2, 8)
+    loaded.fit(images.astype("float32"), labels, verbose=0)
+    kept = ("stem_", "stage1_", "stage2_block1/bn1")
+    for weight in loaded.weights:
+        same = np.array_equal(before[weight.path], weight)
+        # A bias before a normalisation has no gradient but rounding.
+        if not weight.path.endswith("bias"):
+            assert same == weight.path.startswith(kept), weight.path

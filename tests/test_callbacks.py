@@ -41,6 +41,16 @@ def test_a_terminal_shows_a_bar_and_then_a_line():
     assert text.splitlines()[-1].startswith("epoch 1/2  loss 0.5000  accuracy 0.7500  1234 images")
 
 
+def test_the_bar_ends_at_the_last_image_where_the_last_batch_is_larger():
+    progress = Progress(images=201, batch_size=100, epochs=1, stream=Terminal())
+    progress.set_params({"steps": 2})
+    progress.on_epoch_begin(0)
+    for batch, expected in enumerate([100, 201]):
+        progress.on_train_batch_end(batch, {"loss": 0.5, "accuracy": 0.75})
+        assert progress.bar.n == expected
+    progress.close()
+
+
 def test_a_log_has_one_line_an_epoch():
     stream = io.StringIO()
     run_epoch(stream)

@@ -27,6 +27,7 @@ from keras_resnet.models import (
     build_resnet101,
     build_resnet152,
     count_parameters,
+    last_map_size,
     residual_stage,
     summarize_shapes,
 )
@@ -171,10 +172,16 @@ def test_a_network_that_starts_with_identities_is_its_stem_and_its_shortcuts():
 
 
 @pytest.mark.parametrize(
-    ("policy", "logits"),
-    [("float32", "float32"), ("mixed_bfloat16", "float32"), ("float64", "float64")],
+    ("policy", "weights", "logits"),
+    [
+        ("float32", "float32", "float32"),
+        ("mixed_bfloat16", "float32", "float32"),
+        ("float16", "float16", "float32"),
+        ("bfloat16", "bfloat16", "float32"),
+        ("float64", "float64", "float64"),
+    ],
 )
-def test_logits_are_never_in_half_precision(policy, logits):
+def test_logits_are_never_in_half_precision(policy, weights, logits):
     keras.config.set_dtype_policy(policy)
     try:
         model = build_resnet(TINY, (16, 16, 1))
@@ -184,8 +191,10 @@ def test_logits_are_never_in_half_precision(policy, logits):
     output = model(np.ones((1, 16, 16, 1)))
     assert keras.backend.standardize_dtype(output.dtype) == logits
     assert model.get_layer("stage1_block1").compute_dtype == policy.removeprefix("mixed_")
-    assert {weight.dtype for weight in model.weights} == {logits}
-    assert {weight.dtype for weight in dense.weights} == {logits}
+    head = model.get_layer("logits").weights
+    assert {weight.dtype for weight in head} == {logits}
+    assert {weight.dtype for weight in model.weights[: -len(head)]} == {weights}
+    assert {weight.dtype for weight in dense.weights} == {weights}
 
 
 def test_specs_are_data():
@@ -458,3 +467,14 @@ def test_dense_network_refuses_what_is_no_count(argument, value):
 
 def test_dense_network_may_have_no_blocks():
     assert build_dense_resnet(num_blocks=0).output_shape == (None, 8)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_last_map_has_the_size_that_is_said(variant, stem, monkeypatch):
+    monkeypatch.setitem(SPECS, "tiny", TINY)
+    for size in (1, 8, 9, 30, 33):
+        backbone = build_resnet(
+            TINY, (size, size, 1), variant=variant, stem=stem, include_top=False
+        )
+        assert backbone.output_shape[1:3] == (last_map_size("tiny", stem, size),) * 2

@@ -197,6 +197,41 @@ def test_fit_takes_each_epoch_in_its_own_order(tmp_path, tiny, fashion, monkeypa
     np.testing.assert_array_equal(trained, np.concatenate(expected))
 
 
+@pytest.mark.parametrize(
+    ("image_size", "count", "sizes"),
+    [
+        (8, 65, [65]),  # maps of one pixel: BatchNormalization has no variance of one image
+        (8, 129, [64, 65]),
+        (8, 66, [64, 2]),
+        (8, 1, [1]),
+        (9, 65, [64, 1]),  # maps of two pixels by two
+    ],
+)
+def test_a_last_batch_of_one_image_joins_the_one_before(
+    tmp_path, tiny, fashion, monkeypatch, image_size, count, sizes
+):
+    seen, split = [], fashion.splits["train"]
+    get = Batches.__getitem__
+
+    def note(self, index):
+        images, labels = get(self, index)
+        if self.split is part:
+            seen.append(len(labels))
+        return images, labels
+
+    part = keras_resnet.Split(split.images[:count], split.labels[:count])
+    few = dataclasses.replace(fashion, splits={**fashion.splits, "train": part})
+    monkeypatch.setattr(Batches, "__getitem__", note)
+    planned = []
+    constant = lambda rate, steps, warmup: planned.append(steps) or rate  # noqa: E731
+    monkeypatch.setitem(training.SCHEDULES, "cosine", constant)
+    settings = {**SMALL, "image_size": image_size}
+    run = train(tiny, few, epochs=2, run_dir=tmp_path / "run", **settings)
+    assert planned == [2 * len(sizes)]
+    assert seen[-2 * len(sizes) :] == 2 * sizes
+    assert len(run.history) == 2
+
+
 # ----------------------------------------------------------------------------------------------
 # Ending early and going on
 # ----------------------------------------------------------------------------------------------
@@ -299,6 +334,56 @@ def test_a_finished_run_resumed_writes_what_is_missing(copied):
     assert again.history == before
     assert again.report["accuracy"] == accuracy
     assert (run_dir / "report.md").exists() and (run_dir / "model.keras").exists()
+
+
+def test_a_finished_run_can_be_continued_with_more_epochs(copied, tmp_path, tiny, fashion):
+    run_dir = copied["run_dir"]
+    before = json.loads((run_dir / "config.json").read_text())
+    run = train(epochs=2, command="train --resume --epochs 2", **copied)
+    assert [row["epoch"] for row in run.history] == [1, 2]
+    assert run.history[0] == read_history(run_dir / "history.csv")[0]
+    assert run.report["accuracy"] == pytest.approx(run.history[-1]["val_accuracy"], abs=1e-6)
+    config = json.loads((run_dir / "config.json").read_text())
+    assert (config["settings"]["epochs"], config["recipe"]["epochs"]) == (2, 2)
+    command = "train --resume --epochs 2"
+    assert config["continued"] == [{"after_epoch": 1, "epochs": 2, "command": command}]
+    for changed in (before, config):
+        changed.pop("continued", None)
+        changed["settings"]["epochs"] = changed["recipe"]["epochs"] = None
+    assert config == before
+    # At a constant rate it is the run that was started with two epochs.
+    unbroken = train(tiny, fashion, "seed", epochs=2, run_dir=tmp_path / "unbroken", **SMALL)
+    for ours, theirs in zip(run.history, unbroken.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    # Resumed without a number it is the run of two epochs.
+    assert train(**copied).history == run.history
+    with pytest.raises(InputError, match=r"at least as many `epochs` as it has finished, 2, got 1"):
+        train(epochs=1, **copied)
+    assert json.loads((run_dir / "config.json").read_text())["settings"]["epochs"] == 2
+
+
+def test_the_schedule_of_a_continued_run_is_that_of_the_new_total(trained_run, tmp_path):
+    run_dir = shutil.copytree(trained_run, tmp_path / "run")
+    words = ("train", "--resume", "--run-dir", run_dir, "--epochs", 4)
+    done = run_main(*words)
+    assert done.returncode == 0, done.stderr
+    rates = [row["learning_rate"] for row in read_history(run_dir / "history.csv")]
+    assert rates[2] == pytest.approx(0, abs=1e-9)  # the cosine of three epochs
+    assert rates[3] == pytest.approx(0, abs=1e-9)  # the cosine of four
+    # The weights moved: the fourth epoch was not trained at a rate of zero.
+    before, after = (load_model(d / "model.keras").get_weights() for d in (trained_run, run_dir))
+    assert not np.allclose(before[0], after[0], atol=1e-4)
+    refused = run_main(*words[:-1], 3)
+    assert refused.returncode == 2 and "`epochs` as it has finished, 4, got 3" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_run_that_cannot_be_continued_keeps_its_number_of_epochs(copied):
+    other = dataclasses.replace(copied["dataset"], fingerprint="0" * 64)
+    with pytest.raises(InputError, match="the data are not those"):
+        train(epochs=5, **{**copied, "dataset": other})
+    config = json.loads((copied["run_dir"] / "config.json").read_text())
+    assert config["settings"]["epochs"] == config["recipe"]["epochs"] == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tiny, fashion, monkeypatch):
@@ -480,11 +565,17 @@ def test_a_fine_tuned_run_says_what_it_came_from(tuned, tiny, checkpoint):
     card = read_card(run.run_dir / "model.keras")
     assert (card["variant"], card["normalize"]) == ("torchvision", "imagenet")
     assert card["origin"] == {"file": checkpoint.name, "sha256": digest}
-    # The model is whole: its preprocessing is inside, and all of it can be trained.
+    # The model is whole: its preprocessing is inside. What was frozen is frozen.
     model = load_model(run.run_dir / "model.keras")
     assert model.get_layer("preprocessing").mean == pytest.approx(0.449)
     plain = keras_resnet.build_resnet(tiny, (28, 28, 1), variant="torchvision")
-    assert len(model.trainable_variables) == len(plain.trainable_variables)
+    trained = [w.path for w in plain.trainable_weights if not w.path.startswith(("stem", "stage1"))]
+    for path in ("model.keras", "checkpoints/last.keras"):
+        loaded = keras.models.load_model(run.run_dir / path, compile=False)
+        assert [weight.path for weight in loaded.trainable_weights] == trained
+    model.trainable = False
+    model.trainable = True
+    assert len(model.trainable_weights) == len(plain.trainable_weights)
 
 
 def test_a_head_of_the_same_classes_is_loaded(tmp_path, tiny, fashion, capsys):
@@ -534,6 +625,36 @@ def test_resumed_it_needs_the_file_only_before_its_first_checkpoint(
     (run.run_dir / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="damaged: its init is"):
         train(**again)
+
+
+def test_ones_own_model_is_a_source(tmp_path, tuned, tiny, fashion, capsys):
+    source = tuned[0].run_dir / "model.keras"
+    classes = fashion.class_names[:4]
+    few = np.flatnonzero(fashion.splits["train"].labels < 4)[:64]
+    images, labels = (getattr(fashion.splits["train"], n)[few] for n in ("images", "labels"))
+    split = keras_resnet.Split(images, labels)
+    data = dataclasses.replace(
+        fashion, class_names=classes, splits={"train": split, "test": split}, fingerprint="1"
+    )
+    settings = {**SMALL, "verbose": True, "freeze": "stem,stage1,stage2"}
+    run = train(tiny, data, epochs=1, init=source, run_dir=tmp_path / "run", **settings)
+    out = capsys.readouterr().out
+    assert "a network of this package; variant torchvision, stem imagenet, 30 tensors" in out
+    assert "new head: 4 classes, the checkpoint has 10" in out
+    before, after = (weights_of(each.model.get_layer("tiny")) for each in (tuned[0], run))
+    for path in before:
+        if not path.startswith("logits"):
+            np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+    config = json.loads((run.run_dir / "config.json").read_text())
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert (config["init"]["layout"], config["init"]["sha256"]) == ("keras_resnet", digest)
+    # The images are normalised as the source's were, unless another way is asked for.
+    assert config["settings"]["normalize"] == "imagenet"
+    assert run.model.get_layer("preprocessing").mean == pytest.approx(0.449)
+    origin = read_card(run.run_dir / "model.keras")["origin"]
+    assert origin == {"file": "model.keras", "sha256": digest}
+    resumed = train(dataset=data, run_dir=run.run_dir, resume=True, verbose=False)
+    assert resumed.history == run.history
 
 
 NOT_TUNED = {
@@ -591,7 +712,8 @@ def test_what_cannot_begin_leaves_no_folder(tmp_path, tiny):
     ("change", "message"),
     [
         ({"learning_rate": 0.5}, "`learning_rate` was None, got 0.5"),
-        ({"epochs": 7}, "`epochs` was 1, got 7"),
+        ({"epochs": 7, "seed": 1}, "`seed` was 0, got 1"),
+        ({"epochs": 0}, "`epochs` must be a whole number of at least 1, got 0"),
         ({"model": "resnet18"}, "`model` was 'tiny', got 'resnet18'"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,10 +34,6 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def num_batches(self, batch_size):
-        """Returns how many batches of at most `batch_size` the split has; the last may be short."""
-        return math.ceil(len(self) / batch_size)
-
     def order(self, seed, epoch):
         """Returns the shuffled order of one epoch, a function of `seed` and `epoch` alone.
 
@@ -51,6 +46,30 @@ class Split:
         for start in range(0, len(self), batch_size):
             indices = np.arange(start, min(start + batch_size, len(self)))
             yield self.images[indices], self.labels[indices]
+
+
+def cut_batches(count, batch_size, least=1):
+    """Cuts the images of an epoch into batches.
+
+    Args:
+        count: Images an epoch.
+        batch_size: Images a batch; the last may have fewer.
+        least: Images that a short last batch needs. With fewer it joins the batch before it, if
+            there is one.
+
+    Returns:
+        A list of slices, in order.
+
+    Example:
+        >>> [cut.stop - cut.start for cut in cut_batches(9, 4)]
+        [4, 4, 1]
+        >>> [cut.stop - cut.start for cut in cut_batches(9, 4, least=2)]
+        [4, 5]
+    """
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] < min(least, batch_size):
+        del starts[-1]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], count], strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

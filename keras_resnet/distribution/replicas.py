@@ -6,13 +6,13 @@ gradient of one replica that sees the whole batch.
 """
 
 import hashlib
-import itertools
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_resnet.blocks import PACKAGE
+from keras_resnet.datasets.base import cut_batches
 from keras_resnet.errors import InputError
 
 
@@ -25,11 +25,14 @@ class Shards:
 
     Args:
         split: A `datasets.Split`.
-        batch_size: Images a step of all replicas together; the last of an epoch may be short.
+        batch_size: Images a step of all replicas together; the last of an epoch may be of another
+            size.
         strategy: A `tf.distribute.Strategy`.
         order: A function of the epoch, counted from 0, that returns the order of the images, such
             as `functools.partial(split.order, seed)`; the split's own by default.
         first_epoch: The epoch that the data set begins with.
+        least: Images that the last batch of an epoch needs, at least one a replica, which is the
+            default; with fewer it joins the batch before it. See `datasets.base.cut_batches`.
 
     Attributes:
         dataset: What `model.fit` takes.
@@ -45,11 +48,12 @@ class Shards:
         [[0, 1, 2, 3], [4]]
     """
 
-    def __init__(self, split, batch_size, strategy, order=None, first_epoch=0):
-        check_batches(len(split), batch_size, strategy.num_replicas_in_sync)
+    def __init__(self, split, batch_size, strategy, order=None, first_epoch=0, least=None):
+        replicas = strategy.num_replicas_in_sync
+        check_batches(len(split), batch_size, replicas)
         self.split = split
-        self.batch_size = batch_size
-        self.steps = split.num_batches(batch_size)
+        self.cuts = cut_batches(len(split), batch_size, max(least or 0, replicas))
+        self.steps = len(self.cuts)
         self.order = order or (lambda epoch: np.arange(len(split)))
         self.first_epoch = first_epoch
         self.failure = None
@@ -64,9 +68,8 @@ class Shards:
             epoch = self.first_epoch
             while True:
                 order = self.order(epoch)
-                for start in range(0, len(order), self.batch_size):
-                    batch = order[start : start + self.batch_size]
-                    shards = np.array_split(batch, context.num_replicas_in_sync)
+                for cut in self.cuts:
+                    shards = np.array_split(order[cut], context.num_replicas_in_sync)
                     yield from map(self._read, shards[first : first + replicas])
                 epoch += 1
 
@@ -97,11 +100,11 @@ def check_batches(images, batch_size, replicas):
         replicas: How many replicas there are.
 
     Example:
-        >>> check_batches(60000, 128, 8)
         >>> check_batches(60001, 128, 98)
+        >>> check_batches(60001, 64, 98)
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: the last batch of an epoch has 97 of 60001 images for 98 ...
+        keras_resnet.errors.InputError: a batch of 64 images is too small for 98 replicas: ...
     """
     if images < replicas:
         raise InputError(f"each of {replicas} replicas needs an image, got {images} images")
@@ -110,30 +113,6 @@ def check_batches(images, batch_size, replicas):
             f"a batch of {batch_size} images is too small for {replicas} replicas: choose a "
             "larger --batch-size, or --scale-batch"
         )
-    last = images % batch_size
-    if 0 < last < replicas:
-        raise InputError(
-            f"the last batch of an epoch has {last} of {images} images for {replicas} replicas, "
-            f"and each needs one: choose another --batch-size than {batch_size}, such as "
-            f"{fit_batch_size(images, batch_size, replicas)}"
-        )
-
-
-def fit_batch_size(images, batch_size, replicas):
-    """Returns the nearest batch size that leaves no replica without an image, a smaller one first.
-
-    Args:
-        images: Images an epoch, at least as many as replicas.
-        batch_size: Images a step of all replicas together, wanted.
-        replicas: How many replicas there are.
-
-    Example:
-        >>> [fit_batch_size(10000, 128, 8), fit_batch_size(10001, 100, 4), fit_batch_size(17, 4, 4)]
-        [128, 98, 6]
-    """
-    start = max(batch_size, replicas)
-    sizes = itertools.chain(range(start, replicas - 1, -1), range(start + 1, images + 1))
-    return next(size for size in sizes if images % size == 0 or images % size >= replicas)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -161,13 +140,14 @@ class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
         return weight * loss + tf.stop_gradient((1 - weight) * loss)
 
 
-def choose_loss(images, batch_size, replicas):
+def choose_loss(images, batch_size, replicas, least=None):
     """Returns the loss for logits under several replicas that `Shards` feeds.
 
     Args:
         images: Images an epoch.
         batch_size: Images a step of all replicas together.
         replicas: How many replicas there are.
+        least: See `Shards`.
 
     Returns:
         Keras's own where all shards have the same size, which saves a message a step; else
@@ -177,7 +157,8 @@ def choose_loss(images, batch_size, replicas):
         >>> type(choose_loss(60000, 128, 4)).__name__, type(choose_loss(60000, 128, 3)).__name__
         ('SparseCategoricalCrossentropy', 'GlobalBatchCrossentropy')
     """
-    even = batch_size % replicas == 0 and images % batch_size % replicas == 0
+    cuts = cut_batches(images, batch_size, max(least or 0, replicas))
+    even = all((cut.stop - cut.start) % replicas == 0 for cut in cuts)
     kind = keras.losses.SparseCategoricalCrossentropy if even else GlobalBatchCrossentropy
     return kind(from_logits=True)
 

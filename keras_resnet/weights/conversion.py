@@ -67,7 +67,7 @@ def open_source(path, layout=None):
         tensors = read_tensors(path)
         checkpoint = _inspect(tensors, layout)
     # After the reader, which refuses what has no end, such as a pipe.
-    return Source(path, _sha256(path), checkpoint, tensors)
+    return Source(path, sha256_of(path), checkpoint, tensors)
 
 
 def _inspect(tensors, layout):
@@ -97,7 +97,8 @@ def _check_head(tensors, row):
     )
 
 
-def _sha256(path):
+def sha256_of(path):
+    """Returns the digest (hex) of a file's bytes."""
     whole = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):

@@ -166,13 +166,14 @@ def read_tensors(source):
     return read_keras_applications(source) if of_keras else read_checkpoint(source)
 
 
-def load_tensors(model, tensors, *, layout=None, skip_head=False, adapt_input=False):
+def load_tensors(model, tensors, *, layout=None, row=None, skip_head=False, adapt_input=False):
     """Loads what `read_tensors` has read.
 
     Args:
         model: See `load_torch_weights`, as for all that follow.
         tensors: Names -> NumPy arrays.
         layout: A row of `LAYOUTS`, instead of recognising it.
+        row: The `Layout` itself, where `layout` names no row of `LAYOUTS`.
         skip_head: Whether the logits' weights stay as they are.
         adapt_input: Whether the first convolution may be fitted.
 
@@ -183,7 +184,7 @@ def load_tensors(model, tensors, *, layout=None, skip_head=False, adapt_input=Fa
         InputError: If the tensors do not fit.
     """
     layout = layout or detect_layout(tensors)
-    row = look_up(LAYOUTS, layout, "layout")
+    row = row or look_up(LAYOUTS, layout, "layout")
     head = {row.name(path) for path in _HEAD}
     skipped = head if skip_head else set()
     left = {name: array for name, array in tensors.items() if name not in skipped}
