@@ -44,9 +44,9 @@ got the shape (28, 28, 1): one image needs its batch axis, `images[None]`
 
 def _fits(found, wanted):
     """Returns whether (height, width, channels) are those wanted; open channels are 1 or 3."""
-    return all(
-        limit in (None, size) for size, limit in zip(found, wanted, strict=True)
-    ) and found[-1] in (wanted[-1], 1, 3)
+    return all(limit in (None, size) for size, limit in zip(found, wanted, strict=True)) and found[
+        -1
+    ] in (wanted[-1], 1, 3)
 
 
 def _shape_hint(shape, wanted):
@@ -168,7 +168,8 @@ def as_labels(labels, classes=None):
 
     Args:
         labels: Whole numbers, [count] or [count, 1]: an array, a tensor or a list.
-        classes: How many classes there are; None where that is not known yet.
+        classes: How many classes there are; None where that is not known yet. TFDS marks images
+            without a label by −1, and a loader leaves them out.
 
     Returns:
         int64, [count].
@@ -197,9 +198,10 @@ the shape (3, 3): of one-hot labels take `labels.argmax(axis=1)`
     if labels.size and labels.dtype.kind not in "biu":
         hint = ': `labels.astype("int64")`' if labels.dtype.kind == "f" else ""
         raise InputError(f"{got}{hint}")
-    for label in (labels.min(), labels.max()) if labels.size else ():
-        if label < 0 or label >= (2**63 if classes is None else classes):
-            limit = "at least 0" if classes is None else f"in 0 … {classes - 1}"
-            known = "" if classes is None else f", since there are {classes} class names"
-            raise InputError(f"each label must be {limit}{known}, got {label}")
+    for label in (labels.min(), labels.max()) if labels.size and classes is not None else ():
+        if not 0 <= label < classes:
+            raise InputError(
+                f"each label must be in 0 … {classes - 1}, since there are {classes} class names, "
+                f"got {label}"
+            )
     return labels.reshape(-1).astype("int64", copy=False)

@@ -61,8 +61,9 @@ class KerasRuntime(Runtime):
         if len(ends[1]) > 1:
             chosen, names = _output_names(model)
             raise InputError(
-                f"{self.name}: a model must have one output, this one has {len(ends[1])} "
-                f"({names}): choose one, `keras.Model(model.inputs, model.output[{chosen!r}])`"
+                f"{self.name}: the model must take images and give one output, it has "
+                f"{len(ends[1])} ({names}): choose one, such as "
+                f"`keras.Model(model.inputs, model.output[{chosen!r}])`"
             )
         if [len(end) for end in ends] != [1, 1]:
             shapes = [tuple(tensor.shape) for end in ends for tensor in end]
@@ -176,9 +177,8 @@ def _role(operation, tensor, before):
     # Over another axis, or in another shape, the last axis is not that of the classes.
     if role == base.SOFTMAX and getattr(named, "axis", -1) not in (-1, len(tensor.shape) - 1):
         return None
-    if role == base.PASSING and before and before[0].shape[-1] != tensor.shape[-1]:
-        return None
-    return role
+    columns = [each.shape[-1] if len(each.shape) > 1 else 1 for each in (tensor, *before[:1])]
+    return None if role == base.PASSING and len(set(columns)) > 1 else role
 
 
 # ----------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_formats_describe_themselves(opened, name):
     assert (runtime.input.name, runtime.output.name) == ("image", "probabilities")
     assert runtime.input.shape == (None, 28, 28, 1) and runtime.input.dtype == "uint8"
     assert runtime.output.shape == (None, 10) and runtime.output.dtype == "float32"
-    assert runtime.gives_probabilities
+    assert runtime.output_kind == "softmax"
     assert runtime.threads == 1
 
 
@@ -139,23 +139,23 @@ HALF = helper.make_node("Cast", ["z"], ["scores"], to=TensorProto.FLOAT16)
 
 
 @pytest.mark.parametrize(
-    ("output", "last", "kind", "probabilities"),
+    ("output", "last", "element", "kind"),
     [
-        ("logits", (), TensorProto.FLOAT, False),
-        ("scores", (SOFTMAX, HALF), TensorProto.FLOAT16, True),
+        ("logits", (), TensorProto.FLOAT, "logits"),
+        ("scores", (SOFTMAX, HALF), TensorProto.FLOAT16, "softmax"),
     ],
     ids=["logits", "softmax in half precision"],
 )
 def test_logits_become_probabilities_and_probabilities_stay(
-    tmp_path, prober, output, last, kind, probabilities
+    tmp_path, prober, output, last, element, kind
 ):
-    kernel = linear(tmp_path / "a.onnx", output, last, kind)
+    kernel = linear(tmp_path / "a.onnx", output, last, element)
     predictor = load(tmp_path / "a.onnx", prober=prober)
-    assert predictor.gives_probabilities == probabilities
+    assert predictor.output_kind == kind
     images = tiny_exports.images(4, (4, 4, 1))
     powers = np.exp(images.reshape(4, 16).astype("float64") @ kernel)
     expected = powers / powers.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(predictor(images), expected, atol=1e-3 if probabilities else 1e-5)
+    np.testing.assert_allclose(predictor(images), expected, atol=1e-3 if last else 1e-5)
 
 
 def test_models_of_floats_are_no_predictors(tmp_path, prober):
