@@ -60,7 +60,7 @@ def _shape_hint(shape, wanted):
         return "one grey image needs a batch axis and a channel axis, `images[None, ..., None]`"
     if len(shape) != 4:
         return ""
-    count, first, *rest = shape
+    _, first, *rest = shape
     if first in (1, 3) and rest[-1] not in (1, 3) and _fits((*rest, first), wanted):
         return "channels come last, `images.transpose(0, 2, 3, 1)`"
     if channels == 3 and shape[-1] == 1:

@@ -115,7 +115,8 @@ class Runtime:
         """
         said = self.stated_kind
         if said is not None:
-            if said not in OUTPUT_KINDS or (said in _OF_ONE_NUMBER.values()) != (self.columns == 1):
+            is_known = isinstance(said, str) and said in OUTPUT_KINDS
+            if not is_known or (said in _OF_ONE_NUMBER.values()) != (self.columns == 1):
                 raise InputError(
                     f"{self.name}: damaged: its metadata say the output kind {said!r:.40}, and it "
                     f"gives {self.columns} numbers"
@@ -318,7 +319,7 @@ def kind_by_numbers(answers):
     sums = answers.sum(axis=1, dtype="float64")
     low, high = answers.min(), answers.max()
     # A number that is none (nan) passes no comparison. A head of zeros gives logits.
-    if not (-_NUMBER_TOLERANCE <= low and 0 < high <= 1 + _NUMBER_TOLERANCE):
+    if not (low >= -_NUMBER_TOLERANCE and 0 < high <= 1 + _NUMBER_TOLERANCE):
         return LOGITS
     is_shared = answers.shape[1] > 1 and (abs(sums - 1) <= _SUM_TOLERANCE).all()
     return SOFTMAX if is_shared else SIGMOID
