@@ -215,7 +215,7 @@ def test_images_are_no_floats(tmp_path, prober):
     linear(tmp_path / "a.onnx", element=TensorProto.FLOAT)
     runtime = open_runtime(tmp_path / "a.onnx", prober=prober)
     assert runtime.run(np.zeros((2, 4, 4, 1))).shape == (2, 3)
-    with pytest.raises(InputError, match="it takes float32 .*, got uint8"):
+    with pytest.raises(InputError, match=r"it takes float32 .*, got uint8"):
         runtime.run(np.zeros((2, 4, 4, 1), "uint8"))
 
 
