@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_resnet.arrays import as_labels
 from keras_resnet.errors import InputError
 from keras_resnet.files import replacing
 from keras_resnet.tables import printable
@@ -188,7 +189,10 @@ def evaluate(predict, split, class_names, *, batch_size=256, progress=None):
 
     Args:
         predict: Any callable from images (uint8, [n, height, width, channels], n at most
-            `batch_size`) to probabilities (float, [n, number of classes]).
+            `batch_size`) to probabilities (float, [n, number of classes]). If it has an attribute
+            `several_labels` that is true, as a `Predictor` of a several-label network has, each
+            number stands alone and a row has any sum; the prediction is the label with the
+            largest number.
         split: A `keras_resnet.datasets.base.Split`.
         class_names: One name for each label.
         batch_size: How many images one call of `predict` gets.
@@ -213,13 +217,14 @@ def evaluate(predict, split, class_names, *, batch_size=256, progress=None):
     labels = _checked_labels(split, class_names)
     if batch_size < 1:
         raise InputError(f"`batch_size` must be at least 1, got {batch_size}")
+    several = bool(getattr(predict, "several_labels", False))
     rows, seconds = [], 0.0
     for images, _ in split.batches(batch_size):
         start = time.perf_counter()
         # Some runtimes answer before they have computed: turning the answer into an array waits.
         answer = _as_float32(predict(images))
         seconds += time.perf_counter() - start
-        rows.append(_checked_probabilities(answer, len(images), len(class_names)))
+        rows.append(_checked_probabilities(answer, (len(images), len(class_names)), several))
         if progress is not None:
             progress(sum(map(len, rows)), len(split))
     return Evaluation(labels, np.concatenate(rows), tuple(class_names), seconds)
@@ -228,14 +233,7 @@ def evaluate(predict, split, class_names, *, batch_size=256, progress=None):
 def _checked_labels(split, class_names):
     if len(split) == 0:
         raise InputError("a split needs at least one image to be evaluated, got none")
-    labels = np.asarray(split.labels, "int64")
-    for label in (labels.min(), labels.max()):
-        if not 0 <= label < len(class_names):
-            raise InputError(
-                f"each label must be in 0 … {len(class_names) - 1}, since there are "
-                f"{len(class_names)} class names, got {label}"
-            )
-    return labels
+    return as_labels(split.labels, len(class_names))
 
 
 _RULE = "`predict` must return probabilities: finite, none negative, each row with the sum 1"
@@ -248,13 +246,15 @@ def _as_float32(answer):
         raise InputError(f"{_RULE}; got {type(answer).__name__}, not an array ({error})") from error
 
 
-def _checked_probabilities(answer, images, classes):
-    if answer.shape != (images, classes):
-        raise InputError(f"{_RULE}; got shape {answer.shape}, not {(images, classes)}")
+def _checked_probabilities(answer, shape, several):
+    if answer.shape != shape:
+        raise InputError(f"{_RULE}; got shape {answer.shape}, not {shape}")
     if not np.isfinite(answer).all():
         raise InputError(f"{_RULE}; got {answer[~np.isfinite(answer)][0]}")
     if answer.min() < 0:
         raise InputError(f"{_RULE}; got {answer.min():.4g} (are these logits? apply a softmax)")
+    if several:
+        return answer
     sums = answer.sum(axis=1, dtype="float64")
     worst = sums[np.abs(sums - 1).argmax()]
     if abs(worst - 1) > SUM_TOLERANCE:

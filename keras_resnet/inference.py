@@ -13,14 +13,17 @@ from keras_resnet.datasets.images import (
     printable_path,
 )
 from keras_resnet.errors import InputError, one_line
-from keras_resnet.evaluation import evaluate
+from keras_resnet.evaluation import SUM_TOLERANCE, evaluate
 from keras_resnet.progress import bar
 from keras_resnet.runtimes import Runtime, open_runtime
+from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
 from keras_resnet.runtimes.keras_file import KerasRuntime
 
 _NO_IMAGES = (
-    "it takes floats that are normalised already, not images: convert the checkpoint again with "
-    "--normalize, such as --normalize imagenet, or export with the preprocessing inside"
+    "it takes floats that are normalised already, not images: put "
+    "`keras_resnet.with_preprocessing(network, image_shape, mean=…, std=…)` before the network and "
+    "save that, convert the checkpoint again with --normalize, such as --normalize imagenet, or "
+    "export with the preprocessing inside"
 )
 
 _DATA_SETTINGS = {"data_dir": str, "validation_share": float, "skip_bad": bool, "seed": int}
@@ -30,8 +33,8 @@ class Predictor:
     """A trained model that answers with probabilities.
 
     Args:
-        model: A `Runtime`, or a Keras model: images to logits, or to probabilities if it ends in
-            a softmax.
+        model: A `Runtime`, or a Keras model: images to numbers of one of the kinds in
+            `runtimes.base.OUTPUT_KINDS`.
         card: What the model's file says about itself; by default what the runtime read there.
             "class_names"; "background" ("dark", "light" or None) of the images it was trained
             on; "data", how to load them again; "takes_raw_images", false for a network without
@@ -41,7 +44,10 @@ class Predictor:
     Attributes:
         runtime: The `Runtime`.
         model: The Keras model; None for the other formats.
-        class_names: One name for each output.
+        output_kind: What the model's numbers are, a row of `runtimes.base.OUTPUT_KINDS`.
+        several_labels: Whether an image can have several labels: the probabilities of an image
+            have any sum then.
+        class_names: One name for each class; two where the model gives one number.
         image_shape: (height, width, channels) that the model takes; None is any size.
     """
 
@@ -56,7 +62,8 @@ class Predictor:
         if self.card.get("takes_raw_images") is False or not model.takes_images:
             raise InputError(f"{self.name}: {_NO_IMAGES}")
         self.image_shape, outputs = self._check_shapes()
-        self.gives_probabilities = model.gives_probabilities
+        self.output_kind = model.output_kind
+        self.several_labels = self.output_kind == SIGMOID
         names = self.card.get("class_names") or [f"class {i}" for i in range(outputs)]
         if not isinstance(names, list) or len(names) != outputs:
             raise InputError(
@@ -66,12 +73,13 @@ class Predictor:
         self.class_names = tuple(map(str, names))
 
     def _check_shapes(self):
-        """Returns the shape of an image and the number of outputs."""
+        """Returns the shape of an image and the number of classes."""
         shapes = [self.runtime.input.shape, self.runtime.output.shape]
-        if [len(shape) for shape in shapes] == [4, 2]:
-            (_, *image), (_, outputs) = shapes
-            if image[-1] in (1, 3) and outputs is not None:
-                return tuple(image), outputs
+        _, *image = shapes[0] or (None,)
+        columns = self.runtime.columns
+        if len(image) == 3 and image[-1] in (1, 3) and columns is not None:
+            # One number for two classes is p of the second, and 1 − p of the first.
+            return tuple(image), max(columns, 2)
         raise InputError(
             f"{self.name}: the model must take images (batch, height, width, 1 or 3) and give "
             f"logits (batch, classes); its inputs and outputs are {shapes!s:.200}"
@@ -84,42 +92,55 @@ class Predictor:
             images: uint8, [count, height, width, channels], of the model's `image_shape`.
 
         Returns:
-            float32, [count, classes]; each row sums to 1.
+            float32, [count, classes]; each row sums to 1, unless `several_labels`.
 
         Raises:
-            InputError: If the model cannot be run on them, or answers with no such numbers.
+            InputError: If the images are not so, the model cannot be run on them, or it answers
+                with no such numbers.
         """
-        return to_probabilities(self.runtime.run(images), self.gives_probabilities, self.name)
+        return to_probabilities(self.runtime.run(images), self.output_kind, self.name)
 
 
-def to_probabilities(answers, are_probabilities, name):
+def to_probabilities(answers, kind, name):
     """Returns a model's answers as probabilities.
 
     Args:
-        answers: [count, classes], floats.
-        are_probabilities: Whether they are a softmax's; otherwise they are logits.
+        answers: [count, columns], floats.
+        kind: What they are, a row of `runtimes.base.OUTPUT_KINDS`.
         name: The model's name, for messages.
 
     Returns:
-        float32, [count, classes]; each row sums to 1.
+        float32, [count, classes]. Each row sums to 1, but for the kind "sigmoid", where each label
+        has a number of its own. One column becomes two: 1 − p and p.
 
     Raises:
         InputError: If they are not finite, or are said to be probabilities and are not.
 
     Example:
-        >>> to_probabilities(np.zeros((1, 4)), False, "a model").tolist()
+        >>> to_probabilities(np.zeros((1, 4)), "logits", "a model").tolist()
         [[0.25, 0.25, 0.25, 0.25]]
+        >>> to_probabilities(np.array([[0.75]]), "binary_sigmoid", "a model").tolist()
+        [[0.25, 0.75]]
     """
     if not np.isfinite(answers).all():
         raise InputError(f"{name}: the model answers with numbers that are not finite")
     # In float64, so that rows sum to 1 also where the model computes in half precision.
-    powers = answers.astype("float64")
-    if not are_probabilities:
-        powers = np.exp(powers - powers.max(axis=-1, keepdims=True))
-    sums = powers.sum(axis=-1, keepdims=True)
-    if (powers < 0).any() or not sums.all():
+    numbers = answers.astype("float64")
+    if kind == BINARY_LOGIT:
+        numbers = np.concatenate([np.zeros_like(numbers), numbers], axis=1)
+    if kind in (LOGITS, BINARY_LOGIT):
+        numbers = np.exp(numbers - numbers.max(axis=-1, keepdims=True))
+    most = np.inf if kind in (LOGITS, BINARY_LOGIT, SOFTMAX) else 1 + SUM_TOLERANCE
+    if ((numbers < 0) | (numbers > most)).any():
         raise InputError(f"{name}: the model answers with what are no probabilities")
-    return (powers / sums).astype("float32")
+    if kind == SIGMOID:
+        return numbers.astype("float32")
+    if kind == BINARY_SIGMOID:
+        numbers = np.concatenate([1 - np.minimum(numbers, 1), numbers], axis=1)
+    sums = numbers.sum(axis=-1, keepdims=True)
+    if not sums.all():
+        raise InputError(f"{name}: the model answers with what are no probabilities")
+    return (numbers / sums).astype("float32")
 
 
 def measure(predictor, split, class_names, batch_size=256):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_resnet import arrays
 from keras_resnet.errors import InputError
 
 
@@ -18,13 +19,24 @@ class Split:
         images: uint8, [count, height, width, channels]. A NumPy array, or anything with `shape`,
             `len()` and `images[indices]` that gives such an array for an array of indices, so
             that files can stay on disk until a batch needs them.
-        labels: int64, [count], each in `range(number of classes)`.
+        labels: int64, [count], each in `range(number of classes)`. Labels of the shape
+            [count, 1], and lists, are converted.
+
+    Raises:
+        InputError: If images or labels are not so; see `arrays`.
     """
 
     images: Any
     labels: np.ndarray
 
     def __post_init__(self):
+        if isinstance(self.images, (np.ndarray, list, tuple)) or hasattr(self.images, "numpy"):
+            object.__setattr__(self, "images", arrays.as_images(self.images, "a split"))
+        else:
+            # Images that stay on disk are not read here: only what they say of themselves.
+            arrays.check_image_type(getattr(self.images, "dtype", "uint8"), "a split")
+            arrays.check_image_shape(self.images.shape, "a split")
+        object.__setattr__(self, "labels", arrays.as_labels(self.labels))
         if len(self.images) != len(self.labels):
             raise InputError(
                 "a split needs one label for each image, "
@@ -82,6 +94,9 @@ class Dataset:
         splits: "train" and the split that measures: "test" or "validation".
         source: One line that says where it was found.
         fingerprint: sha256 (hex) of what it holds; see `fingerprint_arrays`.
+
+    Raises:
+        InputError: If a label of a split has no class name.
     """
 
     name: str
@@ -89,6 +104,10 @@ class Dataset:
     splits: Mapping[str, Split]
     source: str
     fingerprint: str
+
+    def __post_init__(self):
+        for split in self.splits.values():
+            arrays.as_labels(split.labels, len(self.class_names))
 
     @property
     def image_shape(self):

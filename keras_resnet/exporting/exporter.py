@@ -30,7 +30,8 @@ from keras_resnet.inference import (
 from keras_resnet.manifest import MANIFEST, VERSION, digest, read_manifest
 from keras_resnet.progress import bar
 from keras_resnet.runtimes import Prober, open_runtime
-from keras_resnet.runtimes.keras_file import KerasRuntime, ends_in_softmax
+from keras_resnet.runtimes.base import CARD_KEY, LOGITS, as_rows, kind_by_numbers
+from keras_resnet.runtimes.keras_file import KerasRuntime
 
 TOOLS = ("tensorflow", "tf2onnx", "onnx", "onnxruntime", "ai-edge-litert")
 
@@ -78,7 +79,8 @@ def export(
 
     Args:
         model: A run folder, a .keras file, or a Keras model with one image input and one output
-            of logits or probabilities.
+            of a kind in `runtimes.base.OUTPUT_KINDS`. A model of one number for two classes is
+            exported with two columns: 1 − p and p.
         folder: Where to. By default "export" in the run folder, or beside a .keras file, with the
             file's name before it. An earlier export of the same model in it is added to.
         to: Rows of `formats.FORMATS`: "saved_model", "tflite", "onnx"; None for all.
@@ -119,7 +121,7 @@ def export(
     run_folder.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
     job = Job(
         serving,
-        _make_card(source.predictor, data, preprocessing),
+        _make_card(source.predictor, data, serving),
         source.provenance,
         _calibration_images(serving, data, artifacts),
     )
@@ -197,13 +199,18 @@ def _describe_run(run_dir):
     return {**known, "recipe": recipe}
 
 
-def _make_card(predictor, data, preprocessing):
+def _make_card(predictor, data, serving):
     names = list(map(str, predictor.card.get("class_names") or data.class_names))
     for name in names:
         # `labels.txt` has a line for each.
         if name.splitlines() != [name]:
             raise InputError(f"a class name must be one line of text, got {name!r}")
-    return {**predictor.card, "class_names": names, "takes_raw_images": bool(preprocessing)}
+    return {
+        **predictor.card,
+        "class_names": names,
+        "takes_raw_images": serving.contract.dtype == "uint8",
+        CARD_KEY: serving.output_kind,
+    }
 
 
 def _calibration_images(serving, data, artifacts):
@@ -263,16 +270,18 @@ class _Session:
             raise InputError(
                 f"the proof takes at least {max(proof.BATCHES)} images, got {len(split)}"
             )
-        parts = []
+        runtime, parts = KerasRuntime(model), []
         with bar(len(split), "the Keras model") as shown:
             for images, _ in split.batches(256):
-                answers = keras.ops.convert_to_numpy(model(images, training=False))
-                _check_logits(model, answers)
-                parts.append(to_probabilities(answers, ends_in_softmax(model), model.name))
+                (answers,) = keras.tree.flatten(model(images, training=False))
+                parts.append(as_rows(keras.ops.convert_to_numpy(answers)))
                 shown.update(len(images))
-        self.reference = proof.Reference(split.images, split.labels, np.concatenate(parts))
+        answers, kind = np.concatenate(parts), self.job.serving.source_kind
+        _check_kind(runtime, kind, answers)
+        probabilities = to_probabilities(answers, kind, model.name)
+        self.reference = proof.Reference(split.images, split.labels, probabilities)
         image = split.images[np.arange(1)]
-        latency = proof.measure_latency(KerasRuntime(model), image)
+        latency = proof.measure_latency(runtime, image)
         # Keras's threads are those of this process.
         self.keras_latency = {str(self.threads[-1]): latency}
         most = max(max(proof.BATCHES), _REFERENCE_BYTES // self.inputs(0, 1).nbytes)
@@ -346,12 +355,13 @@ class _Session:
         return found
 
 
-def _check_logits(model, answers):
-    """Refuses what would go through a softmax though it has been through another function."""
-    if not ends_in_softmax(model) and answers.min() >= 0 and answers.max() <= 1:
+def _check_kind(runtime, kind, answers):
+    """Refuses a model whose graph does not say what it gives, if real images say another thing."""
+    found = kind_by_numbers(answers)
+    if runtime.graph_kind is None and not kind.endswith(found) and found != LOGITS:
         raise InputError(
-            f"{model.name}: it must give logits or end in a softmax; its answers lie between 0 and "
-            "1, as those of a sigmoid"
+            f"{runtime.name}: it gives {kind} for some images and what looks like {found} for "
+            "others: end it in a Dense layer without activation, a Softmax layer, or a sigmoid"
         )
 
 

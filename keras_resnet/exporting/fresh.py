@@ -25,7 +25,7 @@ class FreshSavedModel(Runtime):
     def __init__(self, path, threads=None):
         here = open_runtime(path, trust=True)
         super().__init__(path, here.card, threads)
-        for name in ("input", "output", "gives_probabilities", "operators"):
+        for name in ("input", "output", "output_kind", "operators"):
             setattr(self, name, getattr(here, name))
         stack = self._open = contextlib.ExitStack()
         # Not a pipe, which would fill up while nobody reads.

@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from keras_resnet.errors import InputError
 from keras_resnet.preprocessing import ImagePreprocessing
-from keras_resnet.runtimes.keras_file import ends_in_softmax
+from keras_resnet.runtimes import base
+from keras_resnet.runtimes.keras_file import KerasRuntime
 
 IMAGE = "image"
 PROBABILITIES = "probabilities"
@@ -39,13 +40,16 @@ class Serving:
         model: A Keras model with one image input and one output of class scores.
         preprocessing: Whether the file takes raw uint8 images and gives probabilities. Without,
             it takes what the network behind the `ImagePreprocessing` layer takes (the model
-            itself, if it has none) and gives logits.
+            itself, if it has none) and gives logits, if the network does. A network of one number
+            for two classes gives two, in either case.
         image_size: Height and width of the images, where the model leaves them open.
 
     Attributes:
         model: What is exported: the model, in float32; or the network behind its preprocessing.
         raw_shape: (height, width, channels) of the raw images.
         contract: The `Contract`.
+        source_kind: What the Keras model gives, a row of `runtimes.base.OUTPUT_KINDS`.
+        output_kind: What the exported file gives, another row: one of more than one number.
 
     Raises:
         InputError: If the size is open in both, or the model is quantized already.
@@ -53,19 +57,20 @@ class Serving:
 
     def __init__(self, model, preprocessing=True, image_size=None):
         model = in_float32(model)
+        source = KerasRuntime(model)
         self.raw_shape = _image_shape(model, image_size)
         self._before = None
         if not preprocessing:
             self._before, model = split_preprocessing(model)
         self.model = model
         shape = _image_shape(model, image_size)
-        self._softmax = preprocessing and not ends_in_softmax(model)
-        gives_probabilities = preprocessing or ends_in_softmax(model)
+        self.source_kind = source.output_kind
+        self.output_kind = _exported_kind(self.source_kind, preprocessing)
         self.contract = Contract(
             shape,
             "uint8" if preprocessing else "float32",
-            PROBABILITIES if gives_probabilities else LOGITS,
-            model.output_shape[-1],
+            LOGITS if self.output_kind == base.LOGITS else PROBABILITIES,
+            max(source.columns, 2),
         )
 
     def prepare(self, images):
@@ -91,9 +96,27 @@ class Serving:
         images = tf.cast(image, self.model.inputs[0].dtype)
         with _functions_inlined():
             # Not left to Keras's call context, which a layer before can have set (Keras 3.15).
-            scores = self.model(images, training=False)
+            (scores,) = tf.nest.flatten(self.model(images, training=False))
         scores = tf.cast(scores, tf.float32)
-        return {self.contract.output: tf.nn.softmax(scores) if self._softmax else scores}
+        if scores.shape.rank != 2:
+            scores = tf.reshape(scores, [-1, scores.shape[-1] if scores.shape.rank > 1 else 1])
+        if self.source_kind == base.BINARY_LOGIT:
+            # The softmax of 0 and z is 1 − sigmoid(z) and sigmoid(z).
+            scores = tf.concat([tf.zeros_like(scores), scores], axis=-1)
+        elif self.source_kind == base.BINARY_SIGMOID:
+            scores = tf.concat([1 - scores, scores], axis=-1)
+        becomes_softmax = self.output_kind == base.SOFTMAX and self.source_kind in _LOGITS
+        return {self.contract.output: tf.nn.softmax(scores) if becomes_softmax else scores}
+
+
+_LOGITS = (base.LOGITS, base.BINARY_LOGIT)
+
+
+def _exported_kind(kind, preprocessing):
+    """Returns what a file gives that is made of a model of a kind."""
+    if kind == base.SIGMOID:
+        return kind
+    return base.LOGITS if kind in _LOGITS and not preprocessing else base.SOFTMAX
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from keras_resnet.errors import InputError
 from keras_resnet.exporting.formats import PRECISIONS
 from keras_resnet.inference import to_probabilities
 from keras_resnet.runtimes import Tensor, open_runtime
+from keras_resnet.runtimes.base import LOGITS
 
 BATCHES = (1, 2, 7)
 """The batch sizes that an artifact must take."""
@@ -108,8 +109,8 @@ def ask(runtime, inputs, progress=lambda count: None, chunk=256):
 
 def _probabilities(runtime, batch):
     answers = runtime.run(batch)
-    if not runtime.gives_probabilities:
-        return to_probabilities(answers, False, runtime.name)
+    if runtime.output_kind == LOGITS:
+        return to_probabilities(answers, LOGITS, runtime.name)
     # As they are: made to sum to 1, wrong ones would look right.
     if not np.isfinite(answers).all():
         raise InputError(f"{runtime.name}: the model answers with numbers that are not finite")

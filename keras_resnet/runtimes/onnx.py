@@ -2,11 +2,20 @@
 
 from keras_resnet import seals
 from keras_resnet.errors import InputError
-from keras_resnet.runtimes.base import Runtime, Tensor, count, ends_in_softmax, only_one, reason
+from keras_resnet.runtimes import base
+from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 from keras_resnet.tables import printable
 
 _STANDARD = ("", "ai.onnx")
-_PASSING = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape"}
+_ROLES = {
+    **dict.fromkeys(("Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze"), base.PASSING),
+    **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), base.PASSING),
+    **dict.fromkeys(("Conv", "Gemm", "LogSoftmax", "MatMul"), base.LOGITS),
+    **dict.fromkeys(("Add", "Div", "Mul", "Sub"), base.ARITHMETIC),
+    "Mean": base.AVERAGE,
+    "Sigmoid": base.SIGMOID,
+    "Softmax": base.SOFTMAX,
+}
 # How ONNX Runtime writes a type -> NumPy's name.
 _DTYPES = {
     "tensor(uint8)": "uint8",
@@ -35,7 +44,7 @@ class OnnxRuntime(Runtime):
         super().__init__(path, seals.onnx_card(metadata, sealed, path), threads)
         self.operators = count(self._operators(model))
         producers = {
-            output: (node.op_type, node.input[0] if node.input else None)
+            output: (_ROLES.get(node.op_type), list(node.input))
             for node in model.graph.node
             for output in node.output
         }
@@ -43,8 +52,8 @@ class OnnxRuntime(Runtime):
         self._session = self._open(content)
         self.input = self._tensor("input", self._session.get_inputs())
         self.output = self._tensor("output", self._session.get_outputs())
-        self.gives_probabilities = self.output.name == "probabilities" or ends_in_softmax(
-            self.output.name, producers, "Softmax", _PASSING
+        self.graph_kind = base.kind_by_graph(
+            self.output.name, lambda name: producers.get(name, (None, []))
         )
 
     def _operators(self, model):
@@ -82,7 +91,7 @@ class OnnxRuntime(Runtime):
             raise InputError(f"{self.name}: cannot be loaded: {reason(error)}") from error
 
     def _tensor(self, what, found):
-        found = only_one(self.name, what, found)
+        found = only_one(self.name, what, {each.name: each for each in found})
         # A size that is no number is the name of one that is not known.
         shape = tuple(size if isinstance(size, int) else None for size in found.shape)
         if found.type not in _DTYPES:

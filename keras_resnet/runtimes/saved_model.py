@@ -5,13 +5,20 @@ from pathlib import Path
 
 from keras_resnet import seals
 from keras_resnet.errors import InputError
-from keras_resnet.runtimes.base import Runtime, Tensor, count, ends_in_softmax, only_one, reason
+from keras_resnet.runtimes import base
+from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 
 CARD = Path("assets.extra") / seals.CARD
 SIGNATURE = "serving_default"
 
-_PASSING = {"Cast", "Identity", "Reshape"}
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+_ROLES = {
+    **dict.fromkeys(("Cast", "Identity", "Reshape", "Squeeze"), base.PASSING),
+    **dict.fromkeys(("BiasAdd", "Conv2D", "LogSoftmax", "MatMul"), base.LOGITS),
+    **dict.fromkeys(("Add", "AddV2", "Mul", "RealDiv", "Sub"), base.ARITHMETIC),
+    "Sigmoid": base.SIGMOID,
+    "Softmax": base.SOFTMAX,
+}
 # They stand for arguments and results, and compute nothing.
 _NO_OPERATORS = {"Placeholder", "NoOp", "Const", *_CALLS}
 
@@ -31,15 +38,16 @@ class SavedModelRuntime(Runtime):
         self._loaded, self._function = _open(path)
         _, arguments = self._function.structured_input_signature
         outputs = self._function.structured_outputs
-        argument = only_one(path, "input", sorted(arguments))
-        output = only_one(path, "output", sorted(outputs))
+        argument = only_one(path, "input", {name: name for name in sorted(arguments)})
+        output = only_one(path, "output", {name: name for name in sorted(outputs)})
         self.input = _tensor(argument, arguments[argument])
         self.output = _tensor(output, outputs[output])
         graph = self._function.graph.as_graph_def()
         functions = {each.signature.name: each for each in graph.library.function}
         self.operators = count(_operators(graph.node, functions))
-        self.gives_probabilities = output == "probabilities" or ends_in_softmax(
-            self._function.outputs[0].op.name, *_producers(graph.node, functions)
+        producers = _producers(graph.node, functions)
+        self.graph_kind = base.kind_by_graph(
+            self._function.outputs[0].op.name, lambda name: producers.get(name, (None, []))
         )
 
     def call(self, images):
@@ -103,21 +111,18 @@ def _called(node):
 
 
 def _producers(nodes, functions):
-    """Returns the rest of `ends_in_softmax`'s arguments: calls are seen through."""
-    found, passing = {}, {*_PASSING, "call"}
+    """Returns name of a node -> what `base.kind_by_graph` looks up; calls are seen through."""
+    found = {}
     for scope, inside in [("", nodes), *((name, f.node_def) for name, f in functions.items())]:
         for node in inside:
-            first = _scoped(scope, node.input[0]) if node.input else None
             called = functions.get(next(iter(_called(node)), None))
             if node.op in _CALLS and called is not None and called.ret:
                 result = called.ret[called.signature.output_arg[0].name]
-                found[_scoped(scope, node.name)] = (
-                    "call",
-                    _scoped(called.signature.name, result),
-                )
+                role, inputs = base.PASSING, [_scoped(called.signature.name, result)]
             else:
-                found[_scoped(scope, node.name)] = (node.op, first)
-    return found, "Softmax", passing
+                role, inputs = _ROLES.get(node.op), [_scoped(scope, name) for name in node.input]
+            found[_scoped(scope, node.name)] = (role, inputs)
+    return found
 
 
 def _scoped(scope, name):

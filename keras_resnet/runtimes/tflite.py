@@ -5,17 +5,17 @@ import numpy as np
 from keras_resnet import seals
 from keras_resnet.errors import InputError
 from keras_resnet.quiet import stderr_kept_back
-from keras_resnet.runtimes.base import (
-    Runtime,
-    Tensor,
-    count,
-    ends_in_softmax,
-    only_one,
-    reason,
-)
+from keras_resnet.runtimes import base
+from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 from keras_resnet.tables import printable
 
-_PASSING = {"CAST", "DEQUANTIZE", "QUANTIZE", "RESHAPE"}
+_ROLES = {
+    **dict.fromkeys(("CAST", "DEQUANTIZE", "QUANTIZE", "RESHAPE", "SQUEEZE"), base.PASSING),
+    **dict.fromkeys(("CONV_2D", "FULLY_CONNECTED", "LOG_SOFTMAX"), base.LOGITS),
+    **dict.fromkeys(("ADD", "DIV", "MUL", "SUB"), base.ARITHMETIC),
+    "LOGISTIC": base.SIGMOID,
+    "SOFTMAX": base.SOFTMAX,
+}
 
 
 class TFLiteRuntime(Runtime):
@@ -33,12 +33,15 @@ class TFLiteRuntime(Runtime):
         super().__init__(path, seals.read_tflite_seal(content, path), threads)
         self._interpreter = self._open(content)
         self.operators = count(self._operators(content))
-        self._in = only_one(path, "input", self._interpreter.get_input_details())
-        self._out = only_one(path, "output", self._interpreter.get_output_details())
+        ends = (self._interpreter.get_input_details(), self._interpreter.get_output_details())
+        self._in, self._out = (
+            only_one(path, what, {each["index"]: each for each in found})
+            for what, found in zip(("input", "output"), ends, strict=True)
+        )
         keys = self._signature()
         self.input = _tensor(self._in, keys["inputs"])
         self.output = _tensor(self._out, keys["outputs"])
-        self.gives_probabilities = self.output.name == "probabilities" or self._softmax()
+        self.graph_kind = self._kind()
         self._batch = None
 
     def _open(self, content):
@@ -79,13 +82,14 @@ class TFLiteRuntime(Runtime):
         signatures = list(self._interpreter.get_signature_list().values())
         return signatures[0] if len(signatures) == 1 else {"inputs": [], "outputs": []}
 
-    def _softmax(self):
+    def _kind(self):
         producers = {}
         for operator in self._interpreter._get_ops_details():
             inputs = [int(i) for i in operator["inputs"]]
             for output in operator["outputs"]:
-                producers[int(output)] = (operator["op_name"], inputs[0] if inputs else None)
-        return ends_in_softmax(self._out["index"], producers, "SOFTMAX", _PASSING)
+                producers[int(output)] = (_ROLES.get(operator["op_name"]), inputs)
+        last = int(self._out["index"])
+        return base.kind_by_graph(last, lambda index: producers.get(index, (None, [])))
 
     def call(self, images):
         """Returns the output for one batch."""

@@ -18,7 +18,7 @@ from keras_resnet.exporting.exporter import draw_evenly, export
 from keras_resnet.exporting.formats import choose_artifacts
 from keras_resnet.manifest import digest, read_manifest
 from keras_resnet.runtimes import open_runtime
-from keras_resnet.runtimes.keras_file import ends_in_softmax
+from keras_resnet.runtimes.keras_file import KerasRuntime
 
 pytestmark = pytest.mark.thorough
 
@@ -186,18 +186,68 @@ def test_a_model_of_ones_own(make, fashion, tmp_path):
     assert manifest["class_names"] == list(fashion.class_names)
     images = fashion.splits["test"].images[:5]
     own = np.asarray(keras.ops.cast(model(images, training=False), "float32"))
-    if not ends_in_softmax(model):
+    kind = KerasRuntime(model).output_kind
+    assert kind == ("softmax" if "softmax" in make.__name__ else "logits")
+    if kind == "logits":
         own = np.asarray(keras.ops.softmax(own))
     found = open_runtime(tmp_path / "out" / "model-float32.onnx").run(images)
     assert found == pytest.approx(own, abs=1e-2 if make is in_mixed_precision else 1e-5)
-    assert ends_in_softmax(model) == ("softmax" in make.__name__)
 
 
-def test_a_sigmoid_is_refused(fashion, tmp_path):
-    model = keras.Sequential([keras.Input((28, 28, 1)), keras.layers.Flatten()])
-    model.add(keras.layers.Dense(10, activation="sigmoid"))
-    with pytest.raises(InputError, match="must give logits or end in a softmax"):
-        export(model, tmp_path / "out", dataset=fashion, **ONE)
+def ending_in(units, activation, **output):
+    inputs = keras.Input((28, 28, 1), name="pixels")
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
+    x = keras.layers.Dense(units, activation, kernel_initializer="he_normal")(x)
+    return keras.Model(inputs, {"label": x} if output else x)
+
+
+@pytest.mark.parametrize(
+    ("units", "activation", "preprocessing", "kind"),
+    [
+        (10, "sigmoid", True, "sigmoid"),
+        (1, "sigmoid", True, "softmax"),
+        (1, None, True, "softmax"),
+        (1, None, False, "logits"),
+    ],
+)
+def test_one_number_and_several_labels(units, activation, preprocessing, kind, fashion, tmp_path):
+    """One number for two classes leaves as two; the numbers of several labels leave as they are."""
+    keras.utils.set_random_seed(2)
+    model, data = ending_in(units, activation, named=True), fashion
+    if units == 1:
+        few = {
+            name: Split(split.images[:60], split.labels[:60] % 2)
+            for name, split in fashion.splits.items()
+        }
+        data = dataclasses.replace(fashion, splits=few, class_names=("even", "odd"))
+    manifest = export(
+        model,
+        tmp_path / "out",
+        dataset=data,
+        precision=["float32"],
+        to=["tflite", "onnx"],
+        preprocessing=preprocessing,
+    )
+    assert [row["failures"] for row in manifest["artifacts"]] == [[], [], []]
+    images = data.splits["test"].images[:5]
+    own = np.asarray(model(images, training=False)["label"])
+    if activation is None:
+        own = 1 / (1 + np.exp(-own))
+    expected = np.hstack([1 - own, own]) if units == 1 else own
+    source = inference.Predictor(model)
+    assert source(images) == pytest.approx(expected, abs=1e-6)
+    for file in ("model-float32.onnx", "model-float32.tflite"):
+        runtime = open_runtime(tmp_path / "out" / file)
+        assert runtime.output_kind == runtime.card["output_kind"] == kind
+        assert runtime.columns == len(data.class_names)
+        if preprocessing:
+            assert inference.Predictor(runtime)(images) == pytest.approx(expected, abs=1e-5)
+    if preprocessing:
+        figures = [
+            keras_resnet.evaluate(p, data.splits["test"], data.class_names).accuracy
+            for p in (source, inference.Predictor(runtime))
+        ]
+        assert figures[0] == figures[1] == manifest["keras"]["accuracy"]
 
 
 def test_an_export_is_not_made_of_code(tmp_path):

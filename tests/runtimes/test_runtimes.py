@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tiny_exports
 from onnx import TensorProto, helper, numpy_helper
 
+from keras_resnet import seals
 from keras_resnet.errors import InputError
 from keras_resnet.inference import Predictor, load
 from keras_resnet.runtimes import Prober, open_runtime
@@ -54,7 +56,7 @@ def test_formats_describe_themselves(opened, name):
     assert (runtime.input.name, runtime.output.name) == ("image", "probabilities")
     assert runtime.input.shape == (None, 28, 28, 1) and runtime.input.dtype == "uint8"
     assert runtime.output.shape == (None, 10) and runtime.output.dtype == "float32"
-    assert runtime.gives_probabilities
+    assert runtime.output_kind == "softmax"
     assert runtime.threads == 1
 
 
@@ -139,23 +141,82 @@ HALF = helper.make_node("Cast", ["z"], ["scores"], to=TensorProto.FLOAT16)
 
 
 @pytest.mark.parametrize(
-    ("output", "last", "kind", "probabilities"),
+    ("output", "last", "element", "kind"),
     [
-        ("logits", (), TensorProto.FLOAT, False),
-        ("scores", (SOFTMAX, HALF), TensorProto.FLOAT16, True),
+        ("logits", (), TensorProto.FLOAT, "logits"),
+        ("scores", (SOFTMAX, HALF), TensorProto.FLOAT16, "softmax"),
     ],
     ids=["logits", "softmax in half precision"],
 )
 def test_logits_become_probabilities_and_probabilities_stay(
-    tmp_path, prober, output, last, kind, probabilities
+    tmp_path, prober, output, last, element, kind
 ):
-    kernel = linear(tmp_path / "a.onnx", output, last, kind)
+    kernel = linear(tmp_path / "a.onnx", output, last, element)
     predictor = load(tmp_path / "a.onnx", prober=prober)
-    assert predictor.gives_probabilities == probabilities
+    assert predictor.output_kind == kind
     images = tiny_exports.images(4, (4, 4, 1))
     powers = np.exp(images.reshape(4, 16).astype("float64") @ kernel)
     expected = powers / powers.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(predictor(images), expected, atol=1e-3 if probabilities else 1e-5)
+    np.testing.assert_allclose(predictor(images), expected, atol=1e-3 if last else 1e-5)
+
+
+SIGMOID = helper.make_node("Sigmoid", ["y"], ["scores"])
+REVERSED = [
+    helper.make_node("Sigmoid", ["y"], ["p"]),
+    helper.make_node("Constant", [], ["one"], value_float=1.0),
+    helper.make_node("Sub", ["one", "p"], ["scores"]),
+]
+
+
+@pytest.mark.parametrize("last", [(SIGMOID,), REVERSED], ids=["graph", "numbers"])
+def test_labels_of_a_sigmoid_keep_their_own_numbers(tmp_path, prober, last):
+    kernel = linear(tmp_path / "a.onnx", "scores", last)
+    predictor = load(tmp_path / "a.onnx", prober=prober)
+    assert predictor.output_kind == "sigmoid" and predictor.several_labels
+    images = tiny_exports.images(4, (4, 4, 1))
+    expected = 1 / (1 + np.exp(-(images.reshape(4, 16).astype("float64") @ kernel)))
+    expected = expected if last[0] is SIGMOID else 1 - expected
+    np.testing.assert_allclose(predictor(images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["binary_sigmoid", "other", 3, ["logits"]])
+def test_metadata_must_fit_the_output(tmp_path, prober, kind):
+    linear(tmp_path / "a.onnx")
+    sealed = seals.seal_onnx((tmp_path / "a.onnx").read_bytes(), {"output_kind": kind})
+    (tmp_path / "a.onnx").write_bytes(sealed)
+    with pytest.raises(InputError, match="damaged: its metadata say the output kind"):
+        load(tmp_path / "a.onnx", prober=prober)
+
+
+def test_several_outputs_are_named(tmp_path):
+    module = tf.Module()
+    spec = tf.TensorSpec([None, 4, 4, 1], tf.uint8, name="image")
+
+    def serve(names):
+        def function(image):
+            flat = tf.reshape(tf.cast(image, tf.float32), [-1, 16])
+            return {name: tf.nn.sigmoid(flat[:, :1] / 99 - 1) for name in names}
+
+        return tf.function(function, input_signature=[spec])
+
+    module.both, module.one = serve(["label", "box"]), serve(["label"])
+    tf.saved_model.save(module, tmp_path / "both", signatures={"serving_default": module.both})
+    with pytest.raises(InputError, match=r"must have one output, this one has 2 \(box, label\)"):
+        open_runtime(tmp_path / "both", trust=True)
+    tf.saved_model.save(module, tmp_path / "one", signatures={"serving_default": module.one})
+    predictor = load(tmp_path / "one", trust=True)
+    assert predictor.output_kind == "binary_sigmoid"
+    images = tiny_exports.images(4, (4, 4, 1))
+    p = 1 / (1 + np.exp(1 - images[:, 0, 0, 0] / 99))
+    np.testing.assert_allclose(predictor(images), np.stack([1 - p, p], axis=1), atol=1e-6)
+
+
+def test_images_are_no_floats(tmp_path, prober):
+    linear(tmp_path / "a.onnx", element=TensorProto.FLOAT)
+    runtime = open_runtime(tmp_path / "a.onnx", prober=prober)
+    assert runtime.run(np.zeros((2, 4, 4, 1))).shape == (2, 3)
+    with pytest.raises(InputError, match=r"it takes float32 .*, got uint8"):
+        runtime.run(np.zeros((2, 4, 4, 1), "uint8"))
 
 
 def test_models_of_floats_are_no_predictors(tmp_path, prober):
