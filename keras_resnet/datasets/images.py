@@ -1,10 +1,13 @@
 """Encoded images (files, or bytes in memory) that are decoded when a batch needs them."""
 
+import base64
 import contextlib
+import hashlib
 import io
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -31,6 +34,7 @@ _TURNS = {
 # Resampling leaves floats in 0…1 this far outside at most, half of one of 255 levels.
 _HALF_LEVEL = 0.5 / 255
 _LEAST_OF_255 = 16
+_MARK = 8
 # Pillow lets go of the interpreter lock while it decodes.
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -50,7 +54,9 @@ def check_image_size(image_size):
         >>> check_image_size(32), check_image_size([24, 32]), check_image_size((None, None))
         ((32, 32), (24, 32), (None, None))
     """
-    sizes = tuple(image_size) if isinstance(image_size, (tuple, list, np.ndarray)) else (image_size,)
+    sizes = (
+        tuple(image_size) if isinstance(image_size, (tuple, list, np.ndarray)) else (image_size,)
+    )
     if len(sizes) not in (1, 2) or not all(
         (size is None and len(sizes) == 2)
         or (isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1)
@@ -267,6 +273,33 @@ class ImageFiles:
         except Exception as error:  # See `open_upright`.
             name = f"image {index}" if isinstance(source, bytes) else printable_path(source)
             raise InputError(f"{name}: cannot be decoded: {one_line(error)}") from error
+
+
+def content_marks(images):
+    """Returns a mark of each encoded image's bytes, so that a copy is known again.
+
+    Args:
+        images: An `ImageFiles`.
+
+    Returns:
+        A string of `_MARK` characters an image: a part of its sha256, 48 bits in base64.
+
+    Example:
+        >>> images = ImageFiles([b"one", b"two", b"one"], 8, 1)
+        >>> len(content_marks(images)), len(split_marks(content_marks(images)))
+        (24, 2)
+    """
+
+    def mark(source):
+        raw = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return base64.b64encode(hashlib.sha256(raw).digest()[:6]).decode()
+
+    return "".join(map_threads(mark, images.sources))
+
+
+def split_marks(marks, kind=set):
+    """Returns the marks in a string that `content_marks` wrote, as a set or another `kind`."""
+    return kind(marks[i : i + _MARK] for i in range(0, len(marks), _MARK))
 
 
 def printable_path(path):
