@@ -9,9 +9,9 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from conftest import run_main
 from PIL import Image, ImageOps
 
-from conftest import run_main
 from keras_resnet import archive
 from keras_resnet.datasets import load_dataset
 from keras_resnet.datasets.images import content_marks

@@ -119,7 +119,7 @@ def test_the_background_is_known_of_grey_sets_alone():
     scenes[:10] = random.integers(0, 256, (10, 1, 1, 1))
     expected = [(dark, "dark"), (scenes, None), (255 - dark, None), (dark.repeat(3, axis=-1), None)]
     for images, background in expected:
-        assert training._background(Split(images, np.zeros(20, int))) == background
+        assert training._background(keras_resnet.Split(images, np.zeros(20, int))) == background
 
 
 def test_best_checkpoint_is_the_best_epoch(trained_run):
