@@ -316,15 +316,14 @@ def _is_same_set(dataset, other):
 def _check_held_out(data, known, options):
     """Refuses options that would measure images of the part that was trained on."""
     share, seed = known.get("validation_share"), known.get("seed")
-    asked = options.get("validation_share", share)
+    asked, asked_seed = options.get("validation_share", share), options.get("seed", seed)
     # Of one seed, a smaller share is a part of a larger one; see `stratified_share`.
-    if (share is not None and (asked is None or asked > share)) or options.get(
-        "seed", seed
-    ) != seed:
+    is_larger = share is not None and (asked is None or asked > share)
+    if is_larger or asked_seed != seed:
         raise InputError(
             f"{data.name}: the model was trained on this set, with --validation-share {share} and "
-            f"seed {seed}; a share of {asked} and seed {options.get('seed', seed)} would measure "
-            "images it was trained on: leave --validation-share out"
+            f"seed {seed}; a share of {asked} and seed {asked_seed} would measure images it was "
+            "trained on: leave --validation-share out"
         )
 
 
