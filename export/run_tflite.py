@@ -16,7 +16,7 @@ import warnings
 import zipfile
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 try:
     from ai_edge_litert.interpreter import Interpreter
@@ -58,15 +58,54 @@ class BadInput(Exception):
     """A file cannot be used; the message says which, and why."""
 
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_upright(image):
+    """Returns an image as its EXIF orientation says; as stored where that is unreadable."""
+    try:
+        method = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # broken metadata raise many kinds, and every viewer shows the pixels
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def to_eight_bits(image):
+    """Returns an image of 16 bits, or of floats, as 8 bits; refuses ranges that are ambiguous."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image).astype("float64")
+    finite = pixels[np.isfinite(pixels)]
+    low, high = (finite.min(), finite.max()) if finite.size else (np.nan, np.nan)
+    whole = bool((finite == finite.round()).all())
+    if image.mode == "F" and low >= -0.5 / 255 and high <= 1 + 0.5 / 255:
+        scale = 255.0
+    elif image.mode == "F" and low >= 0 and high <= 255 and (whole or high > 16):
+        scale = 1.0
+    elif low >= 0 and high <= 65535 and whole:
+        scale = 1 / 256
+    else:
+        raise ValueError(f"numbers from {low:.4g} to {high:.4g}: must lie in 0…1, 0…255 or 0…65535")
+    pixels = np.nan_to_num(pixels * scale, posinf=255)
+    return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
+
+
 def read_image(path, height, width, channels):
     """Returns an image file as uint8, [1, height, width, channels], the way training read it."""
     try:
         # Pillow only warns of an image so large that it fills the memory.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits of grey: the upper 8
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
+            file.load()
+            image = to_eight_bits(turn_upright(file))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -81,12 +120,12 @@ def read_image(path, height, width, channels):
 
 
 def is_inverted(image, invert, background):
-    """Whether light and dark are to be swapped: the border tells what the background is."""
+    """Whether light and dark are swapped: grey images that are light where training's are dark."""
     if invert != "auto":
         return invert == "yes"
     sides = (image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1])
-    dark = np.median(np.concatenate([side.reshape(-1) for side in sides])) < 128
-    return background in ("dark", "light") and background != ("dark" if dark else "light")
+    is_light = np.median(np.concatenate([side.reshape(-1) for side in sides])) >= 128
+    return bool(background == "dark" and image.shape[-1] == 1 and is_light)
 
 
 def name_image(path, model, args):
@@ -126,6 +165,9 @@ def main():
         for row in rows
         for label in row["labels"]
     ]
+    for row in rows:
+        if row["inverted"] and not args.json:
+            print(f"{row['image']}: light and dark were swapped (--invert)", file=sys.stderr)
     try:
         print(json.dumps(rows) if args.json else "\n".join(lines), flush=True)
     except BrokenPipeError:  # the reader has gone, as in `… | head`

@@ -1,6 +1,7 @@
 """`keras-resnet`: parses, calls, prints. No logic, and nothing heavy imported before it is needed.
 
-Exit status: 0 done, 1 a run failed, 2 bad input, 75 another worker was lost, 130 interrupted.
+Exit status: 0 done, 1 a run failed, 2 bad input (of `predict`, also if other images could be
+named), 75 another worker was lost, 130 interrupted.
 """
 
 import argparse
@@ -74,12 +75,24 @@ _DATA_OPTIONS = {
     "--validation-share": {
         "type": _share,
         "metavar": "SHARE",
-        "help": "share of the images held out where the set has no test split (default: 0.1)",
+        "help": "share of the images held out where the set has no test split (default: 0.1; a "
+        "set that the model was not trained on is measured whole)",
     },
     "--skip-bad": {
         "action": "store_true",
         "default": None,
         "help": "leave out unreadable images of a folder instead of stopping",
+    },
+}
+
+# For models of images of any size; others resize the images to their own.
+_MEASURING_OPTIONS = {
+    **_DATA_OPTIONS,
+    "--image-size": {
+        "type": _positive(int),
+        "metavar": "PIXELS",
+        "help": "height and width that a model of any size is measured at (default: each image's "
+        "own)",
     },
 }
 
@@ -194,7 +207,7 @@ _EXPORT_OPTIONS = {
         "help": "the folder to write (default: export/ in the run folder, NAME-export beside "
         "NAME.keras)",
     },
-    **_DATA_OPTIONS,
+    **_MEASURING_OPTIONS,
     "--no-preprocessing": {
         "dest": "preprocessing",
         "action": "store_false",
@@ -236,8 +249,8 @@ _PREDICT_OPTIONS = {
     "--invert": {
         "choices": ("auto", "yes", "no"),
         "default": "auto",
-        "help": "swap light and dark; auto (default) does where the image's border is light and "
-        "the training images' is dark, or the other way round",
+        "help": "swap light and dark; auto (default) does where the model takes grey images that "
+        "are light on dark, as those of Fashion-MNIST, and the image's border is light",
     },
 }
 
@@ -294,9 +307,9 @@ def _given(args, options):
     return {name: getattr(args, name) for name in names}
 
 
-def _data(args):
-    """Returns what was given of `_DATA_OPTIONS`; the rest is the functions' to choose."""
-    return {name: v for name, v in _given(args, _DATA_OPTIONS).items() if v is not None}
+def _data(args, options=_DATA_OPTIONS):
+    """Returns what was given of the data options; the rest is the functions' to choose."""
+    return {name: v for name, v in _given(args, options).items() if v is not None}
 
 
 def _train(args):
@@ -374,19 +387,28 @@ def _evaluate(args):
     from keras_resnet.inference import evaluate_file
     from keras_resnet.report import format_evaluation
 
-    evaluation = evaluate_file(args.model, trust=args.trust, **_data(args))
+    evaluation = evaluate_file(args.model, trust=args.trust, **_data(args, _MEASURING_OPTIONS))
     print(json.dumps(evaluation.to_dict()) if args.json else format_evaluation(evaluation))
 
 
 def _predict(args):
     from keras_resnet.inference import predict_files
-    from keras_resnet.tables import Column, format_table
 
     options = {name: getattr(args, name) for name in ("top", "invert", "trust")}
-    rows = predict_files(args.model, args.images, **options)
+    failures = []
+    rows = predict_files(args.model, args.images, on_error=failures.append, **options)
     if args.json:
         print(json.dumps(rows))
-        return
+    elif rows:
+        print(_format_predictions(rows))
+    for failure in failures:
+        _fail(str(failure), 2)
+    return 2 if failures else 0
+
+
+def _format_predictions(rows):
+    from keras_resnet.tables import Column, format_table
+
     lines = []
     for row in rows:
         first = {"image": row["image"], "inverted": "yes" if row["inverted"] else "no"}
@@ -394,7 +416,7 @@ def _predict(args):
             lines.append({**first, **label})
             first = {"image": "", "inverted": ""}
     columns = ["image", "inverted", "label", Column("probability", spec=".4f")]
-    print(format_table(lines, columns))
+    return format_table(lines, columns)
 
 
 def _convert(args):
@@ -423,7 +445,8 @@ def _export(args):
     options = {name: getattr(args, name) for name in ("to", "precision", "preprocessing", "force")}
     report = None if args.json else _say
     try:
-        manifest = export(args.model, args.out, report=report, **options, **_data(args))
+        data = _data(args, _MEASURING_OPTIONS)
+        manifest = export(args.model, args.out, report=report, **options, **data)
     except ExportError as error:
         failures = {"failures": [vars(failure) for failure in error.failures]}
         print(json.dumps(failures) if args.json else format_failures(error.failures))
@@ -476,14 +499,16 @@ _COMMANDS = {
     "evaluate": Command(
         _evaluate,
         "measure a trained model",
-        "Measure a trained model on the split that a data set holds for that.",
-        {**_MODEL_ARGUMENT, **_DATA_OPTIONS, **_JSON_OPTION},
+        "Measure a trained model: on the part of its own data set that was held out in training, "
+        "or on\nanother set, whole or on its test split.",
+        {**_MODEL_ARGUMENT, **_MEASURING_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "predict": Command(
         _predict,
         "name what is on images",
-        "Name what is on images of any size, colour or grey.",
+        "Name what is on images of any size, colour or grey. Files that cannot be read are named "
+        "on standard\nerror, the others are answered, and the exit status is 2.",
         {**_MODEL_ARGUMENT, **_PREDICT_OPTIONS, **_JSON_OPTION},
         None,
     ),
@@ -598,7 +623,7 @@ def main(arguments=None):
         if getattr(args, "local_workers", None):
             return _launch(args)
         _import_keras()
-        _COMMANDS[args.command].run(args)
+        status = _COMMANDS[args.command].run(args) or 0
         sys.stdout.flush()
     except tuple(_STATUS) as error:
         status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
@@ -614,7 +639,7 @@ def main(arguments=None):
             return 1
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or one_line(error)}", 2)
-    return 0
+    return status
 
 
 def export_to(format):

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """An argument, a file or a data set breaks a rule; the message states rule and value."""
 
 
+class ImageError(InputError):
+    """One image cannot be read, or is too small for the network; the others can be named."""
+
+
 class TrainingError(RuntimeError):
     """A run that began could not be finished; the message says what is left on disk."""
 

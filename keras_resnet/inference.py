@@ -1,5 +1,6 @@
 """One way to ask a trained model, whatever file it came from."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,16 @@ from keras_resnet.datasets import Dataset, Split, load_dataset
 from keras_resnet.datasets.images import (
     ImageFiles,
     border_level,
+    check_image_size,
+    content_marks,
     decode_image,
-    open_upright,
     printable_path,
+    split_marks,
 )
-from keras_resnet.errors import InputError, one_line
+from keras_resnet.errors import ImageError, InputError, one_line
 from keras_resnet.evaluation import SUM_TOLERANCE, evaluate
-from keras_resnet.progress import bar
+from keras_resnet.files import expand_user
+from keras_resnet.progress import bar, note
 from keras_resnet.runtimes import Runtime, open_runtime
 from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
 from keras_resnet.runtimes.keras_file import KerasRuntime
@@ -27,6 +31,9 @@ _NO_IMAGES = (
 )
 
 _DATA_SETTINGS = {"data_dir": str, "validation_share": float, "skip_bad": bool, "seed": int}
+
+# Pixels in a batch that measures: 256 images of 224×224.
+_BATCH_PIXELS = 256 * 224 * 224
 
 
 class Predictor:
@@ -148,13 +155,16 @@ def measure(predictor, split, class_names, batch_size=256):
 
     Args:
         predictor: A `Predictor`.
-        split: The `Split`.
+        split: The `Split`. Images that keep their own sizes are asked one by one.
         class_names: Its classes.
-        batch_size: Images a call.
+        batch_size: Images a call; fewer where they are large.
 
     Returns:
         An `Evaluation`.
     """
+    height, width = split.images.shape[1:3]
+    largest = _BATCH_PIXELS // (height * width) if height and width else 1
+    batch_size = max(1, min(batch_size, largest))
     with bar(len(split), "evaluation") as shown:
         return evaluate(
             predictor,
@@ -220,11 +230,11 @@ def load(path, *, trust=False, threads=None, prober=None):
 
 
 def evaluate_file(path, dataset=None, *, trust=False, **options):
-    """Measures a trained model on the split that a data set holds for that.
+    """Measures a trained model on images that it was not trained on.
 
     Args:
         path: What `load` takes.
-        dataset: The data set's name; by default the one it was trained on, split as it was then.
+        dataset: The data set's name; see `load_data`.
         trust: See `load`.
         **options: What `load_dataset` takes.
 
@@ -242,30 +252,120 @@ def evaluate_file(path, dataset=None, *, trust=False, **options):
 def load_data(predictor, dataset=None, **options):
     """Loads the images that measure a model, as it takes them.
 
+    The set that the model was trained on is split as it was then, and the part that was held out
+    measures. Any other set is measured whole, or on its test split if it has one. If images that
+    the model was trained on are among those that measure, a line on standard error says so.
+
     Args:
         predictor: A `Predictor`.
-        dataset: A `Dataset`, or its name; by default the one the model was trained on, split as
-            it was then.
+        dataset: A `Dataset`, or its name; by default the one the model was trained on.
         **options: What `load_dataset` takes.
 
     Returns:
         The `Dataset`, and the `Split` of it that measures.
 
     Raises:
-        InputError: If model and data do not fit each other, or the data cannot be loaded.
+        InputError: If model and data do not fit each other, the data cannot be loaded, or the
+            options would measure images that the model was trained on.
     """
-    height, width, _ = predictor.image_shape
-    data = dataset
+    return load_measured(predictor, dataset, options)[:2]
+
+
+def load_measured(predictor, dataset, options):
+    """Returns what `load_data` does, and the arguments of `load_dataset` that lead there."""
     if not isinstance(dataset, (Dataset, str, type(None))):
         raise InputError(f"`dataset` must be a Dataset or its name, got {type(dataset).__name__}")
-    if not isinstance(dataset, Dataset):
-        size = {"image_size": (height, width)} if height and width else {}
-        data = load_dataset(**data_arguments(predictor, dataset, {**size, **options}))
+    trained = predictor.card.get("data")
+    trained = trained if isinstance(trained, dict) else {}
+    if isinstance(dataset, Dataset):
+        data, arguments = dataset, options
+    else:
+        data, arguments = _load_named(predictor, trained, dataset, options)
     if data.evaluation_split not in data.splits:
         raise InputError(f"{data.name}: it has no test or validation images")
     split = as_taken(data.splits[data.evaluation_split], predictor.image_shape)
     _check_fit(predictor, data, split)
-    return data, split
+    _note_trained_on(predictor, trained, data, split)
+    return data, split, arguments
+
+
+def _load_named(predictor, trained, dataset, options):
+    """Loads a data set by its name: split as in training if it was trained on, else whole."""
+    trained_on = trained.get("dataset")
+    if dataset is None and not isinstance(trained_on, str):
+        raise InputError(
+            f"{predictor.name}: the file does not say what it was trained on: name --dataset"
+        )
+    image_size = predictor.image_shape[:2]
+    asked = check_image_size(options.get("image_size", image_size))
+    if None not in image_size and asked != image_size:
+        raise InputError(
+            f"{predictor.name}: the model takes images of {image_size[1]}×{image_size[0]} pixels, "
+            f"got --image-size {options['image_size']}: leave it out"
+        )
+    arguments = {"name": dataset or trained_on, "image_size": image_size}
+    known = {
+        name: trained[name]
+        for name, kind in _DATA_SETTINGS.items()
+        if isinstance(trained.get(name), kind)
+    }
+    is_same = dataset is None or _is_same_set(dataset, trained_on)
+    arguments |= known if is_same else {"validation_share": None}
+    data = load_dataset(**arguments | options)
+    if not is_same and data.fingerprint == trained.get("fingerprint"):
+        # A copy of what was trained on, under another name.
+        is_same = True
+        arguments |= {name: known[name] for name in ("validation_share", "seed") if name in known}
+        data = load_dataset(**arguments | options)
+    if is_same and data.evaluation_split == "validation":
+        _check_held_out(data, known, options)
+    return data, arguments | options
+
+
+def _is_same_set(dataset, other):
+    """Returns whether two names are of one data set: equal, or paths of one folder."""
+    if dataset == other or not isinstance(other, str):
+        return dataset == other
+    if not (dataset.startswith("folder:") and other.startswith("folder:")):
+        return False
+    one, another = (
+        os.path.realpath(expand_user(name.removeprefix("folder:"))) for name in (dataset, other)
+    )
+    return one == another
+
+
+def _check_held_out(data, known, options):
+    """Refuses options that would measure images of the part that was trained on."""
+    share, seed = known.get("validation_share"), known.get("seed")
+    asked, asked_seed = options.get("validation_share", share), options.get("seed", seed)
+    # Of one seed, a smaller share is a part of a larger one; see `stratified_share`.
+    is_larger = share is not None and (asked is None or asked > share)
+    if is_larger or asked_seed != seed:
+        raise InputError(
+            f"{data.name}: the model was trained on this set, with --validation-share {share} and "
+            f"seed {seed}; a share of {asked} and seed {asked_seed} would measure images it was "
+            "trained on: leave --validation-share out"
+        )
+
+
+def _note_trained_on(predictor, trained, data, split):
+    """Says on standard error how many of the images that measure were trained on."""
+    marks = predictor.card.get("trained_on")
+    if isinstance(marks, str) and marks and isinstance(split.images, ImageFiles):
+        marks = split_marks(marks)
+        count = sum(mark in marks for mark in split_marks(content_marks(split.images), list))
+        if count:
+            note(
+                f"{data.name}: {count} of the {len(split)} images measured are files that the "
+                "model was trained on: the accuracy is too high for new images"
+            )
+    elif data.name == trained.get("dataset") and data.fingerprint != trained.get(
+        "fingerprint", data.fingerprint
+    ):
+        note(
+            f"{data.name}: the set has changed since the training: some of the {len(split)} images "
+            "measured may have been trained on"
+        )
 
 
 def as_taken(split, image_shape):
@@ -275,38 +375,12 @@ def as_taken(split, image_shape):
         split: A `Split`; of arrays it is returned as it is.
         image_shape: (height, width, channels) that the model takes; None is any size.
     """
-    height, width, channels = image_shape
-    if not isinstance(split.images, ImageFiles) or not (height and width):
+    if not isinstance(split.images, ImageFiles):
         return split
+    *sizes, channels = image_shape
+    # The sizes that the model leaves open are those that the images were loaded at.
+    height, width = (a or b for a, b in zip(sizes, split.images.shape[1:3], strict=True))
     return Split(ImageFiles(split.images.sources, (height, width), channels), split.labels)
-
-
-def data_arguments(predictor, dataset, options):
-    """Returns the arguments of `load_dataset` that load what measures a model.
-
-    Args:
-        predictor: A `Predictor`.
-        dataset: A data set's name; None for the one the model was trained on. A `Dataset` needs
-            none: then these are the options.
-        options: What was asked for beside the name, a dict.
-    """
-    if isinstance(dataset, Dataset):
-        return options
-    data = predictor.card.get("data")
-    known = data if isinstance(data, dict) else {}
-    trained_on = known.get("dataset")
-    known = {name: known[name] for name, kind in _DATA_SETTINGS.items() if _is(known, name, kind)}
-    if dataset is None and not isinstance(trained_on, str):
-        raise InputError(
-            f"{predictor.name}: the file does not say what it was trained on: name --dataset"
-        )
-    if dataset in (None, trained_on):
-        return {"name": trained_on, **known, **options}
-    return {"name": dataset, **options}
-
-
-def _is(settings, name, kind):
-    return isinstance(settings.get(name), kind)
 
 
 def _check_fit(predictor, data, split):
@@ -335,7 +409,7 @@ def _some(names, most=3):
     return f"{shown} … ({len(names)})" if len(names) > most else shown
 
 
-def predict_files(path, images, *, top=3, invert="auto", trust=False):
+def predict_files(path, images, *, top=3, invert="auto", trust=False, on_error=None):
     """Names what is on image files.
 
     Args:
@@ -343,47 +417,57 @@ def predict_files(path, images, *, top=3, invert="auto", trust=False):
         images: Paths of images: any size, colour or grey, any format that Pillow reads. Each is
             resized to what the model takes and converted to grey or colour.
         top: How many labels an image, the most probable first.
-        invert: "yes", "no", or "auto": light and dark are swapped where the image's border is on
-            the other side of mid-grey than that of the images the model was trained on.
+        invert: "yes", "no", or "auto": light and dark are swapped where the image's border is
+            light, the model takes grey images, and those it was trained on are light on dark.
         trust: See `load`.
+        on_error: Called with the `ImageError` of each image that cannot be read, and the other
+            images are named; None raises the first.
 
     Returns:
-        One dict an image: "image" (the path), "inverted" (a bool), "labels" (a list of dicts
-        with "label" and "probability").
+        One dict an image that could be read: "image" (the path), "inverted" (a bool), "labels" (a
+        list of dicts with "label" and "probability").
 
     Raises:
-        InputError: If the model or an image cannot be loaded.
+        InputError: If the model cannot be loaded; an `ImageError` if an image cannot be read.
     """
     predictor = load(path, trust=trust)
     rows = []
     for image in images:
-        pixels = _read_image(image, predictor.image_shape)
-        inverted = _is_inverted(pixels, invert, predictor.card.get("background"))
-        probabilities = predictor(255 - pixels if inverted else pixels)[0]
-        best = np.argsort(-probabilities, kind="stable")[:top]
-        labels = [
-            {"label": predictor.class_names[i], "probability": float(probabilities[i])}
-            for i in best
-        ]
-        rows.append({"image": printable_path(image), "inverted": inverted, "labels": labels})
+        try:
+            rows.append(_predict_file(predictor, image, top, invert))
+        except ImageError as error:
+            if on_error is None:
+                raise
+            on_error(error)
     return rows
 
 
-def _read_image(path, image_shape):
-    """Returns an image file as a batch of one, uint8, [1, height, width, channels]."""
-    height, width, channels = image_shape
+def _predict_file(predictor, path, top, invert):
+    shown = printable_path(path)
     try:
-        own = open_upright(path).size
-        return decode_image(path, (height or own[1], width or own[0]), channels)[None]
+        pixels = decode_image(path, predictor.image_shape[:2], predictor.image_shape[2])[None]
     except FileNotFoundError:
-        raise InputError(f"{printable_path(path)}: no such image file") from None
+        raise ImageError(f"{shown}: no such image file") from None
     except Exception as error:  # Pillow raises many kinds on a damaged file
-        raise InputError(f"{printable_path(path)}: cannot be read: {one_line(error)}") from error
+        raise ImageError(f"{shown}: cannot be read: {one_line(error)}") from error
+    inverted = _is_inverted(pixels, invert, predictor.card.get("background"))
+    try:
+        probabilities = predictor(255 - pixels if inverted else pixels)[0]
+    except InputError as error:
+        if None not in predictor.image_shape:
+            raise
+        # A network of any size has a smallest one: the fault is this image's.
+        size = f"{pixels.shape[2]}×{pixels.shape[1]} pixels"
+        raise ImageError(f"{shown}: {size}: {error}") from error
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    labels = [
+        {"label": predictor.class_names[i], "probability": float(probabilities[i])} for i in best
+    ]
+    return {"image": shown, "inverted": inverted, "labels": labels}
 
 
 def _is_inverted(pixels, invert, background):
+    """Returns whether light and dark are to be swapped; colour is never touched by "auto"."""
     if invert != "auto":
         return invert == "yes"
-    return background in ("dark", "light") and background != (
-        "dark" if border_level(pixels) < 128 else "light"
-    )
+    return background == "dark" and pixels.shape[-1] == 1 and border_level(pixels) >= 128

@@ -1,4 +1,4 @@
-"""Progress bars, which only a terminal shows."""
+"""What is said on standard error: progress bars, which only a terminal shows, and notes."""
 
 import contextlib
 import sys
@@ -34,3 +34,12 @@ def bar(total, description, unit=" images", stream=None):
         disable=not stream.isatty(),
     ) as shown:
         yield shown
+
+
+def note(line):
+    """Prints a line on standard error that whoever reads the result should know.
+
+    Args:
+        line: Text; line breaks become spaces.
+    """
+    print(f"keras-resnet: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)

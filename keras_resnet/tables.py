@@ -89,24 +89,36 @@ def escape_markdown(text):
 
 
 def printable(text):
-    r"""Returns `text` with "?" for what is not printable, so that no name can steer a terminal.
+    r"""Returns `text` with "?" for control characters, so that no name can steer a terminal.
+
+    Those are the categories of control characters, surrogates, and separators of lines and
+    paragraphs, and the marks that reverse the direction of text. Joiners (Persian, emoji), wide
+    spaces and characters newer than Python's tables are part of names in their scripts.
 
     Example:
-        >>> printable("a\x1b[31mb")
-        'a?[31mb'
+        >>> printable("a\x1b[31mb"), printable("\u0645\u06cc\u200c\u0634\u0648\u062f")
+        ('a?[31mb', 'می\u200cشود')
     """
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return "".join("?" if _is_control(character) else character for character in text)
+
+
+def _is_control(character):
+    # U+202A…U+202E and U+2066…U+2069 could show a name as another one.
+    reverses = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
+    return reverses or unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"}
 
 
 def display_width(text):
-    """Returns how many columns `text` takes on a terminal: wide characters two, accents none.
+    """Returns how many columns `text` takes on a terminal: wide characters two, marks none.
 
     Example:
         >>> display_width("Shirt"), display_width("衬衫")
         (5, 4)
     """
     return sum(
-        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        0
+        if unicodedata.category(c) in {"Mn", "Me", "Cf"}
+        else 1 + (unicodedata.east_asian_width(c) in "WF")
         for c in text
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from keras_resnet import archive, callbacks, files, fine_tuning, run_folder
 from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.datasets.base import cut_batches
-from keras_resnet.datasets.images import border_level
+from keras_resnet.datasets.images import ImageFiles, border_level, content_marks
 from keras_resnet.distribution import rendezvous, strategies
 from keras_resnet.errors import InputError, Interrupted, TrainingError, WorkerLost, look_up
 from keras_resnet.inference import Predictor, measure
@@ -232,18 +232,35 @@ def _make_card(settings, recipe, init, dataset):
         "origin": origin,
         "class_names": list(dataset.class_names),
         "background": _background(dataset.splits["train"]),
-        "data": {name: settings[name] for name in ("dataset", *DATA_SETTINGS)},
+        "data": {
+            **{name: settings[name] for name in ("dataset", *DATA_SETTINGS)},
+            "fingerprint": dataset.fingerprint,
+        },
+        "trained_on": _trained_on(dataset.splits["train"]),
     }
 
 
-def _background(split, sample=1000):
-    """Returns whether the images' borders are "dark", "light", or None where they are neither.
+MOST_MARKED = 500_000
+"""Of larger sets a model's card does not hold a mark for each training image."""
 
-    A photograph that is light where the training images are dark has to be inverted first.
+
+def _trained_on(split):
+    """Returns the `content_marks` of the files that are trained on; "" where there are none."""
+    if not isinstance(split.images, ImageFiles) or len(split) > MOST_MARKED:
+        return ""
+    return content_marks(split.images)
+
+
+def _background(split, sample=1000):
+    """Returns "dark" if the images are grey and known to be light on dark, else None.
+
+    They are if nearly every image has a dark border; see `inference.predict_files`.
     """
+    if split.images.shape[-1] != 1:
+        return None
     images = split.images[np.linspace(0, len(split) - 1, min(sample, len(split))).astype(int)]
-    level = border_level(images)
-    return "dark" if level < 64 else "light" if level >= 192 else None
+    levels = [border_level(image[None]) for image in images]
+    return "dark" if np.mean(np.less(levels, 64)) >= 0.9 else None
 
 
 def _describe(plan, num_parameters, command):

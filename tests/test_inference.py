@@ -9,11 +9,14 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from conftest import run_main
 from PIL import Image, ImageOps
 
 from keras_resnet import archive
+from keras_resnet.datasets import load_dataset
+from keras_resnet.datasets.images import content_marks
 from keras_resnet.errors import InputError
-from keras_resnet.inference import Predictor, evaluate_file, load, predict_files
+from keras_resnet.inference import Predictor, evaluate_file, load, load_data, predict_files
 
 
 @pytest.fixture
@@ -120,6 +123,189 @@ def test_top_counts_labels(trained_run, bag):
     labels = predict_files(trained_run, [bag, bag], top=2)[1]["labels"]
     assert len(labels) == 2 and labels[0]["probability"] >= labels[1]["probability"]
     assert len(predict_files(trained_run, [bag], top=99)[0]["labels"]) == 4
+
+
+# ----------------------------------------------------------------------------------------------
+# Which images are measured
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of two classes of 20 images that all differ."""
+    folder = tmp_path / "photographs"
+    for label, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (i, label, 99)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def save_any_size(path, size=(None, None), **card):
+    """Saves a model of two classes whose card says what it was trained on."""
+    layers = [keras.layers.Conv2D(2, 3), keras.layers.GlobalAveragePooling2D()]
+    model = keras.Sequential([keras.Input((*size, 3)), *layers, keras.layers.Dense(2)])
+    archive.save_model(model, path, {"class_names": ["cat", "dog"], **card})
+    return path
+
+
+@pytest.fixture
+def trained_on(photographs, tmp_path):
+    """A model trained on 32 of the photographs; 8 were held out."""
+    data = load_dataset(f"folder:{photographs}", validation_share=0.2, seed=3)
+    settings = {"dataset": data.name, "validation_share": 0.2, "seed": 3}
+    return save_any_size(
+        tmp_path / "model.keras",
+        data={**settings, "fingerprint": data.fingerprint},
+        trained_on=content_marks(data.splits["train"].images),
+    )
+
+
+def measured(model, dataset=None, **options):
+    _, split = load_data(load(model), dataset and f"folder:{dataset}", **options)
+    return {path.parent.name + path.name for path in split.images.sources}
+
+
+def test_a_foreign_folder_is_measured_whole(photographs, tmp_path, capsys):
+    model = save_any_size(tmp_path / "model.keras")
+    assert len(evaluate_file(model, f"folder:{photographs}")) == 40
+    assert len(evaluate_file(model, f"folder:{photographs}", validation_share=0.5)) == 20
+    assert capsys.readouterr().err == ""
+
+
+def link(folder):
+    folder.with_name("link").symlink_to(folder)
+    return folder.with_name("link")
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda folder: None,
+        lambda folder: folder,
+        lambda folder: f"{folder}/",
+        lambda folder: f"{folder.parent}/photographs/../photographs",
+        link,
+        lambda folder: shutil.copytree(folder, folder.with_name("copy")),
+        lambda folder: folder.rename(folder.with_name("moved")),
+    ],
+    ids=["unnamed", "name", "slash", "dots", "link", "copy", "moved"],
+)
+def test_the_training_folder_under_any_path_is_split_as_in_training(
+    spell, trained_on, photographs, capsys
+):
+    held_out = measured(trained_on)
+    assert len(held_out) == 8
+    assert measured(trained_on, spell(photographs)) == held_out
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options", [{"validation_share": 0.7}, {"seed": 0}])
+def test_another_split_of_the_training_set_is_refused(options, trained_on, photographs, tmp_path):
+    copy = shutil.copytree(photographs, tmp_path / "copy")
+    for dataset in (None, photographs, copy):
+        with pytest.raises(InputError, match="the model was trained on this set, with --valid"):
+            measured(trained_on, dataset, **options)
+    assert measured(trained_on, validation_share=0.1) < measured(trained_on)
+
+
+def test_training_images_in_another_folder_are_counted(trained_on, photographs, tmp_path, capsys):
+    held_out = measured(trained_on)
+    other = shutil.copytree(photographs, tmp_path / "other")
+    Image.new("RGB", (8, 8), "white").save(other / "cat" / "new.png")
+    assert len(measured(trained_on, other)) == 41
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "32 of the 41 images measured are files that the model was trained on" in line
+    # Where the training folder itself has grown, another part of it is held out.
+    Image.new("RGB", (8, 8), "white").save(photographs / "cat" / "0new.png")
+    count = len(measured(trained_on) - held_out - {"cat0new.png"})
+    assert f"{count} of the 8 images measured" in capsys.readouterr().err
+
+
+def test_a_file_that_was_exported_knows_the_set_but_not_its_files(
+    trained_on, photographs, tmp_path, capsys
+):
+    predictor = load(trained_on)
+    card = {name: part for name, part in predictor.card.items() if name != "trained_on"}
+    archive.save_model(predictor.model, tmp_path / "other.keras", card)
+    measured(tmp_path / "other.keras")
+    assert capsys.readouterr().err == ""
+    Image.new("RGB", (8, 8), "white").save(photographs / "cat" / "0new.png")
+    measured(tmp_path / "other.keras")
+    assert "the set has changed since the training" in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_was_trained_on(trained_run, fashion_folder):
+    card = load(trained_run).card
+    data = load_dataset(f"folder:{fashion_folder}")
+    assert card["data"]["fingerprint"] == data.fingerprint
+    assert card["trained_on"] == content_marks(data.splits["train"].images)
+
+
+def test_images_of_many_sizes_are_measured_one_by_one(photographs, tmp_path):
+    model = save_any_size(tmp_path / "model.keras")
+    for i, path in enumerate(sorted((photographs / "cat").iterdir())):
+        Image.new("RGB", (8 + i, 5), (i, 9 * i, 0)).save(path)
+    done = run_main("evaluate", model, "--dataset", f"folder:{photographs}", "--json")
+    assert done.returncode == 0, done.stderr
+    labels = [
+        row["labels"] for row in predict_files(model, sorted((photographs / "cat").iterdir()))
+    ]
+    recall = np.mean([each[0]["label"] == "cat" for each in labels])
+    found = json.loads(done.stdout)
+    assert found["num_images"] == 40
+    assert found["per_class"][0]["recall"] == pytest.approx(recall)
+    words = ("evaluate", model, "--dataset", f"folder:{photographs}", "--image-size", 6)
+    done = run_main(*words)
+    assert done.returncode == 0 and "on 40 images" in done.stdout
+    done = run_main(
+        "export", model, "--dataset", f"folder:{photographs}", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 2 and "--image-size" in done.stderr.splitlines()[-1]
+    fixed = save_any_size(tmp_path / "fixed.keras", (8, 8))
+    done = run_main("evaluate", fixed, *words[2:])
+    assert done.returncode == 2 and "takes images of 8×8 pixels" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------
+# Many files, some of them bad; light and dark
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_unreadable_files_among_others(form, photographs, tmp_path):
+    model = save_any_size(tmp_path / "model.keras")
+    good = [photographs / "cat" / "0.png", photographs / "dog" / "1.png"]
+    (tmp_path / "page.png").write_text("<html>404</html>")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.gif")  # too small for the network
+    bad = [tmp_path / "page.png", tmp_path / "none.png", tmp_path, tmp_path / "dot.gif"]
+    done = run_main("predict", model, good[0], *bad, good[1], *form)
+    assert done.returncode == 2
+    for line, path in zip(done.stderr.splitlines(), bad, strict=True):
+        assert line.startswith(f"keras-resnet: {path}: ")
+    if form:
+        assert [row["image"] for row in json.loads(done.stdout)] == [str(path) for path in good]
+    else:
+        assert all(str(path) in done.stdout for path in good) and str(bad[0]) not in done.stdout
+    done = run_main("predict", model, *bad, *form)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == len(bad)
+    assert done.stdout == ("[]\n" if form else "")
+
+
+@pytest.mark.parametrize(
+    ("channels", "background", "inverted"),
+    [(1, "dark", True), (1, "light", False), (1, None, False), (3, "dark", False)],
+)
+def test_only_grey_sets_that_are_light_on_dark_invert(channels, background, inverted, tmp_path):
+    card = {"class_names": ["a", "b", "c"], "background": background}
+    model = small_model(keras.Input((4, 4, channels)))
+    archive.save_model(model, tmp_path / "model.keras", card)
+    for mode in ("L", "RGB"):
+        Image.new(mode, (9, 9), "white").save(tmp_path / "white.jpg")
+        (row,) = predict_files(tmp_path / "model.keras", [tmp_path / "white.jpg"])
+        assert row["inverted"] is inverted
+        Image.new(mode, (9, 9), "black").save(tmp_path / "black.jpg")
+        assert not predict_files(tmp_path / "model.keras", [tmp_path / "black.jpg"])[0]["inverted"]
 
 
 # ----------------------------------------------------------------------------------------------

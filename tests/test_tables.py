@@ -80,6 +80,14 @@ def test_markdown_lines_have_one_width_and_one_number_of_cells(pairs):
 
 def test_control_characters_do_not_reach_the_terminal():
     assert printable("a\x1b[2J\nb") == "a?[2J?b"
+    assert printable("a\x85b\u2028c\u202ed\u2066e\udc80") == "a?b?c?d?e?"
+
+
+@pytest.mark.parametrize(
+    "name", ["می\u200cشود", "全角\u3000空白", "👩\u200d🌾", "نام\u200f", "\U0001fae8"]
+)
+def test_names_of_every_script_are_printed(name):
+    assert printable(name) == name
 
 
 @pytest.mark.parametrize(
@@ -100,6 +108,7 @@ def test_escape_markdown(text, escaped):
 def test_display_width_counts_columns_not_characters():
     assert display_width("衬衫") == 4
     assert display_width(unicodedata.normalize("NFD", "é")) == 1
+    assert display_width("می\u200cشود") == 5
 
 
 @pytest.mark.parametrize(

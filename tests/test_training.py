@@ -113,6 +113,17 @@ def test_the_model_takes_raw_images(trained_run):
     assert card["background"] == "dark"
 
 
+def test_the_background_is_known_of_grey_sets_alone():
+    random = np.random.default_rng(0)
+    dark = np.zeros((20, 8, 8, 1), "uint8")
+    dark[:, 2:6, 2:6] = 200
+    scenes = dark.copy()
+    scenes[:10] = random.integers(0, 256, (10, 1, 1, 1))
+    expected = [(dark, "dark"), (scenes, None), (255 - dark, None), (dark.repeat(3, axis=-1), None)]
+    for images, background in expected:
+        assert training._background(keras_resnet.Split(images, np.zeros(20, int))) == background
+
+
 def test_best_checkpoint_is_the_best_epoch(trained_run):
     accuracies = [row["val_accuracy"] for row in read_history(trained_run / "history.csv")]
     card = read_card(trained_run / "checkpoints" / "best.keras")

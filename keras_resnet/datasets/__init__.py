@@ -45,9 +45,11 @@ def load_dataset(
         image_size: One number or (height, width): what images of varying sizes, of "folder:" and
             of some "tfds:" sets, are decoded at, and larger ones of "folder:". Images of one
             smaller size, and sets that are arrays, keep theirs: the model's graph resizes them.
+            (None, None) keeps every image's own size; see `ImageFiles`.
         channels: 1 (grey) or 3 (colour); None for what the images have.
         validation_share: The share of the training images that validates, for sets that have
-            no test or validation split of their own.
+            no test or validation split of their own; None for a set that is not trained on, whose
+            splits "train" and "validation" are then the whole set.
         skip_bad: For "folder:", leaves out files that cannot be read.
         seed: Of the choice of validation images.
         prefer_tensorflow: For "fashion_mnist": whether a TFDS folder, which takes TensorFlow to

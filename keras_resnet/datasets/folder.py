@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import math
 import os
 
 import numpy as np
@@ -41,9 +42,10 @@ def load_folder(
         path: The folder.
         image_size: (height, width) or one number, for images of varying sizes and for larger
             ones. Images of one size that is no larger keep it, since the model's own graph
-            resizes them.
+            resizes them. (None, None) keeps every image's own size; see `ImageFiles`.
         channels: 1 or 3; None for 1 if all images are grey, else 3.
-        validation_share: The share of each class that validates; see `stratified_share`.
+        validation_share: The share of each class that validates; None for a folder that is not
+            trained on, which may have classes without images; see `stratified_share`.
         skip_bad: Leaves out files that cannot be read, where they are otherwise an error.
         seed: Of the choice of validation images.
 
@@ -60,7 +62,8 @@ def load_folder(
     if image_size is not None:
         image_size = check_image_size(image_size)
     class_names = _class_names(root)
-    files = [file for name in class_names for file in _class_files(root / name)]
+    is_shared = validation_share is not None
+    files = [file for name in class_names for file in _class_files(root / name, not is_shared)]
     looks, bad = _look_at_all(files)
     if bad and not skip_bad:
         raise InputError(
@@ -69,7 +72,7 @@ def load_folder(
         )
     files = list(looks)
     labels = np.array([class_names.index(file.parent.name) for file in files], np.int64)
-    _check_counts(root, class_names, labels)
+    _check_counts(root, class_names, labels, is_shared)
     image_size = _reading_size(looks, image_size)
     if channels is None:
         channels = 1 if all(look.grey for look in looks.values()) else 3
@@ -115,7 +118,7 @@ def _class_names(root):
     return names
 
 
-def _class_files(folder):
+def _class_files(folder, may_be_empty):
     entries = _entries(folder)
     nested = next((entry for entry in entries if entry.is_dir()), None)
     if nested:
@@ -123,7 +126,7 @@ def _class_files(folder):
             f"{printable_path(nested)}: a class folder must hold images only, found a folder; "
             f"if {printable_path(folder.name)} is no class, give folder:{printable_path(folder)}"
         )
-    if not entries:
+    if not entries and not may_be_empty:
         raise InputError(
             f"{printable_path(folder)}: the class folder is empty; add images or remove it"
         )
@@ -177,10 +180,13 @@ def _reason(error):
     return "not an image" if unknown else one_line(error)
 
 
-def _check_counts(root, class_names, labels):
+def _check_counts(root, class_names, labels, is_shared):
+    """Refuses too few images: of the whole set, and of each class where classes are shared out."""
+    if not len(labels):
+        raise InputError(f"{printable_path(root)}: its class folders hold no readable image")
     counts = np.bincount(labels, minlength=len(class_names))
     for name, count in zip(class_names, counts, strict=True):
-        if count < 2:
+        if count < 2 and is_shared:
             raise InputError(
                 f"{printable_path(root / name)}: a class needs at least 2 readable images, one to "
                 f"train and one to validate, found {count}"
@@ -193,7 +199,8 @@ def _reading_size(looks, image_size):
     for file, look in looks.items():
         examples.setdefault(look.size, file)
     (first, a), *others = examples.items()
-    if not others and (image_size is None or np.all(np.less_equal(first, image_size))):
+    largest = [math.inf if size is None else size for size in image_size or (None, None)]
+    if not others and np.all(np.less_equal(first, largest)):
         return first
     if image_size is None:
         second, b = others[0]

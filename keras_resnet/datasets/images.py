@@ -1,13 +1,16 @@
 """Encoded images (files, or bytes in memory) that are decoded when a batch needs them."""
 
+import base64
 import contextlib
+import hashlib
 import io
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from keras_resnet import tables
 from keras_resnet.errors import InputError, one_line
@@ -18,6 +21,20 @@ _COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "H
 # Pillow's own conversion of these to 8 bits clips at 255: a 16-bit image comes out white.
 _SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 _MODES = {1: "L", 3: "RGB"}
+# Orientation of EXIF -> what turns the image upright. 1, and values outside the table, leave it.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Resampling leaves floats in 0…1 this far outside at most, half of one of 255 levels.
+_HALF_LEVEL = 0.5 / 255
+_LEAST_OF_255 = 16
+_MARK = 8
 # Pillow lets go of the interpreter lock while it decodes.
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -31,20 +48,31 @@ def check_channels(channels):
 def check_image_size(image_size):
     """Returns `image_size`, a positive whole number or a pair of them, as (height, width).
 
+    None in a pair stands for each image's own height or width.
+
     Example:
-        >>> check_image_size(32), check_image_size([24, 32])
-        ((32, 32), (24, 32))
+        >>> check_image_size(32), check_image_size([24, 32]), check_image_size((None, None))
+        ((32, 32), (24, 32), (None, None))
     """
-    pair = np.atleast_1d(np.asarray(image_size))
-    if pair.dtype.kind not in "iu" or pair.shape not in {(1,), (2,)} or pair.min() < 1:
+    sizes = (
+        tuple(image_size) if isinstance(image_size, (tuple, list, np.ndarray)) else (image_size,)
+    )
+    if len(sizes) not in (1, 2) or not all(
+        (size is None and len(sizes) == 2)
+        or (isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1)
+        for size in sizes
+    ):
         raise InputError(
             f"`image_size` must be a positive whole number or (height, width), got {image_size}"
         )
-    return int(pair[0]), int(pair[-1])
+    height, width = (None if size is None else int(size) for size in (sizes[0], sizes[-1]))
+    return height, width
 
 
 def open_upright(source):
-    """Returns a decoded Pillow image, turned as its EXIF orientation says.
+    """Returns a decoded Pillow image of 8 bits a channel, turned as its orientation tag says.
+
+    16-bit grey images keep their upper 8 bits; see `float_scale` for floats.
 
     Args:
         source: A path, or the bytes of a file. Of an animation the first frame is taken.
@@ -61,29 +89,42 @@ def open_upright(source):
         if image.mode not in GREY_MODES | _COLOUR_MODES:
             raise OSError(f"pixels in the mode {image.mode} are not supported")
         image.load()
-        return ImageOps.exif_transpose(image)
+        return _to_eight_bits(_turn(image))
+
+
+def _turn(image):
+    """Returns `image` as its EXIF (or XMP) orientation says; as stored where that is unreadable.
+
+    `ImageOps.exif_transpose` also writes the tags anew, and fails where another tag is broken.
+    """
+    try:
+        method = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Broken metadata raise many kinds, and every viewer shows the pixels.
+        return image
+    return image if method is None else image.transpose(method)
 
 
 def decode_image(source, image_size, channels):
     """Decodes one image.
 
-    16-bit grey images keep their upper 8 bits; transparent pixels are laid on white; palettes,
-    CMYK and other colour spaces become RGB. Grey is the luma of ITU-R 601-2.
+    Transparent pixels are laid on white; palettes, CMYK and other colour spaces become RGB. Grey
+    is the luma of ITU-R 601-2. See `open_upright` for images of more than 8 bits a channel.
 
     Args:
         source: A path, or the bytes of a file.
-        image_size: (height, width) of the result, reached by bilinear resizing.
+        image_size: (height, width) of the result, reached by bilinear resizing; None for the
+            image's own.
         channels: 1 or 3.
 
     Returns:
         A uint8 array, [height, width, channels].
     """
-    image = _to_eight_bits(open_upright(source))
+    image = open_upright(source)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert(_MODES[channels])
-    height, width = image_size
+    height, width = image_size[0] or image.height, image_size[1] or image.width
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(height, width, channels)
@@ -92,10 +133,49 @@ def decode_image(source, image_size, channels):
 def _to_eight_bits(image):
     """Returns `image` in a mode of 8 bits a channel or fewer."""
     if image.mode in _SIXTEEN_BIT_MODES:
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise OSError(
+                f"whole numbers from {pixels.min()} to {pixels.max()}: must lie in 0…65535"
+            )
+        return Image.fromarray((pixels >> 8).astype("uint8"))
     if image.mode == "F":
-        return Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype("uint8"))
+        pixels = np.asarray(image)
+        scaled = np.nan_to_num(pixels.astype("float64") * float_scale(pixels), posinf=255)
+        return Image.fromarray(scaled.clip(0, 255).astype("uint8"))
     return image
+
+
+def float_scale(pixels):
+    """Returns the factor that brings an image of floats to 0 … 255.
+
+    Floats in 0 … 1 are scaled, floats up to 255 are taken as they are, whole numbers up to 65535
+    as 16 bits. Other ranges are refused: a guess would give a black or a white image.
+
+    Args:
+        pixels: Floats, [height, width]; NaN and infinities do not count.
+
+    Raises:
+        OSError: The range is ambiguous, or no pixel is finite.
+
+    Example:
+        >>> float_scale(np.array([[0.2, 0.9]])), float_scale(np.array([[0, 254.5]]))
+        (255.0, 1.0)
+    """
+    finite = pixels[np.isfinite(pixels)]
+    low, high = (finite.min(), finite.max()) if finite.size else (np.nan, np.nan)
+    is_whole = bool((finite == finite.round()).all())
+    if low >= -_HALF_LEVEL and high <= 1 + _HALF_LEVEL:
+        return 255.0
+    # A little above 1, fractions are more likely an overshoot of 0…1 than a dark image.
+    if low >= 0 and high <= 255 and (is_whole or high > _LEAST_OF_255):
+        return 1.0
+    if low >= 0 and high <= 65535 and is_whole:
+        return 1 / 256
+    raise OSError(
+        f"floats from {low:.4g} to {high:.4g}: must lie in 0…1 or 0…255, or be whole numbers "
+        "in 0…65535"
+    )
 
 
 @contextlib.contextmanager
@@ -145,11 +225,13 @@ class ImageFiles:
 
     Args:
         sources: Paths, or the bytes of files.
-        image_size: (height, width), or one number for a square.
+        image_size: (height, width), or one number for a square; see `check_image_size`. Where
+            one is None, `shape` has None and images of several sizes are indexed one at a time.
         channels: 1 or 3.
 
     Raises:
-        InputError: A bad argument; or, when indexed, an image that cannot be decoded.
+        InputError: A bad argument; or, when indexed, an image that cannot be decoded, or images
+            of several sizes.
 
     Example:
         >>> file = io.BytesIO()
@@ -174,6 +256,11 @@ class ImageFiles:
         picked = np.arange(len(self))[indices]
         if picked.ndim == 0:
             return self._decode(picked)
+        if None in self.shape[1:]:
+            images = list(map_threads(self._decode, picked))
+            if len({image.shape for image in images}) != 1:
+                raise InputError("images of their own sizes must be taken one at a time")
+            return np.stack(images)
         batch = np.empty((len(picked), *self.shape[1:]), self.dtype)
         for place, image in enumerate(map_threads(self._decode, picked)):
             batch[place] = image
@@ -186,6 +273,33 @@ class ImageFiles:
         except Exception as error:  # See `open_upright`.
             name = f"image {index}" if isinstance(source, bytes) else printable_path(source)
             raise InputError(f"{name}: cannot be decoded: {one_line(error)}") from error
+
+
+def content_marks(images):
+    """Returns a mark of each encoded image's bytes, so that a copy is known again.
+
+    Args:
+        images: An `ImageFiles`.
+
+    Returns:
+        A string of `_MARK` characters an image: a part of its sha256, 48 bits in base64.
+
+    Example:
+        >>> images = ImageFiles([b"one", b"two", b"one"], 8, 1)
+        >>> len(content_marks(images)), len(split_marks(content_marks(images)))
+        (24, 2)
+    """
+
+    def mark(source):
+        raw = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return base64.b64encode(hashlib.sha256(raw).digest()[:6]).decode()
+
+    return "".join(map_threads(mark, images.sources))
+
+
+def split_marks(marks, kind=set):
+    """Returns the marks in a string that `content_marks` wrote, as a set or another `kind`."""
+    return kind(marks[i : i + _MARK] for i in range(0, len(marks), _MARK))
 
 
 def printable_path(path):

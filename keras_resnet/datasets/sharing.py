@@ -14,7 +14,8 @@ def stratified_share(labels, share, seed):
 
     Args:
         labels: Whole numbers, [count].
-        share: The part for validation, above 0 and below 1.
+        share: The part for validation, above 0 and below 1; None for a set that is not trained
+            on: then each part is the whole.
         seed: A whole number; the same seed gives the same parts.
 
     Returns:
@@ -28,6 +29,8 @@ def stratified_share(labels, share, seed):
         >>> len(train), len(validation), int((validation >= 8).sum())
         (7, 3, 1)
     """
+    if share is None:
+        return np.arange(len(labels)), np.arange(len(labels))
     if not 0 < share < 1:
         raise InputError(f"`validation_share` must be above 0 and below 1, got {share}")
     labels = np.asarray(labels)

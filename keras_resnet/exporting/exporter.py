@@ -22,13 +22,12 @@ from keras_resnet.exporting.reference import Recorded, read_reference, write_ref
 from keras_resnet.inference import (
     Predictor,
     as_taken,
-    data_arguments,
-    load_data,
+    load_measured,
     resolve_model_path,
     to_probabilities,
 )
 from keras_resnet.manifest import MANIFEST, VERSION, digest, read_manifest
-from keras_resnet.progress import bar
+from keras_resnet.progress import bar, note
 from keras_resnet.runtimes import Prober, open_runtime
 from keras_resnet.runtimes.base import CARD_KEY, LOGITS, as_rows, kind_by_numbers
 from keras_resnet.runtimes.keras_file import KerasRuntime
@@ -86,7 +85,8 @@ def export(
         to: Rows of `formats.FORMATS`: "saved_model", "tflite", "onnx"; None for all.
         precision: Rows of `formats.PRECISIONS`: "float32", "float16", "dynamic", "int8"; None
             for all that the formats come in.
-        dataset: A `Dataset` or its name; by default what the model was trained on.
+        dataset: A `Dataset` or its name; by default what the model was trained on. See
+            `inference.load_data` for the images of it that measure.
         preprocessing: Whether the files take raw uint8 images and give probabilities; without,
             they take the network's floats and give logits.
         force: Whether to publish what failed, with the failures recorded.
@@ -114,8 +114,13 @@ def export(
     artifacts = choose_artifacts(to, precision)
     source = _open_source(model, folder)
     folder = folders.check_target(source.folder)
-    data, split = load_data(source.predictor, dataset, **data_options)
+    data, split, options = load_measured(source.predictor, dataset, data_options)
     size = split.images.shape[1:3]
+    if None in size:
+        raise InputError(
+            f"{data.name}: images of several sizes, and the model takes any: an export has one; "
+            "choose it with --image-size (`image_size`)"
+        )
     serving = Serving(source.predictor.model, preprocessing, size)
     _check_contract_kept(folder, serving.contract)
     run_folder.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
@@ -123,7 +128,7 @@ def export(
         serving,
         _make_card(source.predictor, data, serving),
         source.provenance,
-        _calibration_images(serving, data, artifacts),
+        _calibration_images(serving, data, options, artifacts),
     )
     with folders.workspace(folder) as work, Prober() as prober:
         session = _Session(job, work, prober, report)
@@ -131,7 +136,6 @@ def export(
         for artifact in artifacts:
             session.add(artifact)
         _check_passed(session.rows, session.failures, force, folder)
-        options = data_arguments(source.predictor, dataset, data_options)
         manifest = _make_manifest(source, data, options, session)
         _keep_earlier(manifest, session, folder)
         _write_record(manifest, session)
@@ -205,20 +209,28 @@ def _make_card(predictor, data, serving):
         # `labels.txt` has a line for each.
         if name.splitlines() != [name]:
             raise InputError(f"a class name must be one line of text, got {name!r}")
-    return {
+    card = {
         **predictor.card,
         "class_names": names,
         "takes_raw_images": serving.contract.dtype == "uint8",
         CARD_KEY: serving.output_kind,
     }
+    # A published file does not tell which photographs it was trained on.
+    card.pop("trained_on", None)
+    return card
 
 
-def _calibration_images(serving, data, artifacts):
-    """Returns the training images that find the ranges, if an artifact needs them."""
+def _calibration_images(serving, data, options, artifacts):
+    """Returns the training images that find the ranges, if an artifact needs them.
+
+    A set that is measured whole has no other images than those.
+    """
     if not any(PRECISIONS[artifact.precision].is_calibrated for artifact in artifacts):
         return np.zeros((0, *serving.contract.image_shape), serving.contract.dtype)
     if not len(data.splits.get("train", ())):
         raise InputError(f"{data.name}: int8 needs training images, and there are none")
+    if data.evaluation_split == "validation" and options.get("validation_share", 0) is None:
+        note(f"{data.name}: int8 is calibrated on images that are measured, too: all are measured")
     split = as_taken(data.splits["train"], serving.raw_shape)
     return serving.prepare(split.images[draw_evenly(split.labels, CALIBRATION_IMAGES)])
 
@@ -309,7 +321,7 @@ class _Session:
             ) from error
         self.rows.append(row)
         self.failures += failures
-        self.report(_describe_row(row))
+        self.report(_describe_row(row, len(self.split)))
 
     def _examine(self, path, artifact):
         """Returns an artifact's row of the manifest, and its `Failure`s."""
@@ -365,11 +377,12 @@ def _check_kind(runtime, kind, answers):
         )
 
 
-def _describe_row(row):
+def _describe_row(row, images):
     verdict = "; ".join(row["failures"]) or "proven"
     return (
         f"{row['file']}: {row['bytes'] / 1e6:.1f} MB, largest difference "
-        f"{row['max_difference']:.1e}, agreement {row['agreement']:.4f}: {verdict}"
+        f"{row['max_difference']:.1e}, agreement {row['agreement']:.4f} on {images:,} images: "
+        f"{verdict}"
     )
 
 

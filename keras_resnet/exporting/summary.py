@@ -4,7 +4,7 @@ from keras_resnet.tables import Column, format_table
 
 
 def format_manifest(manifest, *, markdown=False):
-    """Returns a manifest's artifacts as a table: size, proof, accuracy, speed.
+    """Returns a manifest's artifacts as a table: size, proof, images, accuracy, speed.
 
     Args:
         manifest: What `export` returned.
@@ -17,6 +17,7 @@ def format_manifest(manifest, *, markdown=False):
         row["points"] = 100 * artifact["accuracy_change"]
         rows.append({**row, "proof": "FAILED" if artifact["failures"] else "passed"})
     for row in rows:
+        row["images"] = manifest["data"]["images"]
         for count in threads:
             row[f"ms{count}"] = row["latency_ms"].get(count, {}).get("median")
     columns = [
@@ -25,6 +26,7 @@ def format_manifest(manifest, *, markdown=False):
         Column("max_difference", "largest difference", ".0e"),
         Column("agreement", spec=".4f"),
         Column("accuracy", spec=".4f"),
+        Column("images", spec=","),
         Column("points", "change, points", "+.2f"),
         *(Column(f"ms{count}", f"ms, {_threads(count)}", ".2f") for count in threads),
         "proof",
@@ -60,12 +62,14 @@ def format_verification(found):
         found: What it returned.
     """
     rows = [{**row, "failures": "; ".join(row["failures"]) or None} for row in found["files"]]
+    accuracy = [Column("accuracy", spec=".4f"), Column("accuracy_images", "of images", ",")]
     columns = [
         "file",
         "verdict",
         Column("max_difference", "largest difference", ".0e"),
         Column("agreement", spec=".4f"),
-        *([Column("accuracy", spec=".4f")] if any(row.get("accuracy") for row in rows) else []),
+        Column("images", spec=","),
+        *(accuracy if any(row.get("accuracy") is not None for row in rows) else []),
         *([Column("failures", "what failed")] if any(row["failures"] for row in rows) else []),
     ]
     return format_table(rows, columns)

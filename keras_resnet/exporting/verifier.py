@@ -42,7 +42,8 @@ def verify(folder, *, trust=False, dataset=None, **data_options):
         A dict: "passed", and "files", a dict for each: "file"; "verdict", one of `SOUND`,
         `CHANGED`, `DIFFERS`, `FORCED` and `NOT_RUN`; "failures", a list of strings; and of an
         artifact that ran "max_difference" and "agreement" with what it answered at its export,
-        and "accuracy", None without a data set.
+        "images", the number of those answers, and "accuracy" and "accuracy_images", None without
+        a data set.
 
     Raises:
         InputError: If there is no manifest, or it or the reference breaks a rule, or the data set
@@ -127,7 +128,8 @@ def _load_split(manifest, dataset, options):
     if manifest["artifacts"][0]["input"]["dtype"] != "uint8":
         raise InputError("--dataset needs artifacts that take images, these take floats")
     if not isinstance(dataset, Dataset):
-        known = _split_options(manifest["data"]) if dataset == manifest["data"]["dataset"] else {}
+        # Whatever its name is here, it must be the set of the export, split as it was there.
+        known = _split_options(manifest["data"])
         dataset = load_dataset(dataset, **{"image_size": (height, width), **known, **options})
     for what, own in (
         ("fingerprint", dataset.fingerprint),
@@ -151,8 +153,13 @@ def _split_options(data):
     """Returns how the images were split at the export, as far as the manifest says it."""
     options = data.get("options")
     options = options if isinstance(options, dict) else {}
-    kinds = {"validation_share": float, "seed": int, "skip_bad": bool}
-    return {name: options[name] for name, kind in kinds.items() if type(options.get(name)) is kind}
+    # A set that was measured whole has the share None.
+    kinds = {"validation_share": (float, type(None)), "seed": (int,), "skip_bad": (bool,)}
+    return {
+        name: options[name]
+        for name, allowed in kinds.items()
+        if name in options and type(options[name]) in allowed
+    }
 
 
 # ----------------------------------------------------------------------------------------------
@@ -188,7 +195,9 @@ def _ask(path, row, class_names, recorded, split, prober):
         )
     return {
         **{name: then[name] for name in ("max_difference", "agreement")},
+        "images": len(answers),
         "accuracy": everything["accuracy"] if everything else None,
+        "accuracy_images": len(split) if everything else None,
         "verdict": DIFFERS if failures else SOUND,
         "failures": list(dict.fromkeys(map(str, failures))),
     }

@@ -218,3 +218,49 @@ def test_names_that_are_not_utf8(folder):
 )
 def test_bad_options(folder, options):
     assert next(iter(options)) in error_of(folder, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["نیم\u200cفاصله", "全角\u3000空白", "👩\u200d🌾", "नमस्ते", "\U0001fae8"]
+)
+def test_class_names_of_every_script(folder, name):
+    (folder / "bag").rename(folder / name)
+    assert name in load(folder).class_names
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\x1b[31m", "a\x85b", "a\u2028b", "a\u202eb", "a\u2066b"]
+)
+def test_control_characters_in_class_names_are_refused(folder, name):
+    (folder / "bag").rename(folder / name)
+    assert "must be printable UTF-8" in error_of(folder)
+
+
+def test_a_folder_that_is_not_trained_on_is_whole(folder):
+    for path in list((folder / "coat").iterdir())[1:]:
+        path.unlink()
+    for path in (folder / "bag").iterdir():
+        path.unlink()
+    dataset = load(folder, validation_share=None)
+    assert dataset.class_names == ("bag", "coat", "ärmel")
+    assert dataset.evaluation_split == "validation"
+    for split in dataset.splits.values():
+        assert split.labels.tolist() == [1] + 10 * [2]
+    for name in ("coat", "ärmel"):
+        for path in (folder / name).iterdir():
+            path.unlink()
+    assert "hold no readable image" in error_of(folder, validation_share=None)
+
+
+def test_images_can_keep_their_own_sizes(folder):
+    assert load(folder, image_size=(None, None)).image_shape == (6, 8, 3)
+    Image.new("RGB", (20, 10)).save(folder / "coat" / "other.bmp")
+    assert load(folder, image_size=(None, None)).image_shape == (None, None, 3)
+    assert load(folder, image_size=(None, 4)).image_shape == (None, 4, 3)
+
+
+def test_floats_that_cannot_be_scaled_are_named_when_the_folder_is_read(folder):
+    Image.fromarray(np.float32([[-1, 1]])).save(folder / "coat" / "normal.tiff")
+    message = error_of(folder)
+    assert "coat/normal.tiff (floats from -1 to 1: must lie in 0…1" in message
+    assert len(load(folder, skip_bad=True).splits["train"]) == 27

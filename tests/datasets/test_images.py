@@ -1,10 +1,18 @@
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from keras_resnet.datasets.images import ImageFiles, check_image_size, decode_image
+from keras_resnet.datasets.images import (
+    ImageFiles,
+    check_image_size,
+    content_marks,
+    decode_image,
+    open_upright,
+    split_marks,
+)
 from keras_resnet.errors import InputError
 
 
@@ -122,3 +130,120 @@ def test_bad_image_sizes(size):
 def test_bad_channels(channels):
     with pytest.raises(InputError, match=f"must be 1 .* or 3 .*got {channels}"):
         ImageFiles([], 2, channels)
+
+
+# ----------------------------------------------------------------------------------------------
+# Images as cameras and programs write them
+# ----------------------------------------------------------------------------------------------
+
+
+def exif_with(*entries):
+    """EXIF, little-endian, of IFD entries (tag, type, count, four bytes)."""
+    rows = b"".join(struct.pack("<HHL", *entry[:3]) + entry[3] for entry in entries)
+    head = b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries))
+    return head + rows + struct.pack("<L", 0)
+
+
+def orientation(value, kind=3):
+    return (0x0112, kind, 1, struct.pack("<HH", value, 0))
+
+
+BAD_TAG = (0x0102, 4, 1, struct.pack("<L", 100_000))  # Pillow writes it as 16 bits, and cannot
+LOOSE_TAG = (0x010F, 2, 1000, struct.pack("<L", 10**6))  # a text far behind the end
+BROKEN_EXIF = {
+    "no TIFF header": (b"Exif\0\0" + bytes(20), False),
+    "cut in the header": (b"Exif\0\0II*\0", False),
+    "a folder behind the end": (b"Exif\0\0II*\0" + struct.pack("<L", 10**8), False),
+    "random": (b"Exif\0\0" + bytes(range(7, 90)), False),
+    "orientation 0": (exif_with(orientation(0)), False),
+    "orientation 9": (exif_with(orientation(9)), False),
+    "orientation as text": (exif_with(orientation(0x36, kind=2)), False),
+    "a tag out of range": (exif_with(BAD_TAG, orientation(6)), True),
+    "a tag behind the end": (exif_with(LOOSE_TAG, orientation(6)), True),
+    "cut in the entries": (exif_with(BAD_TAG, orientation(6))[:-14], False),
+}
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "mpo"])
+@pytest.mark.parametrize("case", BROKEN_EXIF)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_exif_leaves_the_pixels(form, case):
+    exif, is_turned = BROKEN_EXIF[case]
+    half = np.zeros((8, 16, 3), np.uint8)
+    half[:, :8] = 255
+    image = open_upright(encoded(Image.fromarray(half), form, exif=exif))
+    assert image.size == ((8, 16) if is_turned else (16, 8))
+    array = np.asarray(image.convert("L"))
+    assert array[0, 0] > 200 and array[-1, -1] < 50
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize("form", ["png", "tiff"])
+def test_every_orientation_is_as_pillow_turns_it(form, value):
+    image = Image.fromarray(np.arange(24, dtype="uint8").reshape(2, 4, 3) * 10)
+    exif = Image.Exif()
+    exif[0x0112] = value
+    stored = encoded(image, form, exif=exif)
+    plain = encoded(image, "png", exif=exif)
+    wanted = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(plain))))
+    np.testing.assert_array_equal(np.asarray(open_upright(stored)), wanted)
+
+
+def floats(*values):
+    return encoded(Image.fromarray(np.array([values], "float32")), "tiff")
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ((0, 0.5, 1), [0, 127, 255]),
+        ((-0.001, 0.25, 1.001), [0, 63, 255]),
+        ((np.nan, 0.5, np.inf), [0, 127, 255]),
+        ((0, 0, 0), [0, 0, 0]),
+        ((0, 2, 3), [0, 2, 3]),
+        ((0, 77.5, 255), [0, 77, 255]),
+        ((0, 0xAB12, 65535), [0, 0xAB, 255]),
+    ],
+)
+def test_floats_are_brought_to_eight_bits(values, wanted):
+    assert np.asarray(open_upright(floats(*values)))[0].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(-1, 0, 1), (0, 0.3, 1.4), (0, 0.5, 300), (290.2, 301.5), (0, 70_000), (np.nan, np.nan)],
+)
+def test_floats_of_an_ambiguous_range_are_refused(values):
+    with pytest.raises(
+        InputError, match=r"image 0: cannot be decoded: floats from .*: must lie in"
+    ):
+        ImageFiles([floats(*values)], (1, 2), 1)[0]
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "<i4"])
+def test_whole_numbers_keep_their_upper_eight_bits(kind):
+    array = np.array([[0, 0x1234, 0xFFFF]], kind)
+    image = {"<u2": "I;16", ">u2": "I;16B", "<i4": "I"}[kind]
+    stored = encoded(Image.frombytes(image, (3, 1), array.tobytes()), "tiff")
+    assert np.asarray(open_upright(stored))[0].tolist() == [0, 0x12, 0xFF]
+    if kind == "<i4":
+        stored = encoded(Image.fromarray(np.array([[-5, 70_000]], kind)), "tiff")
+        with pytest.raises(OSError, match="whole numbers from -5 to 70000"):
+            open_upright(stored)
+
+
+def test_images_of_their_own_sizes_are_taken_one_at_a_time():
+    sources = [encoded(Image.new("L", (3, height), height)) for height in (2, 2, 5)]
+    images = ImageFiles(sources, (None, 4), 1)
+    assert images.shape == (3, None, 4, 1)
+    assert images[2].shape == (5, 4, 1) and images[[0, 1]].shape == (2, 2, 4, 1)
+    with pytest.raises(InputError, match="one at a time"):
+        images[np.arange(3)]
+
+
+def test_a_copy_has_the_same_mark(tmp_path):
+    raw = [encoded(Image.new("L", (3, 3), value)) for value in (1, 2)]
+    (tmp_path / "copy.png").write_bytes(raw[1])
+    first, second = split_marks(content_marks(ImageFiles(raw, 3, 1)), list)
+    assert first != second
+    assert content_marks(ImageFiles([tmp_path / "copy.png"], 5, 3)) == second

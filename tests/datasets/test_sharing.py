@@ -52,3 +52,8 @@ def test_share_out_of_range(share):
 def test_nothing_to_share():
     with pytest.raises(InputError, match="at least 2 images"):
         stratified_share([0, 1, 2], 0.5, 0)
+
+
+def test_a_set_that_is_not_trained_on_is_whole():
+    for part in stratified_share([0, 1, 1], None, 0):
+        assert part.tolist() == [0, 1, 2]

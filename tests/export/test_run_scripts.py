@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,11 @@ def save_turned(image, path):
     image.save(path, exif=exif)
 
 
+def save_with_broken_exif(image, path):
+    entry = struct.pack("<HHLLHHLHH", 0x0102, 4, 1, 100_000, 0x0112, 3, 1, 6, 0)
+    image.save(path, exif=b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entry + bytes(4))
+
+
 def save_transparent(image, path):
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     image.save(path)
@@ -154,6 +160,10 @@ def save_transparent(image, path):
 ODD_FILES = {
     "colour.jpg": lambda image, path: image.save(path),
     "turned.jpg": save_turned,
+    "broken_exif.jpg": save_with_broken_exif,
+    "float.tiff": lambda image, path: Image.fromarray(
+        np.asarray(image.convert("L")).astype("float32") / 255
+    ).save(path),
     "transparent.png": save_transparent,
     "palette.gif": lambda image, path: image.convert("P").save(path),
     "sixteen.png": lambda image, path: Image.fromarray(

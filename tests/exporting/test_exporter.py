@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import keras
 import numpy as np
@@ -9,9 +10,10 @@ import tensorflow as tf
 from conftest import run_main
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import keras_resnet
-from keras_resnet import InputError, inference
+from keras_resnet import InputError, archive, inference
 from keras_resnet.datasets import Split
 from keras_resnet.exporting import formats
 from keras_resnet.exporting.exporter import draw_evenly, export
@@ -401,3 +403,32 @@ def test_images_are_drawn_evenly(labels, count):
         for other in range(5):
             if taken[other] < there[other]:
                 assert taken[one] <= taken[other] + 1
+
+
+def test_a_foreign_folder_is_measured_whole_and_verified_so(tmp_path):
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(20):
+            image = Image.new("RGB", (9 + i % 3, 8), (9 * i, 200 * label, 99))
+            image.save(tmp_path / "data" / name / f"{i}.png")
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Rescaling(1 / 255), keras.layers.GlobalAveragePooling2D()]
+    inputs = keras.Input((None, None, 3), dtype="uint8")
+    model = keras.Sequential([inputs, *layers, keras.layers.Dense(2)])
+    archive.save_model(model, tmp_path / "model.keras", {"class_names": ["cat", "dog"]})
+    out = tmp_path / "out"
+    done = run_main(
+        *("export", tmp_path / "model.keras", "--dataset", f"folder:{tmp_path / 'data'}"),
+        *("--to", "onnx", "--image-size", 8, "--out", out, "--force"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "int8 is calibrated on images that are measured, too" in done.stderr
+    assert "on 40 images: " in done.stdout
+    manifest = read_manifest(out)
+    assert manifest["data"]["images"] == 40
+    assert manifest["data"]["options"]["validation_share"] is None
+    copy = shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
+    done = run_main("verify", out, "--dataset", f"folder:{copy}", "--json")
+    ran = [row for row in json.loads(done.stdout)["files"] if row.get("agreement") is not None]
+    assert {row["accuracy_images"] for row in ran} == {40}
+    assert {row["images"] for row in ran} == {40}
