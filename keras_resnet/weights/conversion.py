@@ -10,7 +10,7 @@ from keras_resnet.errors import InputError, check_count, look_up, one_line
 from keras_resnet.files import expand_user
 from keras_resnet.models import SPECS, STEMS, VARIANTS, build_resnet, count_parameters
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
-from keras_resnet.weights.layouts import LAYOUTS, Checkpoint, detect_layout, inspect_tensors
+from keras_resnet.weights.layouts import LAYOUTS, Checkpoint, find_network, inspect_tensors
 from keras_resnet.weights.transfer import load_tensors, naming, read_tensors
 
 # What a raw image is resized to where nothing else is asked for: what weights of ImageNet expect.
@@ -71,8 +71,8 @@ def open_source(path, layout=None):
 
 
 def _inspect(tensors, layout):
-    layout = layout or detect_layout(tensors)
-    _check_head(tensors, look_up(LAYOUTS, layout, "layout"))
+    network = find_network(tensors, layout)
+    _check_head(network.select(tensors), LAYOUTS[network.layout])
     return inspect_tensors(tensors, layout)
 
 
