@@ -487,9 +487,9 @@ _BESIDE = {
     },
     _ListStandIn: {"collections": "deque"},
 }
-# The full name -> a class of that name, for errors, which makes nothing but a stand-in.
+# The full name -> a class of that name, for errors, that makes nothing but a stand-in.
 _STAND_INS = {
-    f"{module}.{name}": type(name, (stand_in,), {})
+    f"{module}.{name}": type(f"{module}.{name}", (stand_in,), {})
     for stand_in, modules in _BESIDE.items()
     for module, names in modules.items()
     for name in names.split()

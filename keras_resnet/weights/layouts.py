@@ -306,7 +306,8 @@ class Network:
             the prefix that the layout does not know are under the rest of their names.
         head: Those keys of `names` that are of the head, whatever its form.
         ignored: The names of the tensors that are of other parts.
-        taken: The key or prefix of the weights that were taken where there were several.
+        taken: The key or, where there are several networks, the prefix that it was under, such as
+            "state_dict_ema" or "ema_model."; None for a bare state dict.
     """
 
     layout: str
@@ -332,8 +333,7 @@ class Checkpoint:
         channels: Channels of the images.
         num_classes: Number of logits; None without a head of one layer.
         num_tensors: How many tensors the network has.
-        taken: The key or prefix that its weights were under, such as "state_dict_ema"; None where
-            there was no choice.
+        taken: See `Network`.
         ignored: The names of the tensors that are of other parts than the network.
     """
 
@@ -389,9 +389,13 @@ def find_network(tensors, layout=None):
     rows = {layout: look_up(LAYOUTS, layout, "layout")} if layout else LAYOUTS
     body = _choose_body(tensors, rows)
     row = LAYOUTS[body.layout]
+    ours = [row.name(path) for path in _HEAD]
     names = {n.removeprefix(body.prefix): n for n in tensors if n.startswith(body.prefix)}
+    # A lone number, such as the best accuracy, is no weight of a network.
+    lone = {n for n, theirs in names.items() if not np.ndim(tensors[theirs]) and n not in ours}
+    names = {n: theirs for n, theirs in names.items() if n not in lone or theirs in body.names}
     head = _find_head(row, tensors, body, names)
-    ours, layers = [row.name(path) for path in _HEAD], _dense_layers(row, tensors, head)
+    layers = _dense_layers(row, tensors, head)
     if len(layers) == 1 and len(head) == 2:
         names = {name: theirs for name, theirs in names.items() if theirs not in head}
         names.update(zip(ours, (layers[0].kernel, layers[0].bias), strict=True))
@@ -414,6 +418,7 @@ class _Body:
     marked: bool = False
     num_in_blocks: int = 0
     taken: str | None = None
+    rivals: tuple[str, ...] = ()  # the prefixes of other networks, where this one was taken
 
 
 def _choose_body(names, rows):
@@ -436,13 +441,14 @@ def _choose_body(names, rows):
             networks.append(body)
     averaged = [body for body in networks if AVERAGED.search(body.prefix)]
     if len(networks) > 1 and len(averaged) == 1:
-        averaged[0].taken = averaged[0].prefix
-        return averaged[0]
+        body = averaged[0]
+        rivals = tuple(other.prefix for other in networks if other is not body)
+        return dataclasses.replace(body, taken=body.prefix, rivals=rivals)
     if len(networks) > 1:
         prefixes = " and ".join(sorted(repr(body.prefix) for body in networks))
         raise InputError(
-            f"holds {len(networks)} networks, whose names begin with {prefixes}: keep the tensors "
-            "of one of them"
+            f"holds {len(networks)} networks, whose names begin with {prefixes}: pass the tensors "
+            "of one of them alone, as a mapping or in a file"
         )
     if networks or len(rows) == 1:  # a layout that was asked for
         return networks[0] if networks else _Body(*rows, "")
@@ -475,7 +481,8 @@ def _find_head(row, tensors, body, names):
             head.update(module)
     lengths = [tensors[name].shape[0] for name in body.names if np.ndim(tensors[name]) == 1]
     sizes = {max(lengths, default=0)} | {n.outputs for n in _dense_layers(row, tensors, head)}
-    elsewhere = _dense_layers(row, tensors, tensors.keys() - set(names.values()))
+    outside = {name for name in tensors if not name.startswith((body.prefix, *body.rivals))}
+    elsewhere = _dense_layers(row, tensors, outside)
     while layers := [n for n in elsewhere if n.inputs in sizes and n.kernel not in head]:
         head.update(name for layer in layers for name in (layer.kernel, layer.bias))
         sizes.update(layer.outputs for layer in layers)
@@ -497,7 +504,12 @@ def _dense_layers(row, tensors, names):
     layers, ends = [], (row.variables["kernel"], row.variables["bias"])
     for kernel in sorted(names):
         bias = kernel.removesuffix(ends[0]) + ends[1]
-        if bias in names and np.ndim(tensors[kernel]) == 2 and np.ndim(tensors[bias]) == 1:
+        if (
+            kernel.endswith(ends[0])
+            and bias in names
+            and np.ndim(tensors[kernel]) == 2
+            and np.ndim(tensors[bias]) == 1
+        ):
             sizes = tensors[kernel].shape
             inputs, outputs = sizes[::-1] if row.channels_first else sizes
             layers.append(_Dense(kernel, bias, inputs, outputs))

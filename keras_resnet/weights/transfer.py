@@ -32,8 +32,8 @@ class Transfer:
         skipped: The names of those that were left out: the head's, if that was asked for.
         adapted: (channels of the checkpoint, channels of the model) where the first convolution
             was changed to fit; else None.
-        taken: The key or prefix that the weights were under, such as "state_dict_ema"; None where
-            there was no choice.
+        taken: The key or, where there are several networks, the prefix that the weights were
+            under, such as "state_dict_ema" or "ema_model."; None for a bare state dict.
         ignored: The names of the checkpoint's tensors that are of other parts than the network.
     """
 
@@ -355,7 +355,10 @@ def _refuse(faults, network, advice):
     if not any(faults.values()):
         return
     if {n.split(" is ")[0] for names in faults.values() for n in names} <= network.head:
-        advice = "only the head does not fit: leave it out with `skip_head=True`, --skip-head"
+        advice = (
+            "only the head does not fit, one dense layer with a bias here: leave it out with "
+            "`skip_head=True`, --skip-head"
+        )
     parts = []
     for kind, names in {**faults, "of other parts": network.ignored}.items():
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
