@@ -230,9 +230,13 @@ def _read_torch(path):
         _check_zip(path)
     try:
         allowed = [(stand_in, name) for name, stand_in in _STAND_INS.items()]
-        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(allowed),
+            open(path, "rb") as file,  # given a path, PyTorch goes by the suffix
+        ):
             warnings.simplefilter("ignore")  # about how to load it with less care
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise _torch_error(path, error) from error
 
