@@ -148,10 +148,10 @@ def test_every_layout_is_held_against_a_real_network():
     assert {row[0] for row in REAL} == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("prefix", ["", "a.b.", "module.0.", "resnet."])
-def test_a_network_is_found_behind_any_prefix(prefix):
-    for layout, make, _, _ in REAL[:8]:
-        shapes = their_tensors(make())
+@pytest.mark.parametrize(("layout", "make"), [row[:2] for row in REAL if row[2] == "resnet18"])
+def test_a_network_is_found_behind_any_prefix(layout, make):
+    shapes = their_tensors(make())
+    for prefix in ("", "a.b.", "module.0.", "resnet."):
         tensors = {prefix + name: np.empty(shape, "bool") for name, shape in shapes.items()}
         tensors |= {"loss/table": np.empty((3, 4)), "loss.weight": np.empty(7)} if prefix else {}
         network = find_network(tensors)
