@@ -257,8 +257,9 @@ _PREDICT_OPTIONS = {
 _CONVERT_OPTIONS = {
     "source": {
         "metavar": "CHECKPOINT",
-        "help": "a .safetensors, .pth, .pt or .bin file of PyTorch's world, or a .h5 or .keras "
-        "file of keras.applications; code in it is never run",
+        "help": "a safetensors file or one of torch.save, whatever its name ends in (.pth, "
+        ".pth.tar, .ckpt, .bin …), or a .h5 or .keras file of keras.applications; code in it is "
+        "never run",
     },
     "--model": {"metavar": "NAME", "required": True, "help": _NETWORKS},
     "--out": {"metavar": "FILE", "required": True, "help": "the .keras file to write"},
@@ -428,6 +429,8 @@ def _convert(args):
         print(json.dumps(found))
         return
     found["parameters"] = f"{found['parameters']:,}"
+    names = found["ignored"]
+    found["ignored"] = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
     rows = [{"found": name.replace("_", " "), "": str(value)} for name, value in found.items()]
     print(format_table(rows, ["found", ""]))
 

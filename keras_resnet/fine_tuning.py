@@ -161,6 +161,10 @@ def load_init(network, source, recipe, num_classes):
         parts.append(f"new head: {num_classes} classes, the checkpoint has {before}")
     else:
         parts.append(f"head of {num_classes} classes loaded")
+    if transfer.taken:
+        parts.append(f"weights under {transfer.taken}")
+    if transfer.ignored:
+        parts.append(f"{len(transfer.ignored)} tensors of other parts left out")
     if transfer.adapted:
         parts.append("first convolution adapted from {} channels to {}".format(*transfer.adapted))
     return "; ".join(parts)

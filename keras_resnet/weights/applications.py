@@ -21,6 +21,7 @@ from keras_resnet.files import expand_user
 from keras_resnet.weights.checkpoint import (
     _MAX_EXPANSION,
     _READ_AS,
+    Tensors,
     _arrays,
     _dtype_error,
     _is_counter,
@@ -36,6 +37,7 @@ _LAYERS = {
     ),
     "Dense": ("dense", ("kernel", "bias")),
 }
+_MAX_VARIABLES = max(len(variables) for _, variables in _LAYERS.values())
 # Models within the model, whose layers lie one level down.
 _MODELS = {"Functional": "functional", "Sequential": "sequential"}
 # A variable -> the layer's argument without which there is none.
@@ -172,10 +174,13 @@ def _read_h5(path, limit):
 def _of_h5(path, root):
     for layer in _texts(root.attrs["layer_names"]):
         group = _entry(path, root, layer)
-        for name in _texts(group.attrs["weight_names"]):
-            # Names within may bear a suffix, "conv1_conv_1/kernel:0": the layer's is sure.
-            variable = name.split("/")[-1].split(":")[0]
-            yield f"{layer}/{variable}", _entry(path, group, name, h5py.Dataset)
+        names = _texts(group.attrs["weight_names"])
+        for name in names:
+            *parents, variable = name.split(":")[0].split("/")
+            # Names within may bear a suffix, "conv1_conv_1/kernel:0": the layer's is sure. With
+            # more weights than any layer has it is a model within the model.
+            owner = parents[-1] if parents and len(names) > _MAX_VARIABLES else layer
+            yield f"{owner}/{variable}", _entry(path, group, name, h5py.Dataset)
 
 
 def _texts(attribute):
@@ -202,10 +207,12 @@ def _read(path, pairs, limit):
     for name, dataset in pairs:
         if dataset.external or dataset.is_virtual:
             raise InputError(f"{path}: refused: the numbers of {name!r} are in another file")
+        if dataset.shape is None:
+            raise InputError(f"{path}: {name!r} must be a tensor, got an empty data set")
         if dataset.dtype.name not in _READ_AS:
             raise _dtype_error(path, name, dataset.dtype.name)
         # Not `nbytes`, which overflows. What was never written takes no room in the file.
-        size += math.prod(dataset.shape or ()) * dataset.dtype.itemsize
+        size += math.prod(dataset.shape) * dataset.dtype.itemsize
         if size > limit:
             raise _size_error(path)
     return [(name, dataset[()]) for name, dataset in pairs]
@@ -222,8 +229,10 @@ def _checked(label, pairs):
         )
     if not names:
         raise InputError(f"{label}: holds no weights of keras.applications")
+    found = _arrays(label, dict(pairs), math.inf)
     # The names as they are: from PyTorch's, prefixes that all of them have would be taken off.
-    return dict(zip(names, _arrays(label, dict(pairs), math.inf).values(), strict=True))
+    names = [name for name in names if name not in found.unusable]
+    return Tensors(zip(names, found.values(), strict=True), unusable=found.unusable)
 
 
 def _size_error(path):

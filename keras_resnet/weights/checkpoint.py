@@ -1,9 +1,10 @@
 """Checkpoints as PyTorch's world keeps them, read into NumPy arrays and written from them.
 
-A checkpoint here is a mapping of names to arrays. What a network makes of the names is not
-decided here. Reading never runs code from a file, and `.safetensors` needs no PyTorch.
+A checkpoint here is a mapping of names to arrays; `layouts.py` finds the network in it. Reading
+never runs code from a file, and safetensors need no PyTorch.
 """
 
+import dataclasses
 import io
 import math
 import os
@@ -11,6 +12,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,11 +36,15 @@ _READ_AS = {
 _SAFETENSORS_DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 _WRITTEN = {"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"}
 
-# PyTorch's count of the batches a BatchNorm has seen, used only with `momentum=None`.
-_COUNTER = "num_batches_tracked"
+# Counts that lie beside the weights: BatchNorm's (used only with `momentum=None`), the one of
+# torch.optim.swa_utils.AveragedModel, and those that thop leaves in a network it has measured.
+_COUNTERS = {"num_batches_tracked", "n_averaged", "total_ops", "total_params"}
 
 # Where training scripts put the state dict, beside the epoch and the optimizer.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
+# A key or a prefix of averaged weights, such as "state_dict_ema", "model_ema" or "ema_model.".
+# A script that keeps both sets evaluates the averaged one.
+AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)")
 # What DataParallel and torch.compile put before every name.
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -47,19 +53,35 @@ _PREFIXES = ("module.", "_orig_mod.")
 _MAX_EXPANSION = 4
 
 
+class Tensors(dict):
+    """A checkpoint's weights: names -> contiguous arrays of float32 or float64, all finite.
+
+    Attributes:
+        taken: The key that they were under, such as "state_dict_ema"; None if there was none.
+        unusable: The names of the entries that are no floating-point tensors -> the reason, one
+            line: another part of the training script may need them, a network does not.
+    """
+
+    def __init__(self, arrays=(), taken=None, unusable=()):
+        super().__init__(arrays)
+        self.taken, self.unusable = taken, dict(unusable)
+
+
 def read_checkpoint(source):
     """Reads the weights of a PyTorch network, as NumPy arrays.
 
-    float16 and bfloat16 become float32, exactly; float32 and float64 stay. BatchNorm's counters
-    `num_batches_tracked` are left out. A state dict that a training script has wrapped is found
-    under the usual keys, and `module.` and `_orig_mod.` before every name are taken off.
+    float16 and bfloat16 become float32, exactly; float32 and float64 stay. Counters, such as
+    `num_batches_tracked`, are left out. A state dict that a training script has wrapped is found
+    under the usual keys, averaged weights (`state_dict_ema`, `model_ema`) before all others.
+    `module.` and `_orig_mod.` before every name are taken off.
 
     Args:
-        source: A `.safetensors` file (needs no PyTorch), a `.pth`, `.pt` or `.bin` file (needs
-            it), or a mapping of names to PyTorch tensors or NumPy arrays, which is copied.
+        source: A safetensors file (needs no PyTorch) or a file of `torch.save` (needs it); the
+            content decides which, whatever the name ends in. Or a mapping of names to PyTorch
+            tensors or NumPy arrays, which is copied.
 
     Returns:
-        A dict of names to contiguous arrays of float32 or float64, all of them finite.
+        `Tensors`, a dict of names to contiguous arrays of float32 or float64, all of them finite.
 
     Raises:
         InputError: If the file is missing, damaged, would run code, or holds something other
@@ -72,8 +94,10 @@ def read_checkpoint(source):
     """
     if isinstance(source, Mapping):
         arrays = _arrays("the mapping given", source, limit=math.inf)
-        # Copied: a live model's tensors would change under the caller's hands.
-        return {name: array.copy() for name, array in arrays.items()}
+        for name, array in arrays.items():
+            # Copied: a live model's tensors would change under the caller's hands.
+            arrays[name] = array.copy()
+        return arrays
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             "a checkpoint must be a path or a mapping of names to tensors, such as "
@@ -81,7 +105,7 @@ def read_checkpoint(source):
         )
     path = _check_path(source)
     try:
-        content = _READERS[path.suffix.lower()](path)
+        content = _find_reader(path)(path)
         limit = _MAX_EXPANSION * path.stat().st_size
     except InputError:
         raise
@@ -117,7 +141,10 @@ def write_checkpoint(tensors, path):
     """
     path = expand_user(path)
     if path.suffix.lower() not in _ENCODERS:
-        raise InputError(_suffix_rule(path, _ENCODERS))
+        raise InputError(
+            f"{path}: a checkpoint's name must end in {', '.join(_ENCODERS)}, "
+            f"got {path.suffix or 'no suffix'}"
+        )
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; make it first")
     if not isinstance(tensors, Mapping) or not tensors:
@@ -131,28 +158,45 @@ def write_checkpoint(tensors, path):
         temporary.write_bytes(data)
 
 
-def _suffix_rule(path, table):
-    return (
-        f"{path}: a checkpoint's name must end in {', '.join(table)}, "
-        f"got {path.suffix or 'no suffix'}"
-    )
-
-
 def _check_path(source):
-    """Returns `source` as a path that is a file, not empty, of a suffix we read."""
+    """Returns `source` as a path that is a file, not empty."""
     path = expand_user(source)
     # os.path's questions answer False where pathlib's raise, such as for a name too long.
     if os.path.isdir(path):
         raise InputError(f"{path}: is a folder; name the checkpoint file in it")
     if not os.path.exists(path):
         raise InputError(f"{path}: no such checkpoint file")
-    if path.suffix.lower() not in _READERS:
-        raise InputError(_suffix_rule(path, _READERS))
     if not os.path.isfile(path):  # Opening a pipe would wait for ever.
         raise InputError(f"{path}: a checkpoint must be a regular file, not a pipe or a device")
     if os.path.getsize(path) == 0:
         raise InputError(f"{path}: is empty; fetch or write it anew")
     return path
+
+
+def _find_reader(path):
+    """Returns the function that reads a file, by its first bytes.
+
+    The suffix decides only which of the errors a file gets that is neither.
+    """
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start.startswith(_TORCH_STARTS):
+        return _read_torch
+    if start[8:9] == b"{":  # after the length of the header, which is JSON
+        return _read_safetensors
+    if path.suffix.lower() not in _READERS:
+        raise InputError(
+            f"{path}: is neither a safetensors file nor one that torch.save wrote; a damaged one "
+            f"must end in {', '.join(_READERS)}, got {path.suffix or 'no suffix'}"
+        )
+    return _READERS[path.suffix.lower()]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OtherDtype:
+    """A tensor in a safetensors file whose numbers are not read."""
+
+    dtype: str
 
 
 def _read_safetensors(path):
@@ -164,7 +208,8 @@ def _read_safetensors(path):
         if _is_counter(name):
             continue
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise _dtype_error(path, name, entry["dtype"])
+            content[name] = _OtherDtype(entry["dtype"])
+            continue
         array = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]])
         if entry["dtype"] == "BF16":  # the upper half of a float32
             array = (array.astype("uint32") << 16).view("float32")
@@ -184,9 +229,14 @@ def _read_torch(path):
     if zipfile.is_zipfile(path):  # else of the format before PyTorch 1.6, without checksums
         _check_zip(path)
     try:
-        with warnings.catch_warnings():
+        allowed = [(stand_in, name) for name, stand_in in _STAND_INS.items()]
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(allowed),
+            open(path, "rb") as file,  # given a path, PyTorch goes by the suffix
+        ):
             warnings.simplefilter("ignore")  # about how to load it with less care
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise _torch_error(path, error) from error
 
@@ -196,7 +246,7 @@ def _import_torch(path):
         import torch
     except ImportError as error:
         raise InputError(
-            f"{path}: {path.suffix} files need PyTorch: `pip install torch`, "
+            f"{path}: files of torch.save need PyTorch: `pip install torch`, "
             "or use a .safetensors file"
         ) from error
     return torch
@@ -237,21 +287,24 @@ def _torch_error(path, error):
 
 
 def _arrays(label, content, limit):
-    """Turns what a checkpoint holds into arrays; `limit` is how many bytes they may claim."""
-    arrays, size = {}, 0
-    for name, value in _state_dict(label, content).items():
+    """Turns what a checkpoint holds into `Tensors`; `limit` is how many bytes they may claim."""
+    taken, state = _state_dict(label, content)
+    arrays, unusable, size = {}, {}, 0
+    for name, value in state.items():
         if not isinstance(name, str):
             raise InputError(f"{label}: the tensors' names must be strings, got {name!r:.80}")
         if _is_counter(name):
             continue
         dtype = _dtype_name(value)
         if dtype is None:
-            raise InputError(
+            unusable[name] = (
                 f"{label}: {name!r} must be a tensor, got {type(value).__name__}; "
                 f"a state dict inside must be under {', '.join(_WRAPPERS)}"
             )
+            continue
         if dtype not in _READ_AS:
-            raise _dtype_error(label, name, dtype)
+            unusable[name] = str(_dtype_error(label, name, dtype))
+            continue
         size += _claimed_bytes(value)
         if size > limit:
             raise _size_error(label)
@@ -262,29 +315,49 @@ def _arrays(label, content, limit):
                 f"got shape {arrays[name].shape}"
             )
     if not arrays:
-        raise InputError(f"{label}: holds no tensors; save `model.state_dict()`")
-    return _without_prefixes(arrays)
+        nothing = f"{label}: holds no tensors; save `model.state_dict()`"
+        raise InputError(next(iter(unusable.values()), nothing))
+    return Tensors(_without_prefixes(arrays), taken, unusable)
 
 
 def _state_dict(label, content):
-    """Returns the mapping of names to tensors that `content` is, or wraps."""
+    """Returns the mapping of names to tensors that `content` is, or wraps, and its key in it."""
     if not isinstance(content, Mapping):
         raise InputError(
             f"{label}: must hold a mapping of names to tensors, got {type(content).__name__}; "
             "save `model.state_dict()`"
         )
-    wrapped = (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping))
-    return next(wrapped, content)
+    usual = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    if not usual and _is_state_dict(content):
+        return None, content
+    inside = [key for key, value in content.items() if _is_state_dict(value)]
+    averaged = [key for key in inside if AVERAGED.search(str(key))]
+    found = averaged or usual[:1] or inside
+    if len(found) == 1:
+        return found[0], content[found[0]]
+    # Several parts, such as a backbone and a head: their keys tell them apart.
+    parts = {f"{key}.{name}": value for key in found for name, value in content[key].items()}
+    return None, parts or content
+
+
+def _is_state_dict(value):
+    """Tells names of weights from other mappings: an optimizer's state has numbers for names."""
+    return isinstance(value, Mapping) and any(
+        isinstance(name, str) and _dtype_name(entry) in _READ_AS and len(entry.shape) > 0
+        for name, entry in value.items()
+    )
 
 
 def _is_counter(name):
-    return name.rpartition(".")[2] == _COUNTER
+    return name.rpartition(".")[2] in _COUNTERS
 
 
 def _dtype_name(value):
     """Returns the dtype's name of an array or a PyTorch tensor; None for anything else."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.dtype.name
+    if isinstance(value, _OtherDtype):
+        return value.dtype
     # Told by what it has, so that nothing imports PyTorch.
     return str(value.dtype).removeprefix("torch.") if hasattr(value, "detach") else None
 
@@ -364,6 +437,70 @@ def _encode_torch(path, arrays):
     return buffer.getbuffer()
 
 
+class _StandIn:
+    """Takes the place of an object beside the weights, so that nothing of its class runs."""
+
+    def __new__(cls, *arguments):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
+class _DictStandIn:
+    """The same for a dictionary of some kind, whose content may be weights."""
+
+    def __new__(cls, *arguments):
+        return OrderedDict()  # the one kind that PyTorch fills, and gives attributes
+
+
+class _ListStandIn:
+    """The same for a list of some kind."""
+
+    def __new__(cls, *arguments):
+        return []
+
+
+# The stand-in -> the module -> its classes and functions that training scripts save beside the
+# weights: options, paths, times and metrics. PyTorch refuses a file with any other.
+_BESIDE = {
+    _StandIn: {
+        "argparse": "Namespace",
+        "types": "SimpleNamespace",
+        "numpy": "dtype ndarray",
+        "numpy.core.multiarray": "scalar _reconstruct",
+        "numpy._core.multiarray": "scalar _reconstruct",
+        "pathlib": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
+        "pathlib._local": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
+        "datetime": "datetime date time timedelta timezone",
+        "builtins": "bool dict float frozenset int list object range slice str tuple",
+        "typing": "Any",
+        "omegaconf.base": "ContainerMetadata Metadata",
+        "omegaconf.dictconfig": "DictConfig",
+        "omegaconf.listconfig": "ListConfig",
+        "omegaconf.nodes": "AnyNode BooleanNode FloatNode IntegerNode PathNode StringNode",
+    },
+    _DictStandIn: {
+        "collections": "defaultdict",
+        "easydict": "EasyDict",
+        "lightning.fabric.utilities.data": "AttributeDict",
+        "lightning.pytorch.utilities.parsing": "AttributeDict",
+        "lightning_fabric.utilities.data": "AttributeDict",
+        "pytorch_lightning.utilities.parsing": "AttributeDict",
+        "yacs.config": "CfgNode",
+    },
+    _ListStandIn: {"collections": "deque"},
+}
+# The full name -> a class of that name, for errors, that makes nothing but a stand-in.
+_STAND_INS = {
+    f"{module}.{name}": type(f"{module}.{name}", (stand_in,), {})
+    for stand_in, modules in _BESIDE.items()
+    for module, names in modules.items()
+    for name in names.split()
+}
+
+# A ZIP, and the magic number of the format before PyTorch 1.6.
+_TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
 _READERS = {
     ".safetensors": _read_safetensors,
     ".pth": _read_torch,

@@ -10,7 +10,7 @@ from keras_resnet.errors import InputError, check_count, look_up, one_line
 from keras_resnet.files import expand_user
 from keras_resnet.models import SPECS, STEMS, VARIANTS, build_resnet, count_parameters
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
-from keras_resnet.weights.layouts import LAYOUTS, Checkpoint, detect_layout, inspect_tensors
+from keras_resnet.weights.layouts import LAYOUTS, Checkpoint, find_network, inspect_tensors
 from keras_resnet.weights.transfer import load_tensors, naming, read_tensors
 
 # What a raw image is resized to where nothing else is asked for: what weights of ImageNet expect.
@@ -50,8 +50,8 @@ def open_source(path, layout=None):
     """Reads a checkpoint file and finds out what network it is of; runs nothing in it.
 
     Args:
-        path: A `.safetensors`, `.pth`, `.pt` or `.bin` file; or a `.h5` or `.keras` file of
-            keras.applications.
+        path: A safetensors file or one of `torch.save`, whatever its name ends in; or a `.h5` or
+            `.keras` file of keras.applications.
         layout: A row of `LAYOUTS`, if it need not be found out.
 
     Returns:
@@ -71,8 +71,8 @@ def open_source(path, layout=None):
 
 
 def _inspect(tensors, layout):
-    layout = layout or detect_layout(tensors)
-    _check_head(tensors, look_up(LAYOUTS, layout, "layout"))
+    network = find_network(tensors, layout)
+    _check_head(network.select(tensors), LAYOUTS[network.layout])
     return inspect_tensors(tensors, layout)
 
 
@@ -145,7 +145,8 @@ def _choose_classes(source, num_classes, skip_head):
     if found is None and not (skip_head and num_classes):
         raise InputError(
             f"{source.path}: the checkpoint has no head: `num_classes` and `skip_head=True`, "
-            "--num-classes N --skip-head, give the model a new one, untrained"
+            "--num-classes N --skip-head, give the model a new one, untrained; a head here is one "
+            "dense layer with a bias"
         )
     if num_classes not in (None, found) and not skip_head:
         raise InputError(
@@ -205,8 +206,8 @@ def convert(
     not at all.
 
     Args:
-        source: The path of a `.safetensors`, `.pth`, `.pt` or `.bin` file of PyTorch's world, or
-            of a `.h5` or `.keras` file of keras.applications.
+        source: The path of a safetensors file or one of `torch.save`, whatever its name ends in;
+            or of a `.h5` or `.keras` file of keras.applications.
         model: A row of `models.SPECS`: the depth is not guessed.
         out: The file to write; it ends in .keras, and its folder exists.
         num_classes: What the head must have; with `skip_head`, what the new one gets.
@@ -224,7 +225,8 @@ def convert(
     Returns:
         What was found, a dict that JSON can hold: model, layout, description, variant, stem,
         channels, num_classes, head ("loaded" or "new"), parameters, tensors (how many were
-        loaded), input, sha256, path.
+        loaded), taken (the key or prefix of the weights, such as "state_dict_ema", or None),
+        ignored (the names of tensors of other parts), input, sha256, path.
 
     Raises:
         InputError: If an argument, the source or `out` does not allow it; nothing was written.
@@ -252,6 +254,8 @@ def convert(
         "description": source.description,
         "variant": variant or source.checkpoint.variant,
         "stem": stem or source.checkpoint.stem,
+        "taken": source.checkpoint.taken,
+        "ignored": list(source.checkpoint.ignored),
         "channels": source.checkpoint.channels,
         "num_classes": _choose_classes(source, num_classes, skip_head),
         "head": "new" if skip_head else "loaded",

@@ -2,17 +2,28 @@
 
 Our own names are the paths of Keras's variables, such as ``stage1_block1/conv1/kernel``. A row of
 `LAYOUTS` turns one into another library's. Adding a layout is adding a row.
+
+`find_network` finds a network among a checkpoint's tensors: its layout, the prefix before its
+names, its head, and the tensors that are of other parts of the training script.
 """
 
+import collections
 import dataclasses
+import functools
 import re
 
 import numpy as np
 
 from keras_resnet.errors import InputError, look_up
 from keras_resnet.models import STEMS
+from keras_resnet.weights.checkpoint import AVERAGED
 
 _BLOCK = re.compile(r"stage(\d+)_block(\d+)$")
+
+# No name of a layout has more parts, with dots or slashes between them.
+_MAX_PARTS = 12
+
+HEAD = ("logits/kernel", "logits/bias")
 
 _BRANCH = {f"{part}{n}": f"{part}{n}" for part in ("conv", "bn") for n in (1, 2, 3)}
 
@@ -34,13 +45,14 @@ class Layout:
         description: Where it comes from, one line.
         variant: The row of `models.VARIANTS` that its networks have.
         block: What a name within a block begins with. It may use {stage} and {block}, counted
-            from 1, {stage0} and {block0}, counted from 0, and {stage2}, the stage counted from 2.
+            from 1, {stage0} and {block0}, counted from 0, {stage2} and {stage4}, the stage counted
+            from 2 and from 4.
         names: Our layer's name (within a block, the path in it) -> theirs. The convolutions and
             normalisations of a branch, conv1, bn1, …, need no entry where they have the same name.
         variables: The variable's name -> what their name ends in.
         channels_first: Whether kernels have PyTorch's order of axes.
         dense_as_conv: Our Dense layers that are 1×1 convolutions there.
-        marker: A pattern that one tensor's name matches in this layout alone.
+        marker: A pattern that one tensor's name at least matches in every network of this layout.
         also: Further variants that its library builds, from the same names and shapes.
     """
 
@@ -69,10 +81,39 @@ class Layout:
         if match := _BLOCK.match(first):
             stage, block = map(int, match.groups())
             indices = {"stage0": stage - 1, "stage2": stage + 1, "block0": block - 1}
+            indices["stage4"] = stage + 3
             prefix = self.block.format(stage=stage, block=block, **indices)
             part = "/".join(inner)
             names = {**_BRANCH, **names}
         return prefix + names[part] + self.variables[variable]
+
+    @functools.cached_property
+    def pattern(self):
+        """The pattern of all names but the logits'; those within a block are its group "block"."""
+        outside = ("stem_", "final_", "logits")  # our names of layers that are in no block
+        block = self.block.format(
+            stage="#", stage0="#", stage2="#", stage4="#", block="#", block0="#"
+        )
+        inner = [n for ours, n in {**_BRANCH, **self.names}.items() if not ours.startswith(outside)]
+        outer = [n for ours, n in self.names.items() if ours.startswith(outside[:2])]
+        layers, inner, variables = (
+            "|".join(map(re.escape, names)) for names in (outer, inner, self.variables.values())
+        )
+        block = re.escape(block).replace(re.escape("#"), r"\d+")
+        return re.compile(f"(?:{layers}|(?P<block>{block}(?:{inner})))(?:{variables})")
+
+    def split(self, name):
+        """Returns the prefix before a name of this layout, and the match of the rest; or None.
+
+        Example:
+            >>> LAYOUTS["torchvision"].split("model.backbone.layer1.0.conv1.weight")[0]
+            'model.backbone.'
+        """
+        starts = [0, *(mark.end() for mark in re.finditer(r"[./]", name))]
+        for start in starts[-_MAX_PARTS:]:
+            if match := self.pattern.fullmatch(name, start):
+                return name[:start], match
+        return None
 
     def from_ours(self, path, array):
         """Returns the array of our variable `path` with their order of axes.
@@ -204,6 +245,23 @@ LAYOUTS = {
         dense_as_conv=("logits",),
         marker=r"stem\.conv1?\.weight",
     ),
+    "pytorch_cifar": dataclasses.replace(
+        _TORCHVISION,
+        description="ResNets for CIFAR as pytorch-cifar (kuangliu) has them",
+        names={
+            **_TORCHVISION.names,
+            "shortcut_conv": "shortcut.0",
+            "shortcut_bn": "shortcut.1",
+            "logits": "linear",
+        },
+    ),
+    "torchvision_sequential": dataclasses.replace(
+        _TORCHVISION,
+        description="nn.Sequential(*resnet.children()) of torchvision's: numbers for names",
+        block="{stage4}.{block0}.",
+        names={**_TORCHVISION.names, "stem_conv": "0", "stem_bn": "1", "logits": "10"},
+        marker=r"4\.0\.conv1\.weight",
+    ),
     "huggingface": _HUGGINGFACE,
     "huggingface_backbone": dataclasses.replace(
         _HUGGINGFACE,
@@ -238,6 +296,33 @@ LAYOUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Network:
+    """A network among a checkpoint's tensors.
+
+    Attributes:
+        layout: A row of `LAYOUTS`.
+        prefix: What is before the layout's names, such as "model.backbone."; else "".
+        names: The names that the layout gives the tensors -> those that they have; tensors under
+            the prefix that the layout does not know are under the rest of their names.
+        head: Those keys of `names` that are of the head, whatever its form.
+        ignored: The names of the tensors that are of other parts.
+        taken: The key or, where there are several networks, the prefix that it was under, such as
+            "state_dict_ema" or "ema_model."; None for a bare state dict.
+    """
+
+    layout: str
+    prefix: str
+    names: dict
+    head: frozenset
+    ignored: tuple[str, ...]
+    taken: str | None
+
+    def select(self, tensors):
+        """Returns the tensors under the layout's names."""
+        return {name: tensors[theirs] for name, theirs in self.names.items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint's names and shapes say about the network it comes from.
 
@@ -246,8 +331,10 @@ class Checkpoint:
         variant: A row of `models.VARIANTS`.
         stem: A row of `models.STEMS`.
         channels: Channels of the images.
-        num_classes: Number of logits; None without a head.
-        num_tensors: How many tensors there are.
+        num_classes: Number of logits; None without a head of one layer.
+        num_tensors: How many tensors the network has.
+        taken: See `Network`.
+        ignored: The names of the tensors that are of other parts than the network.
     """
 
     layout: str
@@ -256,6 +343,8 @@ class Checkpoint:
     channels: int
     num_classes: int | None
     num_tensors: int
+    taken: str | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def detect_layout(names):
@@ -266,10 +355,103 @@ def detect_layout(names):
 
     Raises:
         InputError: If no layout has such names; it lists those known.
+
+    Example:
+        >>> detect_layout(["model.conv1.weight", "model.layer1.0.conv1.weight", "loss.weight"])
+        'torchvision'
     """
-    for layout, row in LAYOUTS.items():
-        if any(re.fullmatch(row.marker, name) for name in names):
-            return layout
+    return _choose_body(names, LAYOUTS).layout
+
+
+def find_network(tensors, layout=None):
+    """Finds the network among a checkpoint's tensors.
+
+    The prefix before its names is whatever stands before those that match a layout. The tensors
+    that are not under it belong to other parts of a training script, such as a loss, except those
+    of a head. A head of one dense layer gets the layout's name.
+
+    Args:
+        tensors: Their names -> arrays, as `read_checkpoint` returns.
+        layout: A row of `LAYOUTS`, if it need not be found out.
+
+    Returns:
+        A `Network`.
+
+    Raises:
+        InputError: If the names are of no layout, or of several networks.
+
+    Example:
+        >>> tensors = {"net.conv1.weight": np.zeros((64, 3, 7, 7)), "loss.weight": np.zeros(10)}
+        >>> network = find_network(tensors)
+        >>> network.layout, network.names, network.ignored
+        ('torchvision', {'conv1.weight': 'net.conv1.weight'}, ('loss.weight',))
+    """
+    rows = {layout: look_up(LAYOUTS, layout, "layout")} if layout else LAYOUTS
+    body = _choose_body(tensors, rows)
+    row = LAYOUTS[body.layout]
+    ours = [row.name(path) for path in HEAD]
+    names = {n.removeprefix(body.prefix): n for n in tensors if n.startswith(body.prefix)}
+    # A lone number, such as the best accuracy, is no weight of a network.
+    lone = {n for n, theirs in names.items() if not np.ndim(tensors[theirs]) and n not in ours}
+    names = {n: theirs for n, theirs in names.items() if n not in lone or theirs in body.names}
+    head = _find_head(row, tensors, body, names)
+    layers = _dense_layers(row, tensors, head)
+    if len(layers) == 1 and len(head) == 2:
+        names = {name: theirs for name, theirs in names.items() if theirs not in head}
+        names.update(zip(ours, (layers[0].kernel, layers[0].bias), strict=True))
+    else:
+        outside = sorted(head - set(names.values()))
+        names.update({f"{name} outside {body.prefix}": name for name in outside})
+    of_head = {name for name, theirs in names.items() if theirs in head} | set(ours)
+    ignored = tuple(sorted(tensors.keys() - set(names.values())))
+    taken = body.taken or getattr(tensors, "taken", None)
+    return Network(body.layout, body.prefix, names, frozenset(of_head), ignored, taken)
+
+
+@dataclasses.dataclass
+class _Body:
+    """Tensors whose names match a layout behind one prefix: a network but for its head."""
+
+    layout: str
+    prefix: str
+    names: set = dataclasses.field(default_factory=set)
+    marked: bool = False
+    num_in_blocks: int = 0
+    taken: str | None = None
+    rivals: tuple[str, ...] = ()  # the prefixes of other networks, where this one was taken
+
+
+def _choose_body(names, rows):
+    """Returns the largest `_Body` of any layout; of several networks, the averaged one."""
+    bodies = {}
+    for layout, row in rows.items():
+        for name in names:
+            if split := row.split(name):
+                prefix, match = split
+                body = bodies.setdefault((layout, prefix), _Body(layout, prefix))
+                body.names.add(name)
+                body.marked |= bool(re.fullmatch(row.marker, match[0]))
+                body.num_in_blocks += match["block"] is not None
+    # Layouts share names, so that one network gives several bodies. The sort is stable: the first
+    # row of the table wins where two fit equally.
+    networks = []
+    marked = [body for body in bodies.values() if body.marked]
+    for body in sorted(marked, key=lambda b: (not b.num_in_blocks, -len(b.names), len(b.prefix))):
+        if not networks or (body.num_in_blocks and not any(body.names & n.names for n in networks)):
+            networks.append(body)
+    averaged = [body for body in networks if AVERAGED.search(body.prefix)]
+    if len(networks) > 1 and len(averaged) == 1:
+        body = averaged[0]
+        rivals = tuple(other.prefix for other in networks if other is not body)
+        return dataclasses.replace(body, taken=body.prefix, rivals=rivals)
+    if len(networks) > 1:
+        prefixes = " and ".join(sorted(repr(body.prefix) for body in networks))
+        raise InputError(
+            f"holds {len(networks)} networks, whose names begin with {prefixes}: pass the tensors "
+            "of one of them alone, as a mapping or in a file"
+        )
+    if networks or len(rows) == 1:  # a layout that was asked for
+        return networks[0] if networks else _Body(*rows, "")
     if any(re.fullmatch(r"stem_conv1?/kernel", name) for name in names):
         raise InputError(
             "is a model of ours already: `keras_resnet.archive.load_model` loads it, and "
@@ -280,6 +462,58 @@ def detect_layout(names):
         f"the names of the {len(names)} tensors ({seen}, …) are of no known layout; known: "
         f"{', '.join(LAYOUTS)}"
     )
+
+
+def _find_head(row, tensors, body, names):
+    """Returns the names of all tensors that may be of the network's head.
+
+    Under the prefix these are the modules without convolutions and beside the body. Elsewhere they
+    are the dense layers that take the body's features, or what such a layer gives.
+    """
+    root = functools.partial(re.compile(r"[./]").split, maxsplit=1)
+    modules = collections.defaultdict(list)
+    for name, theirs in names.items():
+        modules[root(name)[0]].append(theirs)
+    head = set()
+    for module in modules.values():
+        ranks = {np.ndim(tensors[name]) for name in module}
+        if body.names.isdisjoint(module) and 2 in ranks and max(ranks) == 2:
+            head.update(module)
+    lengths = [tensors[name].shape[0] for name in body.names if np.ndim(tensors[name]) == 1]
+    sizes = {max(lengths, default=0)} | {n.outputs for n in _dense_layers(row, tensors, head)}
+    outside = {name for name in tensors if not name.startswith((body.prefix, *body.rivals))}
+    elsewhere = _dense_layers(row, tensors, outside)
+    while layers := [n for n in elsewhere if n.inputs in sizes and n.kernel not in head]:
+        head.update(name for layer in layers for name in (layer.kernel, layer.bias))
+        sizes.update(layer.outputs for layer in layers)
+    return head
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dense:
+    """A dense layer with a bias: the names of its tensors, its numbers of features."""
+
+    kernel: str
+    bias: str
+    inputs: int
+    outputs: int
+
+
+def _dense_layers(row, tensors, names):
+    """Returns the `_Dense` layers among the tensors of these names."""
+    layers, ends = [], (row.variables["kernel"], row.variables["bias"])
+    for kernel in sorted(names):
+        bias = kernel.removesuffix(ends[0]) + ends[1]
+        if (
+            kernel.endswith(ends[0])
+            and bias in names
+            and np.ndim(tensors[kernel]) == 2
+            and np.ndim(tensors[bias]) == 1
+        ):
+            sizes = tensors[kernel].shape
+            inputs, outputs = sizes[::-1] if row.channels_first else sizes
+            layers.append(_Dense(kernel, bias, inputs, outputs))
+    return layers
 
 
 def _find_stem(tensors, layout, row):
@@ -321,18 +555,20 @@ def inspect_tensors(tensors, layout=None):
         >>> inspect_tensors(tensors)
         ... # doctest: +NORMALIZE_WHITESPACE
         Checkpoint(layout='torchvision', variant='torchvision', stem='imagenet', channels=3,
-                   num_classes=10, num_tensors=2)
+                   num_classes=10, num_tensors=2, taken=None, ignored=())
     """
-    layout = layout or detect_layout(tensors)
-    row = look_up(LAYOUTS, layout, "layout")
-    stem, kernel = _find_stem(tensors, layout, row)
+    network = find_network(tensors, layout)
+    row, tensors = LAYOUTS[network.layout], network.select(tensors)
+    stem, kernel = _find_stem(tensors, network.layout, row)
     bias = tensors.get(row.name("logits/bias"), tensors.get(row.name("logits/kernel")))
     axis = 0 if row.channels_first or np.ndim(bias) == 1 else -1
     return Checkpoint(
-        layout=layout,
+        layout=network.layout,
         variant=row.variant,
         stem=stem,
         channels=kernel.shape[2],
         num_classes=bias.shape[axis] if np.ndim(bias) else None,
         num_tensors=len(tensors),
+        taken=network.taken,
+        ignored=network.ignored,
     )

@@ -14,9 +14,8 @@ from keras_resnet.files import expand_user
 from keras_resnet.models import VARIANTS
 from keras_resnet.weights.applications import read_keras_applications
 from keras_resnet.weights.checkpoint import read_checkpoint, write_checkpoint
-from keras_resnet.weights.layouts import LAYOUTS, detect_layout
+from keras_resnet.weights.layouts import HEAD, LAYOUTS, Network, find_network
 
-_HEAD = ("logits/kernel", "logits/bias")
 _FIRST = ("stem_conv/kernel", "stem_conv1/kernel")
 
 # How many names of a kind an error lists.
@@ -33,12 +32,17 @@ class Transfer:
         skipped: The names of those that were left out: the head's, if that was asked for.
         adapted: (channels of the checkpoint, channels of the model) where the first convolution
             was changed to fit; else None.
+        taken: The key or, where there are several networks, the prefix that the weights were
+            under, such as "state_dict_ema" or "ema_model."; None for a bare state dict.
+        ignored: The names of the checkpoint's tensors that are of other parts than the network.
     """
 
     layout: str
     num_tensors: int
     skipped: tuple[str, ...]
     adapted: tuple[int, int] | None
+    taken: str | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def adapt_channels(kernel, channels):
@@ -86,15 +90,18 @@ def load_torch_weights(model, source, *, layout=None, skip_head=False, adapt_inp
     """Loads a PyTorch checkpoint into a model of ours.
 
     The layout is recognised by the tensors' names: torchvision's, timm's, Hugging Face's, the
-    textbook's; see `LAYOUTS`. Either every tensor has its place and every place its tensor, or
-    nothing is changed. PyTorch's ``num_batches_tracked``, a count, has no place and needs none.
+    textbook's; see `LAYOUTS`. Any prefix may stand before them, such as ``model.backbone.``.
+    Either every tensor under it has its place and every place its tensor, or nothing is changed.
+    Tensors of other parts are left out, and named in the result. Counts, such as PyTorch's
+    ``num_batches_tracked``, have no place and need none.
 
     Args:
         model: A network of `build_resnet`, of the depth, variant and stem of the checkpoint's, or
             one that `with_preprocessing` has put preprocessing before.
-        source: The path of a `.safetensors` file (PyTorch is not needed), or of a `.pth`, `.pt`
-            or `.bin` file (it is; code in the file is never run); or a state dict, of tensors or
-            of NumPy arrays.
+        source: The path of a safetensors file (PyTorch is not needed), or of a file of
+            `torch.save` (it is; code in the file is never run), whatever its name ends in; or a
+            state dict, of tensors or of NumPy arrays. What a training script wraps around the
+            state dict is taken off; see `read_checkpoint`.
         layout: A row of `LAYOUTS`, instead of recognising it.
         skip_head: Whether the logits' weights stay as they are.
         adapt_input: Whether the first convolution may be fitted to another number of channels;
@@ -113,7 +120,9 @@ def load_torch_weights(model, source, *, layout=None, skip_head=False, adapt_inp
         >>> model = build_resnet(spec, (32, 32, 3), variant="torchvision")
         >>> state = torch_state_dict(build_resnet(spec, (32, 32, 3), variant="torchvision"))
         >>> load_torch_weights(model, state)
-        Transfer(layout='torchvision', num_tensors=17, skipped=(), adapted=None)
+        ... # doctest: +NORMALIZE_WHITESPACE
+        Transfer(layout='torchvision', num_tensors=17, skipped=(), adapted=None, taken=None,
+                 ignored=())
     """
     with naming(source):
         return load_tensors(
@@ -183,12 +192,16 @@ def load_tensors(model, tensors, *, layout=None, row=None, skip_head=False, adap
     Raises:
         InputError: If the tensors do not fit.
     """
-    layout = layout or detect_layout(tensors)
-    row = row or look_up(LAYOUTS, layout, "layout")
-    head = {row.name(path) for path in _HEAD}
-    skipped = head if skip_head else set()
-    left = {name: array for name, array in tensors.items() if name not in skipped}
-    places = _places(model, layout, row)
+    if row is None:
+        network = find_network(tensors, layout)
+        row = LAYOUTS[network.layout]
+    else:
+        head = frozenset(row.name(path) for path in HEAD)
+        network = Network(layout, "", {name: name for name in tensors}, head, (), None)
+    given = network.select(tensors)
+    skipped = network.head if skip_head else set()
+    left = {name: array for name, array in given.items() if name not in skipped}
+    places = _places(model, network.layout, row)
     advice = _advise(model, row)
     places = {name: weight for name, weight in places.items() if name not in skipped}
     adapted, arrays, mis_shaped = None, {}, []
@@ -207,10 +220,14 @@ def load_tensors(model, tensors, *, layout=None, row=None, skip_head=False, adap
         "of no use": sorted(left.keys() - places.keys()),
         "of another shape": mis_shaped,
     }
-    _refuse(faults, head, advice)
+    for name, reason in getattr(tensors, "unusable", {}).items():
+        if any(name.endswith(network.prefix + missing) for missing in faults["missing"]):
+            raise InputError(reason)
+    _refuse(faults, network, advice)
     for name, array in arrays.items():
         places[name].assign(array)
-    return Transfer(layout, len(arrays), tuple(sorted(skipped & tensors.keys())), adapted)
+    omitted = tuple(sorted(network.names[name] for name in skipped & given.keys()))
+    return Transfer(network.layout, len(arrays), omitted, adapted, network.taken, network.ignored)
 
 
 def torch_state_dict(model, layout="torchvision"):
@@ -339,15 +356,18 @@ def _places(model, layout, row):
     return places
 
 
-def _refuse(faults, head, advice):
+def _refuse(faults, network, advice):
     """Raises one error that lists all that does not fit, if anything does not."""
     if not any(faults.values()):
         return
+    if {n.split(" is ")[0] for names in faults.values() for n in names} <= network.head:
+        advice = (
+            "only the head does not fit, one dense layer with a bias here: leave it out with "
+            "`skip_head=True`, --skip-head"
+        )
     parts = []
-    for kind, names in faults.items():
+    for kind, names in {**faults, "of other parts": network.ignored}.items():
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         parts += [f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{more})"] if names else []
-    if {name.split(" ")[0] for names in faults.values() for name in names} <= head:
-        advice = "only the head does not fit: leave it out with `skip_head=True`, --skip-head"
     # A name may hold anything, a line break too.
     raise InputError(" ".join(f"tensors: {', '.join(parts)}; {advice}".split()))

@@ -14,11 +14,12 @@ from keras import layers, ops
 from keras_resnet import archive
 from keras_resnet.errors import InputError
 from keras_resnet.models import Spec, build_resnet
-from keras_resnet.weights import LAYOUTS, load_keras_applications_weights
+from keras_resnet.weights import LAYOUTS, load_keras_applications_weights, load_tensors
 from keras_resnet.weights.applications import read_keras_applications
 
 pytestmark = pytest.mark.thorough
 
+BODY = Spec((1,), (4,), "bottleneck")
 NETWORKS = {"keras_v1": "ResNet50", "keras_v2": "ResNet50V2"}
 FORMS = ["a model", "model.keras", "model.h5", "weights.h5"]
 
@@ -123,6 +124,31 @@ def test_a_keras_file_is_read_without_building_what_it_describes(tmp_path, make,
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_model_within_a_model_is_read_from_h5(tmp_path):
+    model = fine_tuned()
+    model.save(tmp_path / "model.h5")
+    found = read_keras_applications(tmp_path / "model.h5")
+    assert found.keys() == weights_of(model).keys()
+    for name, array in weights_of(model).items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_head_of_ones_own_is_loaded_or_left_out():
+    body = build_resnet(BODY, (None, None, 3), 5, variant="keras_v1")
+    names = {weight.path: LAYOUTS["keras_v1"].name(weight.path) for weight in body.weights}
+    tensors = {
+        name: np.asarray(w) for (_, name), w in zip(names.items(), body.weights, strict=True)
+    }
+    for part in ("kernel", "bias"):
+        tensors[f"sequential/dense_3/{part}"] = tensors.pop(f"predictions/{part}") + 1
+    assert load_tensors(body, tensors).num_tensors == len(tensors)
+    kernel = weights_of(body)["logits/kernel"]
+    np.testing.assert_array_equal(kernel, tensors["sequential/dense_3/kernel"])
+    other = build_resnet(BODY, (None, None, 3), 9, variant="keras_v1")
+    skipped = load_tensors(other, tensors, skip_head=True).skipped
+    assert skipped == ("sequential/dense_3/bias", "sequential/dense_3/kernel")
 
 
 def test_variables_of_other_layers_are_seen(tmp_path):

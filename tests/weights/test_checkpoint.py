@@ -1,5 +1,7 @@
 """Checkpoint files: what comes back is what was written, and no damaged file gets through."""
 
+import argparse
+import datetime
 import io
 import json
 import os
@@ -8,7 +10,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,70 @@ def test_a_networks_weights_are_found(network, tmp_path, make, form):
     found = read_checkpoint(source)
     assert_same(found, plain(network))
     assert all(array.flags["C_CONTIGUOUS"] for array in found.values())
+
+
+@pytest.mark.parametrize("name", ["a.pth.tar", "a.ckpt", "a", "epoch=3-acc=0.9.ckpt", "a.h5"])
+@pytest.mark.parametrize("form", ["torch", "before PyTorch 1.6", "safetensors"])
+def test_the_content_decides_whatever_the_name(network, tmp_path, name, form):
+    if form == "safetensors":
+        save_file(network.state_dict(), tmp_path / name)
+    else:
+        new = form == "torch"
+        torch.save(network.state_dict(), tmp_path / name, _use_new_zipfile_serialization=new)
+    assert_same(read_checkpoint(tmp_path / name), plain(network))
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.pth", "safetensors"), ("a.safetensors", "torch")])
+def test_a_name_of_the_other_format_does_no_harm(network, tmp_path, name, form):
+    save = save_file if form == "safetensors" else torch.save
+    save(network.state_dict(), tmp_path / name)
+    assert_same(read_checkpoint(tmp_path / name), plain(network))
+
+
+# What training scripts save beside the weights.
+BESIDE = {
+    "options": argparse.Namespace(lr=0.1, path=Path("a"), more=argparse.Namespace(x=[1])),
+    "NumPy scalars": [np.float64(71.2), np.int64(3), np.bool_(True)],
+    "a NumPy array": np.ones(3),
+    "collections": [defaultdict(list, a=[1]), defaultdict(dict), deque([1], 3), Counter("a")],
+    "times": [datetime.datetime.now(), datetime.timedelta(1)],
+    "PyTorch's": [torch.Size([1]), torch.float32, torch.device("cpu")],
+    "types and ranges": [int, range(3), slice(1, 2), frozenset([1])],
+}
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_metadata_beside_the_weights_do_no_harm(network, tmp_path, kind, new):
+    content = {"state_dict": network.state_dict(), "extra": BESIDE[kind]}
+    torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=new)
+    before = torch.serialization.get_safe_globals()
+    found = read_checkpoint(tmp_path / "a.ckpt")
+    assert_same(found, plain(network))
+    assert (found.taken, found.unusable) == ("state_dict", {})
+    assert torch.serialization.get_safe_globals() == before
+
+
+def test_a_kind_of_dictionary_may_hold_the_weights(network, tmp_path):
+    torch.save({"net": defaultdict(list, network.state_dict())}, tmp_path / "a.ckpt")
+    assert_same(read_checkpoint(tmp_path / "a.ckpt"), plain(network))
+
+
+class Options(argparse.Namespace):
+    """A class of the user's own, whose code a file must not run."""
+
+
+def test_an_object_of_an_unknown_class_is_refused(network, tmp_path):
+    torch.save({"state_dict": network.state_dict(), "args": Options()}, tmp_path / "a.ckpt")
+    assert f"{CODE} {__name__}.Options" in message(tmp_path / "a.ckpt")
+
+
+def test_an_allowed_class_is_a_stand_in_that_runs_nothing(tmp_path):
+    # pathlib, argparse and builtins by their names: what they do is not done.
+    torch.save({"w": torch.ones(1), "n": argparse.Namespace(a=1)}, tmp_path / "a.ckpt")
+    found = read_checkpoint(tmp_path / "a.ckpt")
+    assert_same(found, {"w": np.ones(1, "float32")})
+    assert "got argparse.Namespace" in found.unusable["n"]
 
 
 def test_a_prefix_that_one_name_lacks_stays():

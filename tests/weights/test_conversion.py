@@ -55,6 +55,16 @@ def test_the_model_answers_as_the_checkpoints_did(tmp_path, tiny, out, layout, c
     json.dumps(found)
 
 
+def test_what_was_taken_and_what_was_left_out_is_reported(checkpoint, tmp_path, tiny, out):
+    tensors = {f"net.{n}": torch.from_numpy(a) for n, a in read_tensors(checkpoint).items()}
+    averaged = {**tensors, "loss_fn.weight": torch.ones(3)}
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({"state_dict": tensors, "state_dict_ema": averaged, "acc": np.float64(9)}, path)
+    found = convert(path, tiny, out)
+    assert (found["taken"], found["ignored"]) == ("state_dict_ema", ["loss_fn.weight"])
+    assert archive.read_card(out)["origin"]["taken"] == "state_dict_ema"
+
+
 def test_the_file_says_where_it_came_from(checkpoint, tiny, out):
     convert(checkpoint, tiny, out)
     origin = archive.read_card(out)["origin"]

@@ -1,7 +1,5 @@
 """The name maps: each is the names of a real implementation, one for one."""
 
-import re
-
 import keras
 import numpy as np
 import pytest
@@ -11,14 +9,22 @@ from hypothesis import strategies as st
 from references import (
     huggingface_model,
     keras_applications_model,
+    randomize,
     timm_model,
     torchvision_model,
 )
 from torch_reference import ResNet18
 
 from keras_resnet.errors import InputError
-from keras_resnet.models import build_resnet
-from keras_resnet.weights.layouts import LAYOUTS, Layout, detect_layout, inspect_tensors
+from keras_resnet.models import Spec, build_resnet
+from keras_resnet.weights import load_torch_weights
+from keras_resnet.weights.layouts import (
+    LAYOUTS,
+    Layout,
+    detect_layout,
+    find_network,
+    inspect_tensors,
+)
 
 
 def chapter():
@@ -39,6 +45,55 @@ def named_chapter():
     return net
 
 
+class CifarBlock(torch.nn.Module):
+    """The basic block of pytorch-cifar."""
+
+    def __init__(self, channels, filters, stride):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(filters)
+        self.conv2 = torch.nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(filters)
+        self.shortcut = torch.nn.Sequential()
+        if stride != 1 or channels != filters:
+            self.shortcut = torch.nn.Sequential(
+                torch.nn.Conv2d(channels, filters, 1, stride, bias=False),
+                torch.nn.BatchNorm2d(filters),
+            )
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.shortcut(x))
+
+
+class Cifar(torch.nn.Module):
+    """ResNet-18 as pytorch-cifar has it, of any widths."""
+
+    def __init__(self, filters=(64, 128, 256, 512), blocks=2, classes=1000):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, filters[0], 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(filters[0])
+        channels, self.stages = filters[0], len(filters)
+        for stage, width in enumerate(filters, start=1):
+            first = CifarBlock(channels, width, 1 if stage == 1 else 2)
+            more = [CifarBlock(width, width, 1) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage}", torch.nn.Sequential(first, *more))
+            channels = width
+        self.linear = torch.nn.Linear(channels, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        for stage in range(1, self.stages + 1):
+            x = getattr(self, f"layer{stage}")(x)
+        return self.linear(x.mean((2, 3)))
+
+
+def children():
+    """torchvision's network in the Sequential that feature extractors make of it."""
+    *body, head = torchvision_model("resnet18").children()
+    return torch.nn.Sequential(*body, torch.nn.Flatten(), head)
+
+
 # layout, the real network, our row of SPECS, the stem that its tensors show.
 REAL = [
     ("d2l", chapter, "resnet18", "imagenet"),
@@ -46,6 +101,8 @@ REAL = [
     ("torchvision", lambda: torchvision_model("resnet34"), "resnet34", "imagenet"),
     ("torchvision", lambda: torchvision_model("resnext50_32x4d"), "resnext50_32x4d", "imagenet"),
     ("torchvision", lambda: timm_model("seresnet50"), "seresnet50", "imagenet"),
+    ("pytorch_cifar", Cifar, "resnet18", "small"),
+    ("torchvision_sequential", children, "resnet18", "imagenet"),
     ("timm_d", lambda: timm_model("resnet50d"), "resnet50d", "deep"),
     ("timm_v2", lambda: timm_model("resnetv2_18"), "resnet18", "imagenet"),
     ("timm_v2", lambda: timm_model("resnetv2_50d"), "resnet50d", "deep"),
@@ -91,11 +148,28 @@ def test_every_layout_is_held_against_a_real_network():
     assert {row[0] for row in REAL} == set(LAYOUTS)
 
 
-def test_a_mark_is_of_one_layout_alone():
-    for layout, make, _, _ in REAL:
-        names = their_tensors(make())
-        marked = {n for n, r in LAYOUTS.items() if any(re.fullmatch(r.marker, k) for k in names)}
-        assert marked == {layout}
+@pytest.mark.parametrize(("layout", "make"), [row[:2] for row in REAL if row[2] == "resnet18"])
+def test_a_network_is_found_behind_any_prefix(layout, make):
+    shapes = their_tensors(make())
+    for prefix in ("", "a.b.", "module.0.", "resnet."):
+        tensors = {prefix + name: np.empty(shape, "bool") for name, shape in shapes.items()}
+        tensors |= {"loss/table": np.empty((3, 4)), "loss.weight": np.empty(7)} if prefix else {}
+        network = find_network(tensors)
+        assert (network.layout, network.prefix) == (layout, prefix)
+        assert network.names == {name: prefix + name for name in shapes}
+        assert network.ignored == (("loss.weight", "loss/table") if prefix else ())
+
+
+def test_pytorch_cifar_gives_the_same_logits():
+    net = randomize(Cifar((8, 16), 2, 3), 0).eval()
+    model = build_resnet(Spec((2, 2), (8, 16)), (16, 16, 3), 3, variant="torchvision", stem="small")
+    state = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+    transfer = load_torch_weights(model, {"net": state, "acc": 95.2, "epoch": 3})
+    assert (transfer.layout, transfer.taken) == ("pytorch_cifar", "net")
+    x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype("float32")
+    with torch.no_grad():
+        theirs = net(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(model(x), theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 @settings(max_examples=60, deadline=None)

@@ -278,6 +278,186 @@ def test_prefixes_are_understood_however_many(prefix):
     assert load_torch_weights(build(), state).num_tensors == len(state)
 
 
+# Checkpoints as training scripts write them
+
+CIFAR = Spec((1, 1), (8, 16))
+
+
+def network_of(state):
+    """The small basic network that `scripted` checkpoints are of, and their weights in it."""
+    model = build(CIFAR, classes=3, stem="small")
+    return model, load_torch_weights(model, state), torch_state_dict(model)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state dict of that network, of PyTorch's tensors."""
+    state = random_state(spec=CIFAR, classes=3, stem="small")
+    return {name: torch.from_numpy(array) for name, array in state.items()}
+
+
+def put(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def rename_head(state, name):
+    return {key.replace("fc.", f"{name}."): tensor for key, tensor in state.items()}
+
+
+def doubled(state):
+    return {name: 2 * tensor for name, tensor in state.items()}
+
+
+def split_head(state):
+    body = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    return body, {"weight": state["fc.weight"], "bias": state["fc.bias"]}
+
+
+def dense(name, inputs, outputs):
+    return {f"{name}.weight": torch.ones(outputs, inputs), f"{name}.bias": torch.ones(outputs)}
+
+
+COUNT = torch.tensor(3)
+OTHERS = {"criterion.weight": torch.ones(3), "metric.total": COUNT}
+# checkpoint -> what makes it of two state dicts of the network, `s` and `e`, which is averaged;
+# the key or prefix that is reported, and the tensors that are left out.
+SCRIPTS = {
+    "ImageNet example": (
+        lambda s, e: {
+            "epoch": 90,
+            "state_dict": put("module.", s),
+            "best_acc1": torch.tensor(71.2),
+            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
+        },
+        "state_dict",
+        (),
+    ),
+    "weights and numbers in one": (
+        lambda s, e: {**s, "epoch": 3, "acc": np.float64(9), "best": torch.tensor(9.0)},
+        None,
+        ("acc", "best"),
+    ),
+    "timm": (lambda s, e: {"state_dict": s, "state_dict_ema": e}, "state_dict_ema", ()),
+    "timm without averages": (
+        lambda s, e: {"state_dict": s, "state_dict_ema": None},
+        "state_dict",
+        (),
+    ),
+    "torchvision": (
+        lambda s, e: {"model": s, "model_ema": {"n_averaged": COUNT, **put("module.", e)}},
+        "model_ema",
+        (),
+    ),
+    "AveragedModel": (lambda s, e: {"n_averaged": COUNT, **put("module.", s)}, None, ()),
+    "Lightning": (
+        lambda s, e: {
+            "state_dict": {**put("model.", s), **OTHERS},
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.3)}},
+            "loops": {"fit_loop": {"state_dict": {}}},
+        },
+        "state_dict",
+        ("criterion.weight",),
+    ),
+    "thop": (
+        lambda s, e: {**s, "total_ops": torch.ones(1), "layer1.0.total_params": torch.ones(1)},
+        None,
+        (),
+    ),
+    "a key of one's own": (lambda s, e: {"encoder": s, "loss": torch.tensor(0.3)}, "encoder", ()),
+    "two keys": (
+        lambda s, e: dict(zip(("backbone", "head"), split_head(s), strict=True)),
+        None,
+        (),
+    ),
+    "a head beside the backbone": (
+        lambda s, e: {
+            **put("backbone.", split_head(s)[0]),
+            **put("classifier.1.", split_head(s)[1]),
+            "loss_fn.weight": torch.ones(5, 16),
+        },
+        None,
+        ("loss_fn.weight",),
+    ),
+    **{
+        f"prefix {prefix}": ((lambda s, e, p=prefix: put(p, s)), None, ())
+        for prefix in ("net.", "backbone.model.", "_orig_mod.module.x.", "timm_model.", "a.0.")
+    },
+    **{
+        f"head {name}": ((lambda s, e, n=name: rename_head(s, n)), None, ())
+        for name in ("fc.1", "classifier", "linear", "head.fc")
+    },
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_training_script_wrote_is_loaded(state, script):
+    make, taken, ignored = SCRIPTS[script]
+    averaged = doubled(state)
+    _, transfer, found = network_of(make(state, averaged))
+    assert (transfer.layout, transfer.num_tensors) == ("torchvision", len(state))
+    assert (transfer.taken, transfer.ignored) == (taken, ignored)
+    expected = averaged if taken and "ema" in taken else state
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+def test_averaged_weights_behind_a_prefix_are_taken_and_the_others_named(state):
+    content = {**put("model.", state), **put("ema_model.module.", doubled(state))}
+    _, transfer, found = network_of({"state_dict": content})
+    assert transfer.taken == "ema_model.module."
+    assert transfer.ignored == tuple(sorted(put("model.", state)))
+    np.testing.assert_array_equal(found["fc.bias"], 2 * state["fc.bias"])
+
+
+@pytest.mark.parametrize("wrap", [lambda s, p: {p[:-1]: s}, lambda s, p: put(p, s)])
+def test_of_two_networks_both_are_named_and_none_is_taken(state, wrap):
+    content = {**wrap(state, "teacher."), **wrap(state, "student.")}
+    with pytest.raises(InputError, match=r"holds 2 networks.*'student.' and 'teacher.'"):
+        network_of(content)
+
+
+# The head's tensors in place of those of `fc`.
+HEADS = {
+    "two layers": {**dense("fc.0", 16, 7), **dense("fc.3", 7, 3)},
+    "no bias": {"fc.1.weight": torch.ones(3, 16)},
+    "with normalisation": {**dense("fc.0", 16, 3), "fc.1.running_mean": torch.ones(3)},
+    "two layers outside": {**dense("classifier.0", 16, 7), **dense("classifier.2", 7, 3)},
+    "a second layer outside": {**dense("model.fc", 16, 7), **dense("classifier", 7, 3)},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_of_another_form_is_refused_or_left_out(state, head):
+    prefix = "model." if "outside" in head else ""
+    content = {**put(prefix, split_head(state)[0]), **HEADS[head]}
+    with pytest.raises(InputError, match="only the head does not fit, one dense layer with a bias"):
+        network_of(content)
+    model = build(CIFAR, classes=5, stem="small")
+    transfer = load_torch_weights(model, content, skip_head=True)
+    assert transfer.skipped == tuple(sorted(HEADS[head]))
+    assert transfer.num_tensors == len(state) - 2
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"sa.conv1.weight": torch.ones(1, 2, 7, 7)},
+        {"ca.fc.0.weight": torch.ones(4, 8, 1, 1), "ca.fc.0.bias": torch.ones(4)},
+        {"layer1.0.attention.weight": torch.ones(4, 8)},
+    ],
+)
+def test_a_part_of_the_body_is_no_head(state, extra):
+    model = build(CIFAR, classes=3, stem="small")
+    with pytest.raises(InputError, match=f"{len(extra)} of no use"):
+        load_torch_weights(model, {**state, **extra}, skip_head=True)
+
+
+def test_weights_that_are_no_floats_are_named(state):
+    content = {**put("net.", state), "net.bn1.weight": torch.ones(8, dtype=torch.int64)}
+    with pytest.raises(InputError, match=r"'net.bn1.weight' must be one of .*got int64"):
+        network_of(content)
+
+
 # Heads and channels
 
 
