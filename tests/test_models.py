@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import torch
 from keras import ops
 from torch_reference import ResNet18, dense_resnet
@@ -96,7 +97,12 @@ def test_small_stem_keeps_the_size():
         (build_resnet34, {"input_shape": (64, 64, 3), "num_classes": 1000}, 21_797_672),
         (build_resnet50, {"input_shape": (64, 64, 3), "num_classes": 1000}, 25_557_032),
         (build_resnet101, {"input_shape": (64, 64, 3), "num_classes": 1000}, 44_549_160),
-        (build_resnet152, {"input_shape": (64, 64, 3), "num_classes": 1000}, 60_192_808),
+        pytest.param(
+            build_resnet152,
+            {"input_shape": (64, 64, 3), "num_classes": 1000},
+            60_192_808,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_parameter_count(build, arguments, count):
@@ -121,7 +127,9 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "101" in n else ()) for n in COUNTS]
+)
 def test_parameter_count_of_the_relatives(name):
     model = build_resnet(name, (64, 64, 3), 1000, variant="torchvision")
     assert count_parameters(model) == COUNTS[name]
@@ -237,17 +245,16 @@ def test_pre_activation_moves_normalisation_from_the_stem_to_the_end():
 def test_every_variant_builds_and_trains(variant, stem, block):
     spec = Spec((2, 2), (8, 16), block)
     model = build_resnet(spec, (None, None, 3), variant=variant, stem=stem)
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     images = np.random.default_rng(0).normal(size=(4, 33, 32, 3)).astype("float32")
-    before = [np.array(w) for w in model.trainable_variables]
-    assert np.isfinite(model.train_on_batch(images, np.arange(4)))
-    still = [
-        w.path
-        for w, old in zip(model.trainable_variables, before, strict=True)
+    with tf.GradientTape() as tape:
+        logits = model(images, training=True)
+        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(np.arange(4), logits)
+    variables = model.trainable_variables
+    gradients = tape.gradient(loss, [variable.value for variable in variables])
+    for variable, gradient in zip(variables, gradients, strict=True):
+        assert np.isfinite(gradient).all(), variable.path
         # A bias in front of a BatchNormalization has no gradient: the mean takes it off again.
-        if np.array_equal(w, old) and not w.path.endswith("bias")
-    ]
-    assert not still
+        assert np.abs(gradient).max() > 0 or variable.path.endswith("bias"), variable.path
 
 
 def test_a_network_of_keras_applications_halves_in_the_last_block():
@@ -371,7 +378,7 @@ def test_a_first_stage_keeps_the_size_and_brings_the_width():
 # The dense network
 
 
-@pytest.mark.parametrize(("num_blocks", "seeds"), [(10, 20), (100, 3)])
+@pytest.mark.parametrize(("num_blocks", "seeds"), [(10, 5), (100, 1)])
 def test_dense_network_keeps_the_scale_of_its_input(num_blocks, seeds):
     x = np.arange(1.0, 13.0, dtype="float32")[None]  # the textbook's example
     for seed in range(seeds):
@@ -473,7 +480,7 @@ def test_dense_network_may_have_no_blocks():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_last_map_has_the_size_that_is_said(variant, stem, monkeypatch):
     monkeypatch.setitem(SPECS, "tiny", TINY)
-    for size in (1, 8, 9, 30, 33):
+    for size in (1, 9, 30):
         backbone = build_resnet(
             TINY, (size, size, 1), variant=variant, stem=stem, include_top=False
         )

@@ -212,10 +212,10 @@ def test_fit_takes_each_epoch_in_its_own_order(tmp_path, tiny, fashion, monkeypa
     ("image_size", "count", "sizes"),
     [
         (8, 65, [65]),  # maps of one pixel: BatchNormalization has no variance of one image
-        (8, 129, [64, 65]),
-        (8, 66, [64, 2]),
-        (8, 1, [1]),
         (9, 65, [64, 1]),  # maps of two pixels by two
+        pytest.param(8, 129, [64, 65], marks=pytest.mark.slow),
+        pytest.param(8, 66, [64, 2], marks=pytest.mark.slow),
+        pytest.param(8, 1, [1], marks=pytest.mark.slow),
     ],
 )
 def test_a_last_batch_of_one_image_joins_the_one_before(
@@ -296,7 +296,7 @@ def test_killed_and_resumed_ends_where_an_unbroken_run_ends(trained_run, fashion
 
 def test_killed_before_its_first_checkpoint_a_run_starts_again(fashion_folder, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(run_dir, fashion_folder)
+    process = start(run_dir, fashion_folder, "--epochs", 1)
     wait_for(process, "run folder:")
     process.kill()
     process.wait()
@@ -305,7 +305,7 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(fashion_folder, t
     partial.write_bytes(b"PK half a file")
     resumed = run_main("train", "--resume", "--run-dir", run_dir)
     assert resumed.returncode == 0, resumed.stderr
-    assert [row["epoch"] for row in read_history(run_dir / "history.csv")] == [1, 2, 3]
+    assert [row["epoch"] for row in read_history(run_dir / "history.csv")] == [1]
     assert not partial.exists()
 
 
