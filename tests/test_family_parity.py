@@ -28,8 +28,8 @@ BOUNDS = {
     "losses": {"float32": 1e-3, "float64": 1e-8},
 }
 
-# (size, batch): the slow networks take `IMAGES`, two networks all sizes in all batches. At 32 pixels
-# the last stage sees a single one. `benchmarks/parity.py` takes 224 pixels of every network.
+# (size, batch): the slow networks take `IMAGES`, and two networks all sizes in all batches. At 32
+# pixels the last stage sees a single one. `benchmarks/parity.py` takes 224 pixels of all networks.
 SOME_IMAGES = IMAGES[:2]
 ALL_IMAGES = (*IMAGES, (64, 1), (97, 3), (224, 3))
 THOROUGH = {"torchvision resnet18": (*ALL_IMAGES, (32, 2)), "torchvision resnet50": ALL_IMAGES}
