@@ -168,10 +168,28 @@ class KerasNetwork:
         self.model(images, training=True)
         return {v.path: np.array(v) for v in self.model.non_trainable_variables}
 
-    def sgd(self, learning_rate):
-        """Returns a function like `gradients` that then makes a step of SGD with momentum."""
+    def sgd(self, learning_rate, compiled=False):
+        """Returns a function like `gradients` that then makes a step of SGD with momentum.
+
+        Args:
+            learning_rate: The rate.
+            compiled: Whether the step runs as one graph: in a fifth of the time, without `Sides`.
+        """
         optimizer = keras.optimizers.SGD(learning_rate, momentum=MOMENTUM)
         variables = self.model.trainable_variables
+        optimizer.build(variables)
+
+        @tf.function
+        def compiled_step(images, labels):
+            with tf.GradientTape() as tape:
+                logits = self.model(images, training=True)
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+                loss = tf.reduce_mean(losses)
+            optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
+            return loss
+
+        if compiled:
+            return lambda images, labels: (float(compiled_step(images, labels)), Sides())
 
         def step(images, labels, sides=None):
             loss, gradients, sides = self.gradients(images, labels, sides)
@@ -529,7 +547,8 @@ def trajectory_difference(pair, steps=20):
     learning_rate, share_sides = TRAJECTORIES[pair.dtype]
     rows = []
     with restored(pair):
-        ours, theirs = (each.sgd(learning_rate) for each in (pair.ours, pair.theirs))
+        ours = pair.ours.sgd(learning_rate, compiled=not share_sides)
+        theirs = pair.theirs.sgd(learning_rate)
         for images, labels in learnable_batches(steps, *TRAJECTORY_IMAGES):
             our_loss, sides = ours(images, labels)
             their_loss, own_sides = theirs(images, labels, sides if share_sides else None)
