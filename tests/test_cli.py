@@ -45,6 +45,7 @@ def test_each_command_has_help(command, capsys):
     assert "usage: keras-resnet" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_summary_prints_the_walk():
     done = run_script("summary", "resnet18", "--input-shape", 224, 224, 1)
     assert done.returncode == 0
@@ -103,6 +104,7 @@ def test_convert_prints_what_it_found(checkpoint, tiny, tmp_path, capsys):
     assert re.search(r"image\.png +no +class \d+ +0\.\d+", capsys.readouterr().out)
 
 
+@pytest.mark.thorough
 def test_fine_tuning_from_a_shell(checkpoint, fashion_folder, tmp_path):
     done = run_main(
         *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
@@ -316,6 +318,7 @@ def test_bad_input_is_one_line_and_status_2(case, places, capfd):
     assert sorted(places["tmp"].rglob("*")) == before
 
 
+@pytest.mark.thorough
 def test_bad_input_from_a_shell(tmp_path):
     done = run_script("evaluate", tmp_path / "none.keras")
     assert done.returncode == 2
@@ -323,6 +326,7 @@ def test_bad_input_from_a_shell(tmp_path):
     assert done.stderr == f"keras-resnet: {tmp_path}/none.keras: no such model file\n"
 
 
+@pytest.mark.thorough
 def test_a_backend_that_is_not_there_is_one_line():
     done = run_script("summary", "resnet18", KERAS_BACKEND="mxnet")
     assert done.returncode == 2
@@ -330,6 +334,7 @@ def test_a_backend_that_is_not_there_is_one_line():
     assert "KERAS_BACKEND mxnet" in done.stderr
 
 
+@pytest.mark.thorough
 def test_output_that_cannot_be_written_is_no_traceback():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -346,6 +351,7 @@ def test_a_terminal_without_the_multiplication_sign_gets_an_answer(monkeypatch):
     assert b"1?24" in terminal.buffer.getvalue()
 
 
+@pytest.mark.thorough
 def test_a_failed_run_is_one_line_and_status_1(fashion_folder, tmp_path):
     done = run_main(
         *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),

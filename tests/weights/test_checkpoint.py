@@ -80,6 +80,7 @@ arrays = hnp.arrays(
 )
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(names, arrays, min_size=1, max_size=4), st.sampled_from(WRITTEN))
 @example({"transposed": np.arange(6, dtype="float32").reshape(2, 3).T}, ".safetensors")
@@ -652,6 +653,7 @@ print("torch" in sys.modules)
 """
 
 
+@pytest.mark.thorough
 def test_safetensors_need_no_pytorch(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"w": torch.tensor([PI_HALF], dtype=torch.bfloat16)}, path)

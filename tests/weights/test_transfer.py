@@ -45,6 +45,7 @@ def weights_of(model):
 # In and out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
 def test_a_network_of_torchvision_goes_in_and_comes_out_bit_for_bit(tmp_path, suffix):
     net = randomize(torchvision_model("resnet18", num_classes=7), 0)
@@ -81,6 +82,7 @@ def test_every_layout_of_pytorch_is_written_and_read(tmp_path, layout):
         np.testing.assert_array_equal(weights_of(target)[path], value)
 
 
+@pytest.mark.thorough
 def test_a_trained_network_of_ours_gives_its_logits_in_pytorch(tmp_path):
     keras.utils.set_random_seed(0)
     model = build("resnet18")
@@ -96,6 +98,7 @@ def test_a_trained_network_of_ours_gives_its_logits_in_pytorch(tmp_path):
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-5
 
 
+@pytest.mark.thorough
 def test_safetensors_go_both_ways_without_pytorch(tmp_path):
     code = """
 import sys
