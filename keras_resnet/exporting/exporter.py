@@ -17,7 +17,7 @@ from keras_resnet.errors import ExportError, InputError
 from keras_resnet.exporting import folder as folders
 from keras_resnet.exporting import proof
 from keras_resnet.exporting.formats import OWN_FILES, PRECISIONS, REFERENCE, choose_artifacts
-from keras_resnet.exporting.graph import Serving, in_float32
+from keras_resnet.exporting.graph import Serving
 from keras_resnet.exporting.reference import Recorded, read_reference, write_reference
 from keras_resnet.inference import (
     Predictor,
@@ -251,28 +251,35 @@ class _Session:
         self.job = job
         self.work = work
         self.rows, self.failures, self.answers = [], [], {}
+        self.twin = None
         self._prober = prober
         self.report = report or (lambda line: None)
         self.threads = sorted({1, run_folder.cores()})
 
     def refer(self, predictor, split):
-        """Asks the Keras model itself, in float32, layer by layer as Keras calls it."""
-        model = in_float32(predictor.model)
-        self.split = split
+        """Asks the Keras model itself, layer by layer as Keras calls it, and its float32 twin."""
         if len(split) < max(proof.BATCHES):
             raise InputError(
                 f"the proof takes at least {max(proof.BATCHES)} images, got {len(split)}"
             )
-        parts = []
-        with bar(len(split), "the Keras model") as shown:
-            for images, _ in split.batches(256):
-                answers = keras.ops.convert_to_numpy(model(images, training=False))
-                _check_logits(model, answers)
-                parts.append(to_probabilities(answers, ends_in_softmax(model), model.name))
-                shown.update(len(images))
-        self.reference = proof.Reference(split.images, split.labels, np.concatenate(parts))
+        self.split = split
+        model, twin = predictor.model, self.job.serving.twin
+        answers = own = _ask_keras(model, split)
+        if twin is not model:
+            answers = _ask_keras(twin, split)
+            dtypes = {layer.compute_dtype for layer in model._flatten_layers()}
+            self.twin = proof.check_twin(model.name, dtypes, own, answers)
+            own = _to_probabilities(model, own)
+        probabilities = _to_probabilities(model, answers)
+        self.reference = proof.Reference(
+            split.images, split.labels, probabilities, None if twin is model else own
+        )
+        takes_floats = not predictor.runtime.input.dtype.startswith(("int", "uint"))
+        self.note = proof.describe_chance(self.reference, takes_floats)
+        if self.note:
+            self.report(self.note)
         image = split.images[np.arange(1)]
-        latency = proof.measure_latency(KerasRuntime(model), image)
+        latency = proof.measure_latency(KerasRuntime(twin), image)
         # Keras's threads are those of this process.
         self.keras_latency = {str(self.threads[-1]): latency}
         most = max(max(proof.BATCHES), _REFERENCE_BYTES // self.inputs(0, 1).nbytes)
@@ -298,6 +305,7 @@ class _Session:
             raise ExportError(
                 f"{artifact.file} is not run by its own runtime: nothing was written", [failure]
             ) from error
+        row["oldest_runtime"] = writer.oldest_runtime(path)
         self.rows.append(row)
         self.failures += failures
         self.report(_describe_row(row))
@@ -335,7 +343,8 @@ class _Session:
         self.answers[file] = answers[self.picked]
         failures += proof.check_batches(file, runtime, self.inputs, answers)
         figures = proof.compare(answers, self.reference)
-        return figures, failures + proof.check_gate(file, artifact.precision, figures)
+        failures += proof.check_gate(file, artifact.precision, figures)
+        return figures, failures + proof.check_shown(file, artifact.precision, self.reference)
 
     def _time(self, path, artifact):
         """Returns the latency of one image, by the number of threads."""
@@ -344,6 +353,22 @@ class _Session:
             with contextlib.closing(self._open(path, artifact, threads)) as runtime:
                 found[str(threads)] = proof.measure_latency(runtime, self.inputs(0, 1))
         return found
+
+
+def _ask_keras(model, split):
+    """Returns a Keras model's answers to a split, float32, [count, classes]."""
+    parts = []
+    with bar(len(split), "the Keras model") as shown:
+        for images, _ in split.batches(256):
+            answers = model(images, training=False)
+            parts.append(keras.ops.convert_to_numpy(keras.ops.cast(answers, "float32")))
+            shown.update(len(images))
+    return np.concatenate(parts)
+
+
+def _to_probabilities(model, answers):
+    _check_logits(model, answers)
+    return to_probabilities(answers, ends_in_softmax(model), model.name)
 
 
 def _check_logits(model, answers):
@@ -366,11 +391,17 @@ def _describe_row(row):
 def _check_passed(rows, failures, force, folder):
     if not failures or force:
         return
-    files_ = sorted({failure.file for failure in failures})
+    wrong = [each for each in failures if not each.check.startswith(proof.NOTHING_SHOWN)]
+    files_ = sorted({failure.file for failure in wrong or failures})
+    reason = f"{len(files_)} of {len(rows)} artifacts are not the network they were made of"
+    if not wrong:
+        reason = (
+            f"{proof.NOTHING_SHOWN} of {len(files_)} of {len(rows)} artifacts, since the Keras "
+            "model gives (nearly) the same answer to all images"
+        )
     raise ExportError(
-        f"{len(files_)} of {len(rows)} artifacts are not the network they were made of "
-        f"({', '.join(files_)}): nothing was written to {folder}; --force publishes them with the "
-        "failures recorded",
+        f"{reason} ({', '.join(files_)}): nothing was written to {folder}; --force publishes them "
+        "with the failures recorded",
         failures,
     )
 
@@ -399,7 +430,12 @@ def _make_manifest(source, data, options, session):
             "order": proof.digest_order(session.split),
             "options": {name: options[name] for name in _SPLIT_OPTIONS if name in options},
         },
-        "keras": {"accuracy": session.reference.accuracy, "latency_ms": session.keras_latency},
+        "keras": {
+            "accuracy": session.reference.accuracy,
+            "latency_ms": session.keras_latency,
+            "twin": session.twin,
+            "note": session.note,
+        },
         "artifacts": session.rows,
     }
 
