@@ -17,7 +17,7 @@ from keras_resnet.errors import ExportError, InputError
 from keras_resnet.exporting import folder as folders
 from keras_resnet.exporting import proof
 from keras_resnet.exporting.formats import OWN_FILES, PRECISIONS, REFERENCE, choose_artifacts
-from keras_resnet.exporting.graph import Serving, in_float32
+from keras_resnet.exporting.graph import Serving
 from keras_resnet.exporting.reference import Recorded, read_reference, write_reference
 from keras_resnet.inference import (
     Predictor,
@@ -270,28 +270,35 @@ class _Session:
         self.job = job
         self.work = work
         self.rows, self.failures, self.answers = [], [], {}
+        self.twin = self.note = None
         self._prober = prober
         self.report = report or (lambda line: None)
         self.threads = sorted({1, run_folder.cores()})
 
     def refer(self, predictor, split):
-        """Asks the Keras model itself, in float32, layer by layer as Keras calls it."""
-        model = in_float32(predictor.model)
-        self.split = split
+        """Asks the Keras model itself, layer by layer as Keras calls it, and its float32 twin."""
         if len(split) < max(proof.BATCHES):
             raise InputError(
                 f"the proof takes at least {max(proof.BATCHES)} images, got {len(split)}"
             )
-        runtime, parts = KerasRuntime(model), []
-        with bar(len(split), "the Keras model") as shown:
-            for images, _ in split.batches(256):
-                (answers,) = keras.tree.flatten(model(images, training=False))
-                parts.append(as_rows(keras.ops.convert_to_numpy(answers)))
-                shown.update(len(images))
-        answers, kind = np.concatenate(parts), self.job.serving.source_kind
+        self.split = split
+        model, twin = predictor.model, self.job.serving.twin
+        runtime, kind = KerasRuntime(twin), self.job.serving.source_kind
+        answers = own = _ask_keras(model, split)
+        if twin is not model:
+            answers = _ask_keras(twin, split)
+            dtypes = {layer.compute_dtype for layer in model._flatten_layers()}
+            self.twin = proof.check_twin(model.name, dtypes, own, answers)
+            own = to_probabilities(own, kind, model.name)
         _check_kind(runtime, kind, answers)
         probabilities = to_probabilities(answers, kind, model.name)
-        self.reference = proof.Reference(split.images, split.labels, probabilities)
+        self.reference = proof.Reference(
+            split.images, split.labels, probabilities, None if twin is model else own
+        )
+        takes_floats = not predictor.runtime.input.dtype.startswith(("int", "uint"))
+        self.note = proof.describe_chance(self.reference, takes_floats)
+        if self.note:
+            self.report(self.note)
         image = split.images[np.arange(1)]
         latency = proof.measure_latency(runtime, image)
         # Keras's threads are those of this process.
@@ -319,6 +326,7 @@ class _Session:
             raise ExportError(
                 f"{artifact.file} is not run by its own runtime: nothing was written", [failure]
             ) from error
+        row["oldest_runtime"] = writer.oldest_runtime(path)
         self.rows.append(row)
         self.failures += failures
         self.report(_describe_row(row, len(self.split)))
@@ -356,7 +364,8 @@ class _Session:
         self.answers[file] = answers[self.picked]
         failures += proof.check_batches(file, runtime, self.inputs, answers)
         figures = proof.compare(answers, self.reference)
-        return figures, failures + proof.check_gate(file, artifact.precision, figures)
+        failures += proof.check_gate(file, artifact.precision, figures)
+        return figures, failures + proof.check_shown(file, artifact.precision, self.reference)
 
     def _time(self, path, artifact):
         """Returns the latency of one image, by the number of threads."""
@@ -365,6 +374,18 @@ class _Session:
             with contextlib.closing(self._open(path, artifact, threads)) as runtime:
                 found[str(threads)] = proof.measure_latency(runtime, self.inputs(0, 1))
         return found
+
+
+def _ask_keras(model, split):
+    """Returns a Keras model's answers to a split, float32, [count, columns]."""
+    parts = []
+    with bar(len(split), "the Keras model") as shown:
+        for images, _ in split.batches(256):
+            (answers,) = keras.tree.flatten(model(images, training=False))
+            answers = keras.ops.convert_to_numpy(keras.ops.cast(answers, "float32"))
+            parts.append(as_rows(answers))
+            shown.update(len(images))
+    return np.concatenate(parts)
 
 
 def _check_kind(runtime, kind, answers):
@@ -389,11 +410,17 @@ def _describe_row(row, images):
 def _check_passed(rows, failures, force, folder):
     if not failures or force:
         return
-    files_ = sorted({failure.file for failure in failures})
+    wrong = [each for each in failures if not each.check.startswith(proof.NOTHING_SHOWN)]
+    files_ = sorted({failure.file for failure in wrong or failures})
+    reason = f"{len(files_)} of {len(rows)} artifacts are not the network they were made of"
+    if not wrong:
+        reason = (
+            f"{proof.NOTHING_SHOWN} of {len(files_)} of {len(rows)} artifacts, since the Keras "
+            "model gives (nearly) the same answer to all images"
+        )
     raise ExportError(
-        f"{len(files_)} of {len(rows)} artifacts are not the network they were made of "
-        f"({', '.join(files_)}): nothing was written to {folder}; --force publishes them with the "
-        "failures recorded",
+        f"{reason} ({', '.join(files_)}): nothing was written to {folder}; --force publishes them "
+        "with the failures recorded",
         failures,
     )
 
@@ -422,7 +449,12 @@ def _make_manifest(source, data, options, session):
             "order": proof.digest_order(session.split),
             "options": {name: options[name] for name in _SPLIT_OPTIONS if name in options},
         },
-        "keras": {"accuracy": session.reference.accuracy, "latency_ms": session.keras_latency},
+        "keras": {
+            "accuracy": session.reference.accuracy,
+            "latency_ms": session.keras_latency,
+            "twin": session.twin,
+            "note": session.note,
+        },
         "artifacts": session.rows,
     }
 

@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import json
+import tempfile
+import types
+from pathlib import Path
 
 import keras
 import tensorflow as tf
 
-from keras_resnet.errors import InputError
+from keras_resnet.errors import InputError, one_line
 from keras_resnet.preprocessing import ImagePreprocessing
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.keras_file import KerasRuntime
@@ -46,6 +50,7 @@ class Serving:
 
     Attributes:
         model: What is exported: the model, in float32; or the network behind its preprocessing.
+        twin: The whole model in float32; the model that was given, if it computes in float32.
         raw_shape: (height, width, channels) of the raw images.
         contract: The `Contract`.
         source_kind: What the Keras model gives, a row of `runtimes.base.OUTPUT_KINDS`.
@@ -56,7 +61,7 @@ class Serving:
     """
 
     def __init__(self, model, preprocessing=True, image_size=None):
-        model = in_float32(model)
+        self.twin = model = in_float32(model)
         source = KerasRuntime(model)
         self.raw_shape = _image_shape(model, image_size)
         self._before = None
@@ -89,6 +94,13 @@ class Serving:
         module = tf.Module()
         # Tracked, so that a SavedModel holds each once.
         module.variables_ = [variable.value for variable in self.model.variables]
+        # The tables of look-ups are no variables.
+        module.tables = [
+            value
+            for layer in self.model._flatten_layers()
+            for value in vars(layer).values()
+            if isinstance(value, tf.saved_model.experimental.TrackableResource)
+        ]
         module.serve = tf.function(self._serve, input_signature=[spec], autograph=False)
         return module
 
@@ -162,37 +174,90 @@ def _image_shape(model, image_size):
 def in_float32(model):
     """Returns the model itself if it computes in float32, else its float32 twin.
 
-    A model in mixed precision would leave with bfloat16 operations that no phone has; its weights
-    are float32 already.
+    A model in mixed precision would leave with bfloat16 operations that no phone has. The twin is
+    the model as Keras saves and loads it, so that every layer restores its own state: the
+    statistics of a `Normalization`, the vocabulary of a look-up. `proof.check_twin` compares the
+    two before the twin is used.
 
     Args:
-        model: A Keras model.
+        model: A Keras model; how it was compiled plays no part.
 
     Raises:
-        InputError: If it holds quantized layers, or its configuration cannot be read back.
+        InputError: If it holds quantized layers, or Keras cannot save it and load it again.
     """
-    policies = {layer.dtype_policy.name for layer in model._flatten_layers()}
-    if policies <= {"float32"}:
-        return model
+    layers = list(model._flatten_layers())
+    policies = {layer.dtype_policy.name for layer in layers}
     if any("_from_" in name for name in policies):
         raise InputError(f"{model.name} is quantized already ({', '.join(sorted(policies))})")
+    # A look-up's policy is an integer's or a string's, and stays.
+    if not any(name in _OTHER_FLOATS for name in policies):
+        return model
     try:
-        config = _float32_config(keras.saving.serialize_keras_object(model))
-        twin = keras.saving.deserialize_keras_object(config)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            _uncompiled(layers),
+            _objects_named(layers) as named,
+        ):
+            saved = Path(folder, "model")
+            model.save(saved, zipped=False)
+            config = saved / "config.json"
+            text = json.dumps(_float32_config(json.loads(config.read_text(encoding="utf-8"))))
+            config.write_text(text, encoding="utf-8")
+            return keras.models.load_model(
+                saved, custom_objects=named, compile=False, safe_mode=True
+            )
     except Exception as error:
         raise InputError(
-            f"{model.name} computes in {', '.join(sorted(policies))} and cannot be built again "
-            f"in float32: {error}"
+            f"{model.name} computes in {', '.join(sorted(policies))} and Keras cannot save it and "
+            f"load it in float32: {one_line(error)}; give its own layers `get_config`, or build it "
+            "in float32"
         ) from error
-    for own, other in zip(twin.variables, model.variables, strict=True):
-        own.assign(keras.ops.cast(other, own.dtype))
-    return twin
+
+
+_OTHER_FLOATS = ("mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64")
 
 
 def _float32_config(value):
-    """Returns a Keras configuration with every dtype policy replaced by float32."""
+    """Returns a Keras configuration in which every float is a float32, and nothing is compiled."""
     if isinstance(value, dict):
-        if value.get("class_name") == "DTypePolicy":
-            return {**value, "config": {**value["config"], "name": "float32"}}
-        return {key: _float32_config(item) for key, item in value.items()}
-    return [_float32_config(item) for item in value] if isinstance(value, list) else value
+        kept = {key: item for key, item in value.items() if key != "compile_config"}
+        return {key: _float32_config(item) for key, item in kept.items()}
+    if isinstance(value, list):
+        return [_float32_config(item) for item in value]
+    return "float32" if isinstance(value, str) and value in _OTHER_FLOATS else value
+
+
+@contextlib.contextmanager
+def _uncompiled(layers):
+    """Keeps Keras from saving what a model was compiled with: it need not be serializable."""
+    compiled = [layer for layer in layers if getattr(layer, "compiled", False)]
+    for model in compiled:
+        model.compiled = False
+    try:
+        yield
+    finally:
+        for model in compiled:
+            model.compiled = True
+
+
+@contextlib.contextmanager
+def _objects_named(layers):
+    """Yields the user's classes and functions by the names that a saved config has for them.
+
+    They need not be registered with Keras. Each function has a name of its own meanwhile: Keras
+    saves a lambda, which has none, as code, and loads no code.
+    """
+    parts = [*layers, *(part for layer in layers for part in vars(layer).values())]
+    classes = {type(part) for part in parts if hasattr(part, "get_config")}
+    functions = {part: part.__name__ for part in parts if isinstance(part, types.FunctionType)}
+    users = [each for each in (*classes, *functions) if not each.__module__.startswith("keras.")]
+    named = {}
+    for number, each in enumerate(users):
+        if each in functions:
+            each.__name__ = f"function_{number}"
+        named[each.__name__] = each
+    try:
+        yield named
+    finally:
+        for function, name in functions.items():
+            function.__name__ = name

@@ -22,7 +22,8 @@ from keras_resnet.quiet import stderr_kept_back
 from keras_resnet.seals import seal_onnx
 
 OPSET = 17
-"""Read by ONNX Runtime 1.12 (2022) and newer."""
+
+_OLDEST_RUNTIME = "ONNX Runtime 1.12"  # of 2022, the first that reads opset 17
 
 _BATCH = "batch"
 _SMALLEST = np.array(np.finfo("float32").tiny)
@@ -44,6 +45,11 @@ def write(job, artifact, path):
     """
     proto = convert(job.serving.module(artifact.batch), artifact.precision, job.calibration)
     path.write_bytes(seal_onnx(proto.SerializeToString(), job.card, job.provenance))
+
+
+def oldest_runtime(path):
+    """Returns the oldest ONNX Runtime that reads a file; the same for all, by their opset."""
+    return _OLDEST_RUNTIME
 
 
 def convert(module, precision, images=()):

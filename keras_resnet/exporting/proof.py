@@ -26,6 +26,17 @@ _TIMED_RUNS = (20, 200)
 _TIMED_SECONDS = 1.0
 
 
+# Most that a float32 twin may differ from the model, by what the model computes in: root mean
+# square of the differences over that of the answers. A network rounds in each of its layers.
+_TWIN_TOLERANCES = {"bfloat16": 0.1, "float16": 0.02, "float64": 1e-3}
+
+# How often the answers' spread over the images must hold a gate's largest difference: below it,
+# a file that gives one answer to all images would come near to passing.
+_LEAST_SPREAD = 10
+
+NOTHING_SHOWN = "nothing was shown"
+
+
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """What the Keras model answers to real test images.
@@ -33,17 +44,21 @@ class Reference:
     Attributes:
         images: Raw images, uint8, [count, height, width, channels], as a `Split` holds them.
         labels: int64, [count].
-        probabilities: float32, [count, classes].
+        probabilities: The model's, float32, [count, classes]; those of its float32 twin, if it
+            computes in another precision.
+        own: The model's in its own precision, float32, [count, classes]; None without a twin.
     """
 
     images: object
     labels: np.ndarray
     probabilities: np.ndarray
+    own: np.ndarray | None = None
 
     @property
     def accuracy(self):
-        """The share of the images that the Keras model names rightly."""
-        return float(np.mean(self.probabilities.argmax(axis=1) == self.labels))
+        """The share of the images that the Keras model itself names rightly."""
+        own = self.probabilities if self.own is None else self.own
+        return float(np.mean(own.argmax(axis=1) == self.labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +186,12 @@ def compare(answers, reference):
 
     Returns:
         A dict: "images", "max_difference", "mean_difference", "agreement", "accuracy",
-        "accuracy_change".
+        "accuracy_change"; and "max_difference_in_own_precision" where the model has a twin.
     """
     difference = np.abs(answers.astype("float64") - reference.probabilities)
     top1 = answers.argmax(axis=1)
     accuracy = float(np.mean(top1 == reference.labels))
-    return {
+    figures = {
         "images": len(answers),
         "max_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
@@ -184,6 +199,81 @@ def compare(answers, reference):
         "accuracy": accuracy,
         "accuracy_change": accuracy - reference.accuracy,
     }
+    if reference.own is not None:
+        figures["max_difference_in_own_precision"] = _largest(answers - reference.own)
+    return figures
+
+
+def check_twin(name, computed_in, own, twin):
+    """Compares a model's answers with those of its float32 twin.
+
+    Args:
+        name: The model's name.
+        computed_in: The dtypes that the model computes in.
+        own: Its answers, floats, [count, classes].
+        twin: The twin's to the same images.
+
+    Returns:
+        A dict: "computed_in", the dtype that decides; "difference", the root mean square of the
+        differences over that of the answers; "tolerance".
+
+    Raises:
+        InputError: If they differ by more than the rounding of the dtype.
+
+    Example:
+        >>> check_twin("mine", {"float16"}, np.ones((2, 3)), np.full((2, 3), 1.5))
+        Traceback (most recent call last):
+        ...
+        keras_resnet.errors.InputError: mine computes in float16, and saved and loaded in float32 it answers otherwise: relative difference 0.5, must be at most 0.02; a layer keeps state that it does not save, or depends on the precision: build the model in float32
+    """
+    tolerance, dtype = max((_TWIN_TOLERANCES.get(each, 0), each) for each in computed_in)
+    own, twin = (np.asarray(each, "float64") for each in (own, twin))
+    size = np.sqrt(np.mean(own**2))
+    difference = float(np.sqrt(np.mean((own - twin) ** 2)) / max(size, np.finfo("float32").tiny))
+    # nan passes nothing.
+    if not difference <= tolerance:
+        raise InputError(
+            f"{name} computes in {dtype}, and saved and loaded in float32 it answers otherwise: "
+            f"relative difference {difference:.2g}, must be at most {tolerance:g}; a layer keeps "
+            "state that it does not save, or depends on the precision: build the model in float32"
+        )
+    return {"computed_in": dtype, "difference": difference, "tolerance": tolerance}
+
+
+def check_shown(file, precision, reference):
+    """Returns a `Failure` if a file that gives one answer to all images could pass the gate.
+
+    An untrained MobileNetV2 answers 1/7 to every image: no comparison with it shows anything.
+
+    Args:
+        file: The artifact's name.
+        precision: A row of `PRECISIONS`.
+        reference: The `Reference`.
+
+    Example:
+        >>> alike = Reference(None, np.array([0, 1]), np.full((2, 2), 0.5, "float32"))
+        >>> print(*check_shown("model-float32.onnx", "float32", alike))
+        nothing was shown, spread of the Keras model's answers over the images: 0, must be at least 0.0001
+    """
+    most = PRECISIONS[precision].gate.max_difference
+    if most is not None:
+        found = float(np.ptp(reference.probabilities, axis=0).max())
+        what, limit = "spread of the Keras model's answers over the images", _LEAST_SPREAD * most
+        is_shown = found >= limit
+        limit = f"at least {limit:g}"
+    else:
+        top1 = reference.probabilities.argmax(axis=1)
+        common = np.bincount(top1).argmax()
+        found = float(np.mean(top1 == common))
+        accuracy = float(np.mean(reference.labels == common))
+        constant = {
+            "max_difference": 0.0,
+            "agreement": found,
+            "accuracy_change": accuracy - reference.accuracy,
+        }
+        what, limit = "share of the images that the Keras model gives one class", "smaller"
+        is_shown = bool(check_gate(file, precision, constant))
+    return [] if is_shown else [Failure(file, f"{NOTHING_SHOWN}, {what}", found, limit)]
 
 
 def check_gate(file, precision, figures):
@@ -211,6 +301,26 @@ def check_gate(file, precision, figures):
         for check, found, side, limit in rows
         if limit is not None and not (found >= limit if side == "at least" else found <= limit)
     ]
+
+
+def describe_chance(reference, takes_floats):
+    """Returns a line about a model that is hardly better than chance; None for a better one.
+
+    Args:
+        reference: The `Reference`.
+        takes_floats: Whether the model takes floats, which others may have normalised.
+    """
+    share = np.bincount(reference.labels).max() / len(reference.labels)
+    deviation = math.sqrt(share * (1 - share) / len(reference.labels))
+    if reference.accuracy > min(share + 2 * deviation, 0.999):
+        return None
+    line = (
+        f"the Keras model names {reference.accuracy:.1%} of the images rightly, and always naming "
+        f"the most frequent class {share:.1%}: it is untrained, was trained on other classes"
+    )
+    if takes_floats:
+        return f"{line}, or takes images that are normalised before it: then name --normalize"
+    return f"{line}, or on images of another kind"
 
 
 def measure_latency(runtime, batch):

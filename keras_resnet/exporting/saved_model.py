@@ -25,3 +25,8 @@ def write(job, artifact, path):
     tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
     (path / CARD).parent.mkdir()
     files.write_text(path / CARD, json.dumps(job.card))
+
+
+def oldest_runtime(path):
+    """Returns the TensorFlow that wrote a folder: an older one may lack an operator of it."""
+    return f"TensorFlow {'.'.join(tf.__version__.split('.')[:2])}"

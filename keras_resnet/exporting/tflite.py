@@ -18,6 +18,8 @@ from keras_resnet.seals import seal_tflite
 
 def _dynamic(converter, images):
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    # One scale for each output of a dense layer needs TensorFlow Lite 2.17; many boards have 2.14.
+    converter._experimental_disable_per_channel_quantization_for_dense_layers = True
 
 
 def _int8(converter, images):
@@ -25,6 +27,10 @@ def _int8(converter, images):
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.representative_dataset = lambda: ({graph.IMAGE: image[None]} for image in images)
 
+
+# The converter's metadata: the version of TensorFlow Lite that first has all of the operators.
+_OLDEST_RUNTIME = b"min_runtime_version"
+_DEQUANTIZE_RUNTIME = "1.15.0"
 
 # precision -> what the converter is told beyond "built-in operators only".
 _SETTINGS = {
@@ -71,6 +77,21 @@ def convert(module, precision, images=()):
     return halve(content) if precision == "float16" else content
 
 
+def oldest_runtime(path):
+    """Returns the oldest TensorFlow Lite that runs a file, as the converter recorded it.
+
+    Args:
+        path: What `write` wrote.
+    """
+    model = schema.Model.GetRootAs(path.read_bytes(), 0)
+    for index in range(model.MetadataLength()):
+        entry = model.Metadata(index)
+        if entry.Name() == _OLDEST_RUNTIME:
+            version = model.Buffers(entry.Buffer()).DataAsNumpy().tobytes()
+            return f"TensorFlow Lite {version.rstrip(bytes(1)).decode('ascii')}"
+    return None
+
+
 def halve(content):
     """Stores the large weights of a .tflite file in half precision, and leaves the small ones.
 
@@ -90,6 +111,7 @@ def halve(content):
         large = [index for index, size in sizes.items() if size >= least]
         halved = [_halve_tensor(model, subgraph, index) for index in large]
         subgraph.operators = [*halved, *subgraph.operators]
+    _require_dequantize(model)
     builder = flatbuffers.Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
@@ -115,6 +137,16 @@ def _halve_tensor(model, subgraph, index):
     operator.opcodeIndex = _dequantize(model)
     operator.inputs, operator.outputs = [len(subgraph.tensors) - 1], [index]
     return operator
+
+
+def _require_dequantize(model):
+    """Raises the recorded version of the runtime to the first with DEQUANTIZE of half precision."""
+    for entry in model.metadata or ():
+        if entry.name == _OLDEST_RUNTIME:
+            buffer = model.buffers[entry.buffer]
+            version = bytes(buffer.data).rstrip(bytes(1)).decode("ascii")
+            newest = max(version, _DEQUANTIZE_RUNTIME, key=lambda v: [*map(int, v.split("."))])
+            buffer.data = np.frombuffer(newest.encode("ascii").ljust(16, bytes(1)), "uint8")
 
 
 def _dequantize(model):
