@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import default_signals
 from PIL import Image
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -337,7 +338,9 @@ def test_figures_follow_from_the_rounds(benchmark):
 @two_cores
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_leaves_no_process_behind(number, status):
-    with subprocess.Popen(command("scaling.py", *TINY), stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command("scaling.py", *TINY), stderr=subprocess.DEVNULL, preexec_fn=default_signals
+    ) as process:
         children = wait_for_children(process.pid, 4)
         process.send_signal(number)
         assert process.wait(timeout=30) == status
