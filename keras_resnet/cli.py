@@ -60,9 +60,16 @@ _FORM_OPTIONS = {
     "--stem": {"metavar": "NAME", "help": "imagenet, small or deep"},
 }
 _NORMALIZE_HELP = (
-    "none, imagenet (what PyTorch's published weights expect), inception (keras.applications' V2) "
-    "or caffe (keras.applications' ResNet50/101/152)"
+    "none, imagenet (what PyTorch's published weights expect), inception (keras.applications' V2), "
+    "caffe (keras.applications' ResNet50/101/152), 1/255, or 0-255 (scaled inside)"
 )
+_FOREIGN_OPTION = {
+    "--normalize": {
+        "metavar": "NAME",
+        "help": "how the floats are normalised that another tool's model takes: "
+        f"{_NORMALIZE_HELP}; default: it takes images",
+    },
+}
 
 # option -> arguments of add_argument. What `training.train` takes under the same name.
 _DATA_OPTIONS = {
@@ -179,6 +186,7 @@ _MODEL_ARGUMENT = {
         "help": "load a SavedModel, which is code, and open other files without trying them in "
         "another process first",
     },
+    **_FOREIGN_OPTION,
 }
 
 _EXPORT_OPTIONS = {
@@ -195,6 +203,7 @@ _EXPORT_OPTIONS = {
         "NAME.keras)",
     },
     **_DATA_OPTIONS,
+    **_FOREIGN_OPTION,
     "--no-preprocessing": {
         "dest": "preprocessing",
         "action": "store_false",
@@ -374,7 +383,9 @@ def _evaluate(args):
     from keras_resnet.inference import evaluate_file
     from keras_resnet.report import format_evaluation
 
-    evaluation = evaluate_file(args.model, trust=args.trust, **_data(args))
+    evaluation = evaluate_file(
+        args.model, trust=args.trust, normalize=args.normalize, **_data(args)
+    )
     print(json.dumps(evaluation.to_dict()) if args.json else format_evaluation(evaluation))
 
 
@@ -382,7 +393,7 @@ def _predict(args):
     from keras_resnet.inference import predict_files
     from keras_resnet.tables import Column, format_table
 
-    options = {name: getattr(args, name) for name in ("top", "invert", "trust")}
+    options = {name: getattr(args, name) for name in ("top", "invert", "trust", "normalize")}
     rows = predict_files(args.model, args.images, **options)
     if args.json:
         print(json.dumps(rows))
@@ -420,7 +431,8 @@ def _export(args):
     from keras_resnet.exporting.exporter import export
     from keras_resnet.exporting.summary import format_failures, format_manifest
 
-    options = {name: getattr(args, name) for name in ("to", "precision", "preprocessing", "force")}
+    names = ("to", "precision", "normalize", "preprocessing", "force")
+    options = {name: getattr(args, name) for name in names}
     report = None if args.json else _say
     try:
         manifest = export(args.model, args.out, report=report, **options, **_data(args))

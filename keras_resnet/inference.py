@@ -17,10 +17,11 @@ from keras_resnet.evaluation import evaluate
 from keras_resnet.progress import bar
 from keras_resnet.runtimes import Runtime, open_runtime
 from keras_resnet.runtimes.keras_file import KerasRuntime
+from keras_resnet.runtimes.normalized import normalized
 
 _NO_IMAGES = (
-    "it takes floats that are normalised already, not images: convert the checkpoint again with "
-    "--normalize, such as --normalize imagenet, or export with the preprocessing inside"
+    "it takes floats that are normalised already, not images: name how they are with --normalize, "
+    "such as --normalize imagenet, or export with the preprocessing inside"
 )
 
 _DATA_SETTINGS = {"data_dir": str, "validation_share": float, "skip_bad": bool, "seed": int}
@@ -166,7 +167,7 @@ def resolve_model_path(path):
     raise InputError(f"{path}: no model.keras there: {hint}")
 
 
-def load(path, *, trust=False, threads=None, prober=None):
+def load(path, *, trust=False, normalize=None, threads=None, prober=None):
     """Loads a model for inference, of any format; runs no code from a file that is not trusted.
 
     Args:
@@ -174,6 +175,9 @@ def load(path, *, trust=False, threads=None, prober=None):
             run.
         trust: Whether to load what runs code, a SavedModel, and to load .tflite and .onnx files
             without trying them in another process first.
+        normalize: How the floats are normalised that the model takes, a row of
+            `preprocessing.NORMALIZATIONS`; None for a model that takes raw images. A quantized
+            .tflite file says it by its scale and zero point, if it can.
         threads: How many threads compute one answer of a .tflite or .onnx file.
         prober: A `runtimes.Prober` to try many files with.
 
@@ -195,16 +199,18 @@ def load(path, *, trust=False, threads=None, prober=None):
         ((2, 3), [1.0, 1.0])
     """
     path = resolve_model_path(path)
-    return Predictor(open_runtime(path, threads=threads, trust=trust, prober=prober))
+    runtime = open_runtime(path, threads=threads, trust=trust, prober=prober)
+    return Predictor(normalized(runtime, normalize))
 
 
-def evaluate_file(path, dataset=None, *, trust=False, **options):
+def evaluate_file(path, dataset=None, *, trust=False, normalize=None, **options):
     """Measures a trained model on the split that a data set holds for that.
 
     Args:
         path: What `load` takes.
         dataset: The data set's name; by default the one it was trained on, split as it was then.
         trust: See `load`.
+        normalize: See `load`.
         **options: What `load_dataset` takes.
 
     Returns:
@@ -213,7 +219,7 @@ def evaluate_file(path, dataset=None, *, trust=False, **options):
     Raises:
         InputError: If model and data do not fit each other, or one of them cannot be loaded.
     """
-    predictor = load(path, trust=trust)
+    predictor = load(path, trust=trust, normalize=normalize)
     data, split = load_data(predictor, dataset, **options)
     return measure(predictor, split, data.class_names)
 
@@ -314,7 +320,7 @@ def _some(names, most=3):
     return f"{shown} … ({len(names)})" if len(names) > most else shown
 
 
-def predict_files(path, images, *, top=3, invert="auto", trust=False):
+def predict_files(path, images, *, top=3, invert="auto", trust=False, normalize=None):
     """Names what is on image files.
 
     Args:
@@ -325,6 +331,7 @@ def predict_files(path, images, *, top=3, invert="auto", trust=False):
         invert: "yes", "no", or "auto": light and dark are swapped where the image's border is on
             the other side of mid-grey than that of the images the model was trained on.
         trust: See `load`.
+        normalize: See `load`.
 
     Returns:
         One dict an image: "image" (the path), "inverted" (a bool), "labels" (a list of dicts
@@ -333,7 +340,7 @@ def predict_files(path, images, *, top=3, invert="auto", trust=False):
     Raises:
         InputError: If the model or an image cannot be loaded.
     """
-    predictor = load(path, trust=trust)
+    predictor = load(path, trust=trust, normalize=normalize)
     rows = []
     for image in images:
         pixels = _read_image(image, predictor.image_shape)

@@ -47,8 +47,11 @@ class Runtime:
         output: Its only output, a `Tensor`.
         gives_probabilities: Whether the output is a softmax's.
         operators: How many there are of each operator, a dict.
+        input_range: The least and the largest number that a quantized input can stand for; None
+            for an input that is not quantized.
     """
 
+    input_range = None
     format = None
     input = output = None
     gives_probabilities = False
