@@ -61,9 +61,16 @@ _FORM_OPTIONS = {
     "--stem": {"metavar": "NAME", "help": "imagenet, small or deep"},
 }
 _NORMALIZE_HELP = (
-    "none, imagenet (what PyTorch's published weights expect), inception (keras.applications' V2) "
-    "or caffe (keras.applications' ResNet50/101/152)"
+    "none, imagenet (what PyTorch's published weights expect), inception (keras.applications' V2), "
+    "caffe (keras.applications' ResNet50/101/152), 1/255, or 0-255 (scaled inside)"
 )
+_FOREIGN_OPTION = {
+    "--normalize": {
+        "metavar": "NAME",
+        "help": "how the floats are normalised that another tool's model takes: "
+        f"{_NORMALIZE_HELP}; default: it takes images",
+    },
+}
 
 # option -> arguments of add_argument. What `training.train` takes under the same name.
 _DATA_OPTIONS = {
@@ -192,6 +199,7 @@ _MODEL_ARGUMENT = {
         "help": "load a SavedModel, which is code, and open other files without trying them in "
         "another process first",
     },
+    **_FOREIGN_OPTION,
 }
 
 _EXPORT_OPTIONS = {
@@ -208,6 +216,7 @@ _EXPORT_OPTIONS = {
         "NAME.keras)",
     },
     **_MEASURING_OPTIONS,
+    **_FOREIGN_OPTION,
     "--no-preprocessing": {
         "dest": "preprocessing",
         "action": "store_false",
@@ -388,14 +397,15 @@ def _evaluate(args):
     from keras_resnet.inference import evaluate_file
     from keras_resnet.report import format_evaluation
 
-    evaluation = evaluate_file(args.model, trust=args.trust, **_data(args, _MEASURING_OPTIONS))
+    options = {"trust": args.trust, "normalize": args.normalize}
+    evaluation = evaluate_file(args.model, **options, **_data(args, _MEASURING_OPTIONS))
     print(json.dumps(evaluation.to_dict()) if args.json else format_evaluation(evaluation))
 
 
 def _predict(args):
     from keras_resnet.inference import predict_files
 
-    options = {name: getattr(args, name) for name in ("top", "invert", "trust")}
+    options = {name: getattr(args, name) for name in ("top", "invert", "trust", "normalize")}
     failures = []
     rows = predict_files(args.model, args.images, on_error=failures.append, **options)
     if args.json:
@@ -445,7 +455,8 @@ def _export(args):
     from keras_resnet.exporting.exporter import export
     from keras_resnet.exporting.summary import format_failures, format_manifest
 
-    options = {name: getattr(args, name) for name in ("to", "precision", "preprocessing", "force")}
+    names = ("to", "precision", "normalize", "preprocessing", "force")
+    options = {name: getattr(args, name) for name in names}
     report = None if args.json else _say
     try:
         data = _data(args, _MEASURING_OPTIONS)

@@ -22,12 +22,12 @@ from keras_resnet.progress import bar, note
 from keras_resnet.runtimes import Runtime, open_runtime
 from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
 from keras_resnet.runtimes.keras_file import KerasRuntime
+from keras_resnet.runtimes.normalized import normalized
 
 _NO_IMAGES = (
-    "it takes floats that are normalised already, not images: put "
-    "`keras_resnet.with_preprocessing(network, image_shape, mean=…, std=…)` before the network and "
-    "save that, convert the checkpoint again with --normalize, such as --normalize imagenet, or "
-    "export with the preprocessing inside"
+    "it takes floats that are normalised already, not images: name how they are with --normalize, "
+    "such as --normalize imagenet; or put `keras_resnet.with_preprocessing(network, image_shape, "
+    "mean=…, std=…)` before the network and save that; or export with the preprocessing inside"
 )
 
 _DATA_SETTINGS = {"data_dir": str, "validation_share": float, "skip_bad": bool, "seed": int}
@@ -197,7 +197,7 @@ def resolve_model_path(path):
     raise InputError(f"{path}: no model.keras there: {hint}")
 
 
-def load(path, *, trust=False, threads=None, prober=None):
+def load(path, *, trust=False, normalize=None, threads=None, prober=None):
     """Loads a model for inference, of any format; runs no code from a file that is not trusted.
 
     Args:
@@ -205,6 +205,9 @@ def load(path, *, trust=False, threads=None, prober=None):
             run.
         trust: Whether to load what runs code, a SavedModel, and to load .tflite and .onnx files
             without trying them in another process first.
+        normalize: How the floats are normalised that the model takes, a row of
+            `preprocessing.NORMALIZATIONS`; None for a model that takes raw images. A quantized
+            .tflite file says it by its scale and zero point, if it can.
         threads: How many threads compute one answer of a .tflite or .onnx file.
         prober: A `runtimes.Prober` to try many files with.
 
@@ -226,16 +229,18 @@ def load(path, *, trust=False, threads=None, prober=None):
         ((2, 3), [1.0, 1.0])
     """
     path = resolve_model_path(path)
-    return Predictor(open_runtime(path, threads=threads, trust=trust, prober=prober))
+    runtime = open_runtime(path, threads=threads, trust=trust, prober=prober)
+    return Predictor(normalized(runtime, normalize))
 
 
-def evaluate_file(path, dataset=None, *, trust=False, **options):
+def evaluate_file(path, dataset=None, *, trust=False, normalize=None, **options):
     """Measures a trained model on images that it was not trained on.
 
     Args:
         path: What `load` takes.
         dataset: The data set's name; see `load_data`.
         trust: See `load`.
+        normalize: See `load`.
         **options: What `load_dataset` takes.
 
     Returns:
@@ -244,7 +249,7 @@ def evaluate_file(path, dataset=None, *, trust=False, **options):
     Raises:
         InputError: If model and data do not fit each other, or one of them cannot be loaded.
     """
-    predictor = load(path, trust=trust)
+    predictor = load(path, trust=trust, normalize=normalize)
     data, split = load_data(predictor, dataset, **options)
     return measure(predictor, split, data.class_names)
 
@@ -409,7 +414,9 @@ def _some(names, most=3):
     return f"{shown} … ({len(names)})" if len(names) > most else shown
 
 
-def predict_files(path, images, *, top=3, invert="auto", trust=False, on_error=None):
+def predict_files(
+    path, images, *, top=3, invert="auto", trust=False, normalize=None, on_error=None
+):
     """Names what is on image files.
 
     Args:
@@ -420,6 +427,7 @@ def predict_files(path, images, *, top=3, invert="auto", trust=False, on_error=N
         invert: "yes", "no", or "auto": light and dark are swapped where the image's border is
             light, the model takes grey images, and those it was trained on are light on dark.
         trust: See `load`.
+        normalize: See `load`.
         on_error: Called with the `ImageError` of each image that cannot be read, and the other
             images are named; None raises the first.
 
@@ -430,7 +438,7 @@ def predict_files(path, images, *, top=3, invert="auto", trust=False, on_error=N
     Raises:
         InputError: If the model cannot be loaded; an `ImageError` if an image cannot be read.
     """
-    predictor = load(path, trust=trust)
+    predictor = load(path, trust=trust, normalize=normalize)
     rows = []
     for image in images:
         try:

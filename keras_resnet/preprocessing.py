@@ -26,6 +26,9 @@ NORMALIZATIONS = {
         "std": 1 / 255,
         "reverse_channels": True,
     },
+    # What other people's networks take: 0 … 1, or 0 … 255 if they scale the images themselves.
+    "1/255": {"mean": 0.0, "std": 1.0},
+    "0-255": {"mean": 0.0, "std": 1 / 255},
 }
 
 
@@ -240,3 +243,46 @@ def with_preprocessing(
     x = ImagePreprocessing(height, channels, **normalization, name="preprocessing")(inputs)
     x = Augmentation(augmentation, name="augmentation")(x)
     return keras.Model(inputs, network(x), name=f"{network.name}_classifier")
+
+
+def with_normalization(network, name):
+    """Puts a normalization before a network that takes floats: then it takes raw images.
+
+    Args:
+        network: A Keras model of (batch, height, width, 1 or 3), floats.
+        name: A row of `NORMALIZATIONS`: how the images were normalised that it was trained on.
+
+    Returns:
+        A Keras model of the same input shape, "image", uint8, and the same outputs.
+
+    Raises:
+        InputError: If there is no such row, or the network takes integers, or holds an
+            `ImagePreprocessing` already.
+
+    Example:
+        >>> network = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()])
+        >>> model = with_normalization(network, "inception")
+        >>> model.input.dtype, float(ops.max(model(ops.full((1, 8, 8, 3), 255, dtype="uint8"))))
+        ('uint8', 1.0)
+    """
+    shape = tuple(network.inputs[0].shape[1:])
+    normalization = {"reverse_channels": False, **find_normalization(name, shape[-1])}
+    if "int" in keras.backend.standardize_dtype(network.inputs[0].dtype) or any(
+        isinstance(layer, ImagePreprocessing) for layer in network.layers
+    ):
+        raise InputError(
+            f"{network.name} takes raw images and normalises them itself: leave --normalize "
+            f"{name} out"
+        )
+    means, stds = (
+        value if isinstance(value, tuple) else (value,) * shape[-1]
+        for value in (normalization["mean"], normalization["std"])
+    )
+    scale = [1 / (255 * std) for std in stds]
+    offset = [-mean / std for mean, std in zip(means, stds, strict=True)]
+    inputs = keras.Input(shape, dtype="uint8", name="image")
+    # In float32 whatever the policy: see `ImagePreprocessing`.
+    x = keras.layers.Rescaling(scale, offset, dtype="float32", name="normalization")(inputs)
+    if normalization["reverse_channels"]:
+        x = ops.flip(x, axis=-1)
+    return keras.Model(inputs, network(x), name=network.name)

@@ -31,6 +31,7 @@ from keras_resnet.progress import bar, note
 from keras_resnet.runtimes import Prober, open_runtime
 from keras_resnet.runtimes.base import CARD_KEY, LOGITS, as_rows, kind_by_numbers
 from keras_resnet.runtimes.keras_file import KerasRuntime
+from keras_resnet.runtimes.normalized import normalized
 
 TOOLS = ("tensorflow", "tf2onnx", "onnx", "onnxruntime", "ai-edge-litert")
 
@@ -66,6 +67,7 @@ def export(
     to=None,
     precision=None,
     dataset=None,
+    normalize=None,
     preprocessing=True,
     force=False,
     report=None,
@@ -87,6 +89,8 @@ def export(
             for all that the formats come in.
         dataset: A `Dataset` or its name; by default what the model was trained on. See
             `inference.load_data` for the images of it that measure.
+        normalize: How the images are normalised that a Keras model of floats was trained on, a row
+            of `preprocessing.NORMALIZATIONS`; the files then do that themselves.
         preprocessing: Whether the files take raw uint8 images and give probabilities; without,
             they take the network's floats and give logits.
         force: Whether to publish what failed, with the failures recorded.
@@ -112,7 +116,7 @@ def export(
             "KERAS_BACKEND=tensorflow"
         )
     artifacts = choose_artifacts(to, precision)
-    source = _open_source(model, folder)
+    source = _open_source(model, folder, normalize)
     folder = folders.check_target(source.folder)
     data, split, options = load_measured(source.predictor, dataset, data_options)
     size = split.images.shape[1:3]
@@ -166,7 +170,7 @@ class _Source:
         return {name: str(value) for name, value in known.items() if value is not None}
 
 
-def _open_source(model, folder):
+def _open_source(model, folder, normalize):
     if isinstance(model, keras.Model):
         if folder is None:
             raise InputError("`folder` must be named where a Keras model is exported")
@@ -174,7 +178,8 @@ def _open_source(model, folder):
         for weight in model.get_weights():
             weights.update(np.ascontiguousarray(weight))
         record = {"path": "", "sha256": weights.hexdigest(), "of": "the weights"}
-        return _Source(Predictor(model), Path(folder), record)
+        runtime = normalized(KerasRuntime(model), normalize)
+        return _Source(Predictor(runtime), Path(folder), {**record, "normalize": normalize})
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
             f"a model is a run folder, a .keras file or a Keras model, got {model!r:.60}"
@@ -182,11 +187,12 @@ def _open_source(model, folder):
     given, path = Path(model), resolve_model_path(model)
     if path.is_dir() or path.suffix in (".tflite", ".onnx"):
         raise InputError(f"{path}: an export is made of a run folder or a .keras file")
-    predictor = Predictor(open_runtime(path))
+    predictor = Predictor(normalized(open_runtime(path), normalize))
     is_run = given.is_dir()
     default = given / "export" if is_run else path.with_name(f"{path.stem}-export")
     size, sha256 = digest(path)
     record = {"path": str(path.resolve()), "sha256": sha256, "bytes": size}
+    record["normalize"] = normalize
     if is_run:
         record["run"] = _describe_run(given)
     return _Source(predictor, Path(folder) if folder else default, record)
@@ -416,7 +422,8 @@ def _check_passed(rows, failures, force, folder):
     if not wrong:
         reason = (
             f"{proof.NOTHING_SHOWN} of {len(files_)} of {len(rows)} artifacts, since the Keras "
-            "model gives (nearly) the same answer to all images"
+            "model gives (nearly) the same answer to all images; train it, or name the --normalize "
+            "that it needs"
         )
     raise ExportError(
         f"{reason} ({', '.join(files_)}): nothing was written to {folder}; --force publishes them "
@@ -489,8 +496,8 @@ def _read_earlier(folder):
 
 def _is_alike(earlier, manifest):
     """Returns whether two exports are of one model, measured on the same images."""
-    return all(earlier[name] == manifest[name] for name in ("data", "class_names")) and (
-        earlier["source"]["sha256"] == manifest["source"]["sha256"]
+    return all(earlier[name] == manifest[name] for name in ("data", "class_names")) and all(
+        earlier["source"].get(name) == manifest["source"][name] for name in ("sha256", "normalize")
     )
 
 

@@ -74,8 +74,11 @@ class Runtime:
         graph_kind: `LOGITS`, `SOFTMAX` or `SIGMOID` if the graph says what the output is, else
             None.
         operators: How many there are of each operator, a dict.
+        input_range: The least and the largest number that a quantized input can stand for; None
+            for an input that is not quantized.
     """
 
+    input_range = None
     format = None
     input = output = None
     graph_kind = None

@@ -1,5 +1,7 @@
 """TFLite files, run by LiteRT."""
 
+import dataclasses
+
 import numpy as np
 
 from keras_resnet import seals
@@ -41,6 +43,11 @@ class TFLiteRuntime(Runtime):
         keys = self._signature()
         self.input = _tensor(self._in, keys["inputs"])
         self.output = _tensor(self._out, keys["outputs"])
+        if _is_quantized(self._in):
+            # Asked for the numbers that its integers stand for.
+            ends = np.iinfo(self._in["dtype"])
+            self.input_range = tuple(_dequantized(np.array([ends.min, ends.max]), self._in))
+            self.input = dataclasses.replace(self.input, dtype="float32")
         self.graph_kind = self._kind()
         self._batch = None
 
@@ -101,6 +108,8 @@ class TFLiteRuntime(Runtime):
                     interpreter.resize_tensor_input(self._in["index"], images.shape)
                 interpreter.allocate_tensors()
             self._batch = images.shape
+        if _is_quantized(self._in):
+            images = _quantized(images, self._in)
         interpreter.set_tensor(self._in["index"], images)
         interpreter.invoke()
         return _dequantized(interpreter.get_tensor(self._out["index"]), self._out)
@@ -121,6 +130,19 @@ def _tensor(details, names):
     shape = tuple(None if size < 0 else int(size) for size in sizes)
     name = names[0] if len(names) == 1 else details["name"]
     return Tensor(name, shape, np.dtype(details["dtype"]).name)
+
+
+def _is_quantized(details):
+    # An input of plain integers, such as raw images, has the scale 0.
+    return np.dtype(details["dtype"]).kind in "iu" and details["quantization"][0] != 0
+
+
+def _quantized(numbers, details):
+    """Returns the integers that stand for numbers, the nearest ones."""
+    scale, zero = details["quantization"]
+    ends = np.iinfo(details["dtype"])
+    rounded = np.round(numbers / scale) + zero
+    return np.clip(rounded, ends.min, ends.max).astype(details["dtype"])
 
 
 def _dequantized(answers, details):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_resnet import ExportError
+from keras_resnet import ExportError, InputError
 from keras_resnet.exporting import exporter, graph, proof, tflite
 from keras_resnet.exporting.exporter import export
 from keras_resnet.exporting.graph import Contract
@@ -229,3 +229,73 @@ def test_compare():
     assert figures["agreement"] == pytest.approx(2 / 3)
     assert figures["accuracy"] == pytest.approx(1 / 3)
     assert figures["accuracy_change"] == pytest.approx(-1 / 3)
+
+
+@pytest.mark.parametrize(
+    "dtypes, factor, passes",
+    [
+        ({"float32", "bfloat16"}, 1.09, True),
+        ({"bfloat16"}, 1.11, False),
+        ({"float32", "float16"}, 1.019, True),
+        ({"float16"}, 1.021, False),
+        ({"float64"}, 1.0009, True),
+        ({"float64"}, 1.0011, False),
+        ({"bfloat16"}, float("nan"), False),
+    ],
+)
+def test_a_twin_differs_by_the_rounding_of_its_dtype_at_most(dtypes, factor, passes):
+    own = np.random.default_rng(0).normal(size=(9, 4))
+    if passes:
+        assert proof.check_twin("mine", dtypes, own, factor * own)["computed_in"] in dtypes
+        return
+    with pytest.raises(InputError, match=r"mine computes in .* it answers otherwise") as caught:
+        proof.check_twin("mine", dtypes, own, factor * own)
+    assert "\n" not in str(caught.value)
+
+
+LABELS = np.arange(100) % 4
+
+
+def reference(spread=0.5, classes=4):
+    """Answers of which the first so many classes are the most probable ones, in turns."""
+    top1 = np.arange(100) % classes
+    probabilities = np.full((100, 4), 0.25) + spread * 0.75 * np.eye(4)[top1]
+    return proof.Reference(None, LABELS, probabilities.astype("float32"))
+
+
+@pytest.mark.parametrize(
+    "precision, answers, shown",
+    [
+        ("float32", reference(), True),
+        ("float32", reference(spread=0), False),
+        ("float32", reference(spread=1e-4), False),
+        ("float32", reference(spread=2e-4), True),
+        ("float16", reference(spread=2e-4), False),
+        ("float16", reference(), True),
+        ("int8", reference(), True),
+        ("int8", reference(spread=1e-4), True),
+        ("int8", reference(classes=1), False),
+        ("dynamic", reference(classes=2), True),
+    ],
+)
+def test_a_proof_that_could_not_fail_says_so(precision, answers, shown):
+    found = proof.check_shown("file", precision, answers)
+    assert (not found) == shown
+    assert all(str(each).startswith(proof.NOTHING_SHOWN) for each in found)
+
+
+def test_a_model_at_chance_is_described():
+    assert proof.describe_chance(reference(), takes_floats=True) is None
+    line = proof.describe_chance(reference(classes=1), takes_floats=True)
+    assert "25.0% of the images rightly" in line and "--normalize" in line
+    assert "--normalize" not in proof.describe_chance(reference(classes=1), takes_floats=False)
+    certain = proof.Reference(None, LABELS[:7] * 0, np.tile([[0.9, 0.1]], (7, 1)))
+    assert proof.describe_chance(certain, takes_floats=True) is None
+
+
+def test_a_difference_from_the_users_model_is_recorded_beside_that_from_its_twin():
+    answers = reference().probabilities
+    both = dataclasses.replace(reference(), own=answers + np.float32(0.01))
+    figures = proof.compare(answers, both)
+    assert figures["max_difference"] == 0
+    assert figures["max_difference_in_own_precision"] == pytest.approx(0.01, abs=1e-6)

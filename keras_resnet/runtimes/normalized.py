@@ -1,0 +1,83 @@
+"""A model of floats behind a normalization: a model of raw images."""
+
+import numpy as np
+
+from keras_resnet.errors import InputError
+from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_normalization
+from keras_resnet.runtimes.base import Runtime, Tensor
+from keras_resnet.runtimes.keras_file import KerasRuntime
+
+# How far the ends of a quantized input may lie from those of a normalization, as a share of its
+# width: they were found on calibration images.
+_RANGE_TOLERANCE = 0.02
+
+
+def normalized(runtime, normalize=None):
+    """Returns a runtime of raw images for one that takes floats.
+
+    Args:
+        runtime: A `Runtime`.
+        normalize: A row of `NORMALIZATIONS`; None leaves the model as it is, and takes for a
+            quantized input the row whose numbers have the range that it was quantized for.
+
+    Raises:
+        InputError: If the model takes raw images already, or its quantized input has the range
+            of no row.
+    """
+    if normalize is None and runtime.input_range is None:
+        return runtime
+    shape = runtime.input.shape
+    if len(shape) != 4 or shape[-1] not in (1, 3):
+        return runtime  # takes no images: `Predictor` says so
+    normalize = normalize or _find_by_range(runtime)
+    if isinstance(runtime, KerasRuntime):
+        model = with_normalization(runtime.model, normalize)
+        return KerasRuntime(model, runtime.card, runtime.path, runtime.threads)
+    return NormalizedRuntime(runtime, normalize)
+
+
+def _find_by_range(runtime):
+    for name, row in NORMALIZATIONS.items():
+        if all(isinstance(value, float) for value in row.values()):
+            low, high = ((end - row["mean"]) / row["std"] for end in (0, 1))
+            differences = np.abs(np.subtract(runtime.input_range, (low, high)))
+            if (differences <= _RANGE_TOLERANCE * (high - low)).all():
+                return name
+    low, high = runtime.input_range
+    raise InputError(
+        f"{runtime.name}: its quantized input stands for numbers from {low:.4g} to {high:.4g}: "
+        f"name how images are normalised with --normalize, one of {', '.join(NORMALIZATIONS)}"
+    )
+
+
+class NormalizedRuntime(Runtime):
+    """A model of floats that is asked with raw images; see `Runtime`.
+
+    Args:
+        runtime: The `Runtime` of the model.
+        normalize: A row of `NORMALIZATIONS`.
+    """
+
+    def __init__(self, runtime, normalize):
+        card = {**runtime.card, "takes_raw_images": True}
+        super().__init__(runtime.path, card, runtime.threads)
+        if runtime.takes_images:
+            raise InputError(f"{self.name}: it takes raw images: leave --normalize {normalize} out")
+        self._runtime = runtime
+        self.format, self.operators = runtime.format, runtime.operators
+        self.input = Tensor(runtime.input.name, runtime.input.shape, "uint8")
+        self.output = runtime.output
+        self.graph_kind = runtime.graph_kind
+        channels = runtime.input.shape[-1]
+        row = {"reverse_channels": False, **find_normalization(normalize, channels)}
+        self._mean, self._std = (np.asarray(row[name], "float32") for name in ("mean", "std"))
+        self._step = -1 if row["reverse_channels"] else 1
+
+    def call(self, images):
+        """Returns the output for one batch of raw images."""
+        floats = (images.astype("float32") / 255 - self._mean) / self._std
+        return self._runtime.call(floats[..., :: self._step].astype(self._runtime.input.dtype))
+
+    def close(self):
+        """Closes the model's own runtime."""
+        self._runtime.close()
