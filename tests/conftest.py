@@ -7,11 +7,6 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-# JAX compiles each operation by itself, most of them for a single call: optimising that code takes
-# ten times as long as running it.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 
 import contextlib
 import dataclasses
@@ -82,6 +77,15 @@ def default_signals():
     """Restores signals that a shell in the background or `nohup` has had this process ignore."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+def backend_environment(backend):
+    """Returns the environment for a process with Keras on `backend`."""
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    if backend == "jax":
+        # JAX compiles each operation by itself, most of them for a single call.
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    return environment
 
 
 def check(what, difference, bound):

@@ -10,6 +10,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from conftest import backend_environment
 
 from keras_resnet.models import Spec, build_resnet
 from keras_resnet.preprocessing import with_preprocessing
@@ -21,7 +22,7 @@ def run_python(code, *arguments, backend="tensorflow"):
     """Returns what `code` prints in a new process with Keras on `backend`."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "KERAS_BACKEND": backend},
+        env=backend_environment(backend),
         capture_output=True,
         text=True,
     )

@@ -286,7 +286,7 @@ BAD = {
     "freeze what is random": ("train --freeze stem --run-dir {tmp}/r", "--freeze needs --init"),
     "unknown normalization": (
         "train --normalize zca --run-dir {tmp}/r",
-        "`normalize` must be one of none, imagenet, inception, caffe, got 'zca'",
+        "`normalize` must be one of none, imagenet, inception, caffe, 1/255, 0-255, got 'zca'",
     ),
     "unknown variant": ("summary resnet18 --variant v9", "`variant` must be one of d2l"),
     "variant of the dense network": ("summary dense_resnet --variant v1", "has no `variant`"),

@@ -18,7 +18,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
-from conftest import command, default_signals, run_main, write_tiny
+from conftest import backend_environment, command, default_signals, run_main, write_tiny
 from PIL import Image
 
 import keras_resnet
@@ -772,7 +772,7 @@ print("tensorflow" in sys.modules)
         [*command()[:2], script],
         capture_output=True,
         text=True,
-        env={**os.environ, "KERAS_BACKEND": backend},
+        env=backend_environment(backend),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
