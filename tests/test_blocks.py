@@ -461,7 +461,7 @@ np.save(sys.argv[2], model(np.load(sys.argv[2])))
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_saved_model_gives_the_same_numbers_in_a_new_process(tmp_path):
     inputs = keras.Input((6, 6, 3))
     x = ResidualBlock(6, 2, True, shortcut_norm=True, use_bias=False)(inputs)

@@ -34,17 +34,15 @@ SOME_IMAGES = IMAGES[:2]
 ALL_IMAGES = (*IMAGES, (64, 1), (97, 3), (224, 3))
 THOROUGH = {"torchvision resnet18": (*ALL_IMAGES, (32, 2)), "torchvision resnet50": ALL_IMAGES}
 
-# A network of each kind: block, stem, shortcut, order of a pre-activated block, library.
+# A network of each kind: block, stem, shortcut, order of a pre-activated block, library. In float64
+# a wrong network cannot hide behind rounding; float32 is what networks are used in.
 FAST = {
-    *("torchvision resnet18", "torchvision resnet50", "torchvision resnext50_32x4d"),
-    *("timm resnet18d", "timm seresnet50", "timm resnetv2_18", "timm resnetv2_50d"),
+    *("torchvision resnet18", "timm resnet18d", "timm seresnet50"),
+    *("timm resnetv2_18", "timm resnetv2_50d"),
     *("huggingface resnet18", "huggingface resnet50 downsample_in_bottleneck"),
     *("keras.applications ResNet50", "keras.applications ResNet50V2"),
 }
-# In float64 a wrong network cannot hide behind rounding; float32 is what networks are used in.
-FAST_FLOAT32 = {
-    *("torchvision resnet18", "torchvision resnet50", "keras.applications ResNet50"),
-}
+FAST_FLOAT32 = {"torchvision resnet18", "torchvision resnet50"}
 
 # torchvision's own numbers, from its table of published weights.
 PARAMETERS = {
@@ -247,10 +245,6 @@ FORMS = {
     "d": {**BOTTLENECK, "shortcut_pool": "average", "stem": "deep"},
 }
 SMALL = {f"{variant}-{form}": (variant, form) for variant in VARIANTS for form in FORMS}
-# Each variant and each form.
-FEW = [f"{variant}-{[*FORMS][n % len(FORMS)]}" for n, variant in enumerate(VARIANTS)]
-REST = sorted({*SMALL} - {*FEW})
-
 LOAD = """
 import json, sys
 import keras, keras_resnet
@@ -284,15 +278,15 @@ def small_models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("names", [FEW, pytest.param(REST, marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_one_file_gives_the_same_logits_on_every_backend(small_models, backend, names):
+def test_one_file_gives_the_same_logits_on_every_backend(small_models, backend):
     if not os.environ.get("CI"):  # where a change is checked all backends are there
         pytest.importorskip(backend, reason=f"Keras's backend {backend} is not installed")
-    run_python(LOAD, small_models, json.dumps(names), backend=backend)
+    run_python(LOAD, small_models, json.dumps(list(SMALL)), backend=backend)
     expected, found = (np.load(small_models / f"{b}.npz") for b in ("tensorflow", backend))
-    assert set(found) == set(names)
-    for name in names:
+    assert set(found) == set(SMALL)
+    for name in SMALL:
         assert np.abs(expected[name]).max() > 1e-2
         difference = parity.relative_difference(found[name], expected[name])
         check(f"{name}, {backend}", difference, BOUNDS["logits"]["float32"])

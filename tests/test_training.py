@@ -144,6 +144,7 @@ def test_precision_reaches_the_layers_and_the_artifact_is_float32(tmp_path, tiny
     assert keras.config.dtype_policy().name == before
 
 
+@pytest.mark.slow
 def test_float16_trains_with_loss_scaling(tmp_path, tiny, fashion):
     settings = {**SMALL, "precision": "float16"}
     run = train(tiny, fashion, epochs=2, run_dir=tmp_path / "run", **settings)
@@ -212,7 +213,7 @@ def test_fit_takes_each_epoch_in_its_own_order(tmp_path, tiny, fashion, monkeypa
     ("image_size", "count", "sizes"),
     [
         (8, 65, [65]),  # maps of one pixel: BatchNormalization has no variance of one image
-        (9, 65, [64, 1]),  # maps of two pixels by two
+        pytest.param(9, 65, [64, 1], marks=pytest.mark.slow),  # maps of two pixels by two
         pytest.param(8, 129, [64, 65], marks=pytest.mark.slow),
         pytest.param(8, 66, [64, 2], marks=pytest.mark.slow),
         pytest.param(8, 1, [1], marks=pytest.mark.slow),
@@ -309,7 +310,13 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(fashion_folder, t
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stop_signal_saves_and_exits(number, fashion_folder, tmp_path):
     run_dir = tmp_path / "run"
     process = start(run_dir, fashion_folder, "--epochs", "1000")
@@ -324,6 +331,7 @@ def test_a_stop_signal_saves_and_exits(number, fashion_folder, tmp_path):
     assert len(read_history(run_dir / "history.csv")) >= 1
 
 
+@pytest.mark.slow
 def test_killed_while_data_are_loaded_a_run_keeps_its_settings(tmp_path, tiny, fashion, finished):
     settings = json.loads((finished / "config.json").read_text())["settings"]
     killed = tmp_path / "killed"
@@ -373,6 +381,7 @@ def test_a_finished_run_can_be_continued_with_more_epochs(copied, tmp_path, tiny
     assert json.loads((run_dir / "config.json").read_text())["settings"]["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_the_schedule_of_a_continued_run_is_that_of_the_new_total(trained_run, tmp_path):
     run_dir = shutil.copytree(trained_run, tmp_path / "run")
     words = ("train", "--resume", "--run-dir", run_dir, "--epochs", 4)
@@ -602,6 +611,7 @@ def test_a_head_of_the_same_classes_is_loaded(tmp_path, tiny, fashion, capsys):
         np.testing.assert_allclose(after[name], before[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_variant_that_was_asked_for_goes_before_the_checkpoints(
     tmp_path, tiny, fashion, checkpoint
 ):
@@ -611,6 +621,7 @@ def test_a_variant_that_was_asked_for_goes_before_the_checkpoints(
     assert run.report["config"]["init"]["variant"] == "torchvision"
 
 
+@pytest.mark.slow
 def test_resumed_it_needs_the_file_only_before_its_first_checkpoint(
     tmp_path, tiny, fashion, checkpoint
 ):
@@ -753,7 +764,7 @@ def test_a_damaged_checkpoint_is_named(copied):
         train(**copied)
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
 def test_other_backends_train_without_tensorflow(backend, idx_folder, tmp_path):
     script = f"""
 import sys

@@ -98,7 +98,7 @@ def test_a_trained_network_of_ours_gives_its_logits_in_pytorch(tmp_path):
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-5
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_safetensors_go_both_ways_without_pytorch(tmp_path):
     code = """
 import sys
