@@ -198,10 +198,10 @@ def small_model(fashion):
     from keras_resnet import Spec, build_resnet, with_preprocessing
 
     keras.utils.set_random_seed(0)
-    network = build_resnet(Spec((1, 1), (8, 16)), (28, 28, 1), 10, stem="small")
+    network = build_resnet(Spec((1, 1), (8, 16)), (28, 28, 1), 10)
     model = with_preprocessing(network, (28, 28, 1))
-    split, epochs, batch_size = fashion.splits["train"], 8, 32
-    rate = keras.optimizers.schedules.CosineDecay(3e-3, epochs * len(split) // batch_size)
+    split, epochs, batch_size = fashion.splits["train"], 10, 32
+    rate = keras.optimizers.schedules.CosineDecay(5e-3, epochs * len(split) // batch_size)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(rate), loss)
     model.fit(split.images, split.labels, batch_size=batch_size, epochs=epochs, verbose=0)
