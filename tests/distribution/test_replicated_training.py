@@ -58,7 +58,13 @@ EXTRA = {
 
 
 # Tasks of a setting whose tests are slow: a job of their own. Keras itself supports one process.
-SLOW = {"mirrored-2": ("arrays", "callbacks", "mixed_bfloat16", "twice")}
+SLOW = {
+    "none": ("jit_compile",),
+    "mirrored-2": (
+        *("arrays", "callbacks", "mixed_bfloat16", "twice"),
+        *("unsynchronized", "unweighed"),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +152,7 @@ def test_all_workers_have_the_same_bits(done, setting):
                 np.testing.assert_array_equal(chief[name], other[name], err_msg=f"{task}: {name}")
 
 
+@pytest.mark.slow
 def test_keras_own_loss_counts_images_of_small_shards_for_more(done):
     # What `GlobalBatchCrossentropy` is for: two replicas cannot share 37 images evenly.
     (one,) = done("none", "float64")
@@ -153,7 +160,9 @@ def test_keras_own_loss_counts_images_of_small_shards_for_more(done):
     assert distance(part(one, "weight"), part(found, "weight")) > 1e-7
 
 
-@pytest.mark.parametrize("setting", PAIRS)
+@pytest.mark.parametrize(
+    "setting", [pytest.param("mirrored-2", marks=pytest.mark.slow), "multiworker-2"]
+)
 def test_without_synchronisation_moving_statistics_are_averaged(done, setting):
     (one,) = done("none", "unsynchronized")
     averaged = done(setting, "unsynchronized")[0]

@@ -392,9 +392,11 @@ def wait_for(path, process):
 # What lies in the workspace while the model is loaded and asked and converted, while the file is
 # being proven, and just before the folder is renamed.
 MOMENTS = {"converting": "", "proving": SECOND, "publishing": MANIFEST}
+LAST_MOMENT, *OTHERS = reversed(MOMENTS)
+SOME_SLOW = [LAST_MOMENT, *(pytest.param(moment, marks=pytest.mark.slow) for moment in OTHERS)]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", SOME_SLOW)
 def test_a_killed_first_export_leaves_nothing_under_its_name(moment, trained_run, tmp_path):
     out = tmp_path / "out"
     with ended(start_export(trained_run, out, "int8")) as process:
@@ -409,7 +411,7 @@ def test_a_killed_first_export_leaves_nothing_under_its_name(moment, trained_run
     assert keras_resnet.verify(out)["passed"] and names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", SOME_SLOW)
 def test_a_killed_second_export_leaves_the_first_whole(moment, trained_run, target):
     with ended(start_export(trained_run, target, "int8")) as process:
         wait_for(target.parent / ".export.partial" / MOMENTS[moment], process)

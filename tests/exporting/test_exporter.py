@@ -181,10 +181,8 @@ def in_mixed_precision():
 def test_a_model_of_ones_own(make, fashion, tmp_path):
     keras.utils.set_random_seed(1)
     model = make()
-    manifest = export(
-        model, tmp_path / "out", dataset=fashion, precision=["float32"], to=["tflite", "onnx"]
-    )
-    assert [row["failures"] for row in manifest["artifacts"]] == [[], [], []]
+    manifest = export(model, tmp_path / "out", dataset=fashion, precision=["float32"], to=["onnx"])
+    assert [row["failures"] for row in manifest["artifacts"]] == [[]]
     assert manifest["class_names"] == list(fashion.class_names)
     images = fashion.splits["test"].images[:5]
     own = np.asarray(keras.ops.cast(model(images, training=False), "float32"))
@@ -230,7 +228,7 @@ def test_one_number_and_several_labels(units, activation, preprocessing, kind, f
         to=["tflite", "onnx"],
         preprocessing=preprocessing,
     )
-    assert [row["failures"] for row in manifest["artifacts"]] == [[], [], []]
+    assert [row["failures"] for row in manifest["artifacts"]] == [[]]
     images = data.splits["test"].images[:5]
     own = np.asarray(model(images, training=False)["label"])
     if activation is None:
