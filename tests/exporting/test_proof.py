@@ -246,7 +246,7 @@ def test_a_twin_differs_by_the_rounding_of_its_dtype_at_most(dtypes, factor, pas
     if passes:
         assert proof.check_twin("mine", dtypes, own, factor * own)["computed_in"] in dtypes
         return
-    with pytest.raises(InputError, match="mine computes in .* it answers otherwise") as caught:
+    with pytest.raises(InputError, match=r"mine computes in .* it answers otherwise") as caught:
         proof.check_twin("mine", dtypes, own, factor * own)
     assert "\n" not in str(caught.value)
 
