@@ -61,8 +61,11 @@ class NormalizedRuntime(Runtime):
     def __init__(self, runtime, normalize):
         card = {**runtime.card, "takes_raw_images": True}
         super().__init__(runtime.path, card, runtime.threads)
-        if runtime.takes_images:
-            raise InputError(f"{self.name}: it takes raw images: leave --normalize {normalize} out")
+        if "float" not in runtime.input.dtype:
+            raise InputError(
+                f"{self.name}: it takes {runtime.input.dtype}, and floats alone are normalised: "
+                f"leave --normalize {normalize} out"
+            )
         self._runtime = runtime
         self.format, self.operators = runtime.format, runtime.operators
         self.input = Tensor(runtime.input.name, runtime.input.shape, "uint8")

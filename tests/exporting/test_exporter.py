@@ -19,6 +19,7 @@ from keras_resnet.exporting import formats
 from keras_resnet.exporting.exporter import draw_evenly, export
 from keras_resnet.exporting.formats import choose_artifacts
 from keras_resnet.manifest import digest, read_manifest
+from keras_resnet.preprocessing import find_normalization
 from keras_resnet.runtimes import open_runtime
 from keras_resnet.runtimes.keras_file import KerasRuntime
 
@@ -228,7 +229,7 @@ def test_one_number_and_several_labels(units, activation, preprocessing, kind, f
         to=["tflite", "onnx"],
         preprocessing=preprocessing,
     )
-    assert [row["failures"] for row in manifest["artifacts"]] == [[]]
+    assert [row["failures"] for row in manifest["artifacts"]] == [[], [], []]
     images = data.splits["test"].images[:5]
     own = np.asarray(model(images, training=False)["label"])
     if activation is None:
@@ -248,6 +249,100 @@ def test_one_number_and_several_labels(units, activation, preprocessing, kind, f
             for p in (source, inference.Predictor(runtime))
         ]
         assert figures[0] == figures[1] == manifest["keras"]["accuracy"]
+
+
+def test_a_model_in_mixed_precision_is_compared_with_its_twin(fashion, tmp_path):
+    """Compiled with a loss of its own, which Keras could not load again."""
+    model = in_mixed_precision()
+    model.compile("adam", loss=lambda labels, scores: scores[:, 0])
+    manifest = export(model, tmp_path / "out", dataset=fashion, **ONE)
+    twin = manifest["keras"]["twin"]
+    assert twin["computed_in"] == "bfloat16"
+    assert 0 < twin["difference"] < 0.05 < twin["tolerance"]
+    row = manifest["artifacts"][0]
+    assert row["max_difference"] <= 1e-5 < row["max_difference_in_own_precision"] < 0.05
+    split = fashion.splits["test"]
+    top1 = np.asarray(model(split.images, training=False)).argmax(axis=1)
+    assert manifest["keras"]["accuracy"] == pytest.approx(np.mean(top1 == split.labels), abs=0.01)
+
+
+class Forgetful(keras.layers.Layer):
+    """A layer whose state is in no variable and no config."""
+
+    factor = 1.0
+
+    def call(self, x):
+        return x * self.factor
+
+
+def test_a_twin_that_answers_otherwise_is_refused(fashion, tmp_path):
+    layer = Forgetful(dtype="mixed_float16")
+    layer.factor = 1 / 255
+    model = keras.Sequential([keras.Input((28, 28, 1)), layer, keras.layers.Flatten()])
+    model.add(keras.layers.Dense(10))
+    with pytest.raises(InputError, match=r"loaded in float32 it answers otherwise") as caught:
+        export(model, tmp_path / "out", dataset=fashion, **ONE)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def alike(fashion_folder, tmp_path_factory):
+    """A file of an untrained network that answers 1/4 to every image."""
+    path = tmp_path_factory.mktemp("alike") / "alike.keras"
+    inputs = keras.Input((28, 28, 1), dtype="uint8")
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1e-9)(inputs))
+    keras.Model(inputs, keras.layers.Dense(4)(x)).save(path)
+    return path
+
+
+def test_nothing_shown_is_a_failure(alike, fashion_folder, tmp_path):
+    arguments = [alike, "--dataset", f"folder:{fashion_folder}", "--out", tmp_path / "out"]
+    arguments += ["--to", "onnx", "--precision", "float32"]
+    done = run_main("export", *arguments)
+    assert done.returncode == 1
+    assert "nothing was shown of 1 of 1 artifacts" in done.stderr.splitlines()[-1]
+    assert "proven" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    done = run_main("export", *arguments, "--force")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("nothing was shown")
+    assert "always naming the most frequent class" in done.stdout
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["artifacts"][0]["failures"][0].startswith("nothing was shown")
+    assert manifest["keras"]["note"]
+    assert run_main("verify", tmp_path / "out").returncode == 1
+
+
+@pytest.mark.parametrize("name", ["1/255", "imagenet", "inception"])
+def test_a_model_of_floats_is_normalised(name, small_model, fashion, tmp_path):
+    """Of a network that was trained on other numbers, what its files take is named."""
+    normalization = {"reverse_channels": False, **find_normalization(name, 1)}
+    network = small_model.layers[-1]
+    manifest = export(network, tmp_path / "out", dataset=fashion, normalize=name, **ONE)
+    assert manifest["source"]["normalize"] == name
+    assert manifest["artifacts"][0]["input"]["dtype"] == "uint8"
+    images = fashion.splits["test"].images[:9]
+    floats = (images.astype("float32") / 255 - normalization["mean"]) / normalization["std"]
+    expected = np.asarray(keras.ops.softmax(network(floats, training=False)))
+    found = inference.load(tmp_path / "out" / "model-float32.onnx")(images)
+    assert found == pytest.approx(expected, abs=1e-5)
+    # It is no better than chance with the numbers of another.
+    assert (manifest["keras"]["note"] is None) == (manifest["keras"]["accuracy"] > 0.2)
+
+
+def test_a_model_of_raw_images_is_not_normalised_twice(small_model, fashion, tmp_path):
+    with pytest.raises(InputError, match="takes raw images and normalises them itself"):
+        export(small_model, tmp_path / "out", dataset=fashion, normalize="imagenet", **ONE)
+
+
+def test_every_file_says_the_oldest_runtime(exported):
+    rows = read_manifest(exported[0])["artifacts"]
+    names = {"saved_model": "TensorFlow ", "tflite": "TensorFlow Lite ", "onnx": "ONNX Runtime "}
+    for row in rows:
+        name, version = names[row["format"]], row["oldest_runtime"]
+        assert version.startswith(name)
+        assert [*map(int, version.removeprefix(name).split("."))] > [1]
 
 
 def test_an_export_is_not_made_of_code(tmp_path):

@@ -76,7 +76,7 @@ class Scale(keras.layers.Layer):
         self.factor = factor
 
     def call(self, x):
-        return x * self.factor
+        return keras.ops.cast(x, self.compute_dtype) * self.factor
 
     def get_config(self):
         return {**super().get_config(), "factor": self.factor}
