@@ -134,7 +134,7 @@ def name_image(path, model, args):
     inverted = is_inverted(image, args.invert, card.get("background"))
     answer = run(255 - image if inverted else image)[0].astype("float64")
     if not np.isfinite(answer).all():
-        raise BadInput(f"{args.model}: it answers with numbers that are not finite")
+        raise BadInput(f"{path}: {args.model} answers with numbers that are not finite")
     answer = (answer / answer.sum()).astype("float32")
     best = np.argsort(-answer, kind="stable")[: max(args.top, 1)]
     labels = [{"label": names[i], "probability": float(answer[i])} for i in best]
@@ -152,12 +152,17 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a class name's letters
+    rows, failures = [], []
     try:
         model = load(args.model, max(args.threads, 1))
-        rows = [name_image(path, model, args) for path in args.images]
     except BadInput as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        failures.append(error)
+        args.images = []
+    for path in args.images:
+        try:
+            rows.append(name_image(path, model, args))
+        except BadInput as error:  # the other images are named all the same
+            failures.append(error)
     lines = [
         f"{row['image']}  {label['label']}  {label['probability']:.4f}"
         for row in rows
@@ -167,11 +172,14 @@ def main():
         if row["inverted"] and not args.json:
             print(f"{row['image']}: light and dark were swapped (--invert)", file=sys.stderr)
     try:
-        print(json.dumps(rows) if args.json else "\n".join(lines), flush=True)
+        if rows:
+            print(json.dumps(rows) if args.json else "\n".join(lines), flush=True)
     except BrokenPipeError:  # the reader has gone, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    return 0
+    for failure in failures:
+        print(f"{parser.prog}: {' '.join(str(failure).split())}", file=sys.stderr)
+    return 2 if failures else 0
 
 
 if __name__ == "__main__":

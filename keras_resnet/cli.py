@@ -107,7 +107,11 @@ _TRAIN_OPTIONS = {
     "--model": {"metavar": "NAME", "help": f"{_NETWORKS}; default: resnet18"},
     **_DATA_OPTIONS,
     "--recipe": {"choices": tuple(RECIPES), "help": "how to train (default: quick); see below"},
-    "--epochs": {"type": _positive(int), "metavar": "N", "help": "instead of the recipe's"},
+    "--epochs": {
+        "type": _positive(int),
+        "metavar": "N",
+        "help": "instead of the recipe's; with --resume the new total, to continue a finished run",
+    },
     "--batch-size": {"type": _positive(int), "metavar": "N", "help": "instead of the recipe's"},
     "--image-size": {
         "type": _positive(int),
@@ -122,14 +126,17 @@ _TRAIN_OPTIONS = {
     **_FORM_OPTIONS,
     "--init": {
         "metavar": "FILE",
-        "help": "fine-tune: start from a checkpoint that `convert` reads, in its variant and stem; "
-        "a head of other classes is new",
+        "help": "fine-tune: start from a checkpoint that `convert` reads, or from a .keras file of "
+        "this package, in its variant and stem; a head of other classes is new",
     },
     "--freeze": {
         "metavar": "NAMES",
         "help": "modules that keep the weights of --init, such as stem,stage1 (see `summary`)",
     },
-    "--normalize": {"metavar": "NAME", "help": f"{_NORMALIZE_HELP}; default: none"},
+    "--normalize": {
+        "metavar": "NAME",
+        "help": f"{_NORMALIZE_HELP}; default: that of the .keras file given as --init, else none",
+    },
     "--precision": {
         "choices": PRECISIONS,
         "help": "what to compute in; auto (default) takes bfloat16 where the machine has it",

@@ -21,6 +21,9 @@ pytestmark = pytest.mark.thorough
 
 SECONDS_A_MUTANT = 60
 
+# In `make test`; thousands more are slow. A .keras file takes Keras 80 ms, the others 20.
+MUTANTS = {"tflite": 1000, "onnx": 1000, "keras": 250, "manifest": 1000}
+
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
@@ -67,21 +70,21 @@ def check_mutants(kind, folder, first, last):
 
 
 @pytest.mark.parametrize("kind", fuzzing.KINDS)
-def test_a_thousand_damaged_files_do_no_harm(originals, tmp_path, kind):
+def test_damaged_files_do_no_harm(originals, tmp_path, kind):
     shutil.copy(originals / fuzzing.KINDS[kind][0], tmp_path)
-    rows = check_mutants(kind, tmp_path, 0, 1000)
+    rows = check_mutants(kind, tmp_path, 0, MUTANTS[kind])
     # Damage that is not noticed at all would be no test of it, and neither would noise.
     outcomes = {
         outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("refused", "answer")
     }
-    assert outcomes["refused"] > 500 and outcomes["answer"] > 10, outcomes
+    assert outcomes["refused"] > len(rows) / 2 and outcomes["answer"] > len(rows) / 100, outcomes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", fuzzing.KINDS)
 def test_many_more_damaged_files_do_no_harm(originals, tmp_path, kind):
     shutil.copy(originals / fuzzing.KINDS[kind][0], tmp_path)
-    check_mutants(kind, tmp_path, 1000, 6000)
+    check_mutants(kind, tmp_path, MUTANTS[kind], 6000)
 
 
 @pytest.mark.parametrize("kind", fuzzing.KINDS)

@@ -177,7 +177,7 @@ def adam_steps(optimizer, keras_optimizer, dtype):
     ("dtype", "learning_rate", "count", "bound"),
     [
         ("float64", 1e-3, 8, 1e-8),
-        ("float32", 5e-6, 64, 1e-3),
+        pytest.param("float32", 5e-6, 64, 1e-3, marks=pytest.mark.slow),
     ],
 )
 def test_losses_of_20_adam_steps_agree(batch, dtype, learning_rate, count, bound):

@@ -295,6 +295,7 @@ def test_killed_and_resumed_ends_where_an_unbroken_run_ends(trained_run, fashion
     assert accuracy == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_checkpoint_a_run_starts_again(fashion_folder, tmp_path):
     run_dir = tmp_path / "run"
     process = start(run_dir, fashion_folder, "--epochs", 1)
@@ -445,6 +446,7 @@ train("small", data, batch_size=4, learning_rate=1e38, run_dir=sys.argv[1], prec
 """
 
 
+@pytest.mark.slow
 def test_a_script_that_lets_the_error_pass_ends(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SLOW_AND_DIVERGING, str(tmp_path / "run")],
@@ -464,6 +466,7 @@ def test_a_loss_that_breaks_in_the_last_step_is_not_saved(tmp_path, tiny, fashio
     assert not list((tmp_path / "run").rglob("*.keras"))
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_named(tmp_path, tiny, fashion):
     settings = {**SMALL, "image_size": 200_000}
     with pytest.raises(TrainingError, match="out of memory at --batch-size 64 and --image-size"):
@@ -764,7 +767,8 @@ def test_a_damaged_checkpoint_is_named(copied):
         train(**copied)
 
 
-@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends_train_without_tensorflow(backend, idx_folder, tmp_path):
     script = f"""
 import sys

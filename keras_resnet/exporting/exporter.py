@@ -340,7 +340,7 @@ class _Session:
     def _examine(self, path, artifact):
         """Returns an artifact's row of the manifest, and its `Failure`s."""
         size, sha256 = digest(path)
-        with contextlib.closing(self._open(path, artifact)) as runtime:
+        with contextlib.closing(self._open(path, artifact, self.threads[-1])) as runtime:
             figures, failures = self._prove(artifact, runtime)
             row = {
                 "file": artifact.file,
@@ -353,13 +353,12 @@ class _Session:
                 "gate": dataclasses.asdict(PRECISIONS[artifact.precision].gate),
                 "failures": [str(failure) for failure in failures],
                 "published_by_force": bool(failures),
-                "latency_ms": self._time(path, artifact),
+                "latency_ms": self._time(path, artifact, runtime),
                 "operators": runtime.operators,
             }
         return row, failures
 
-    def _open(self, path, artifact, threads=None):
-        threads = threads or self.threads[-1]
+    def _open(self, path, artifact, threads):
         return proof.open_artifact(path, artifact.format, threads, self._prober)
 
     def _prove(self, artifact, runtime):
@@ -377,13 +376,15 @@ class _Session:
             wrong = [failure for failure in wrong if failure.check != "agreement"]
         return figures, failures + wrong + nothing_shown
 
-    def _time(self, path, artifact):
+    def _time(self, path, artifact, runtime):
         """Returns the latency of one image, by the number of threads."""
+        image = self.inputs(0, 1)
         found = {}
-        for threads in self.threads:
-            with contextlib.closing(self._open(path, artifact, threads)) as runtime:
-                found[str(threads)] = proof.measure_latency(runtime, self.inputs(0, 1))
-        return found
+        for threads in self.threads[:-1]:
+            with contextlib.closing(self._open(path, artifact, threads)) as other:
+                found[str(threads)] = proof.measure_latency(other, image)
+        # `runtime` is open already, with the most threads.
+        return {**found, str(self.threads[-1]): proof.measure_latency(runtime, image)}
 
 
 def _ask_keras(model, split):

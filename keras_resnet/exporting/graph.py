@@ -64,6 +64,7 @@ class Serving:
         self.twin = model = in_float32(model)
         source = KerasRuntime(model)
         self.raw_shape = _image_shape(model, image_size)
+        self._modules = {}
         self._before = None
         if not preprocessing:
             self._before, model = split_preprocessing(model)
@@ -85,24 +86,15 @@ class Serving:
         return keras.ops.convert_to_numpy(self._before(images, training=False))
 
     def module(self, batch=None):
-        """Returns a `tf.Module` with the variables and the function `serve`, and nothing of Keras.
+        """Returns the `ServedModule` of a batch size; the same one when asked again.
 
         Args:
             batch: A fixed batch size; None for any.
         """
-        spec = tf.TensorSpec([batch, *self.contract.image_shape], self.contract.dtype, IMAGE)
-        module = tf.Module()
-        # Tracked, so that a SavedModel holds each once.
-        module.variables_ = [variable.value for variable in self.model.variables]
-        # The tables of look-ups are no variables.
-        module.tables = [
-            value
-            for layer in self.model._flatten_layers()
-            for value in vars(layer).values()
-            if isinstance(value, tf.saved_model.experimental.TrackableResource)
-        ]
-        module.serve = tf.function(self._serve, input_signature=[spec], autograph=False)
-        return module
+        if batch not in self._modules:
+            spec = tf.TensorSpec([batch, *self.contract.image_shape], self.contract.dtype, IMAGE)
+            self._modules[batch] = ServedModule(self.model, self._serve, spec)
+        return self._modules[batch]
 
     def _serve(self, image):
         images = tf.cast(image, self.model.inputs[0].dtype)
@@ -119,6 +111,40 @@ class Serving:
             scores = tf.concat([1 - scores, scores], axis=-1)
         becomes_softmax = self.output_kind == base.SOFTMAX and self.source_kind in _LOGITS
         return {self.contract.output: tf.nn.softmax(scores) if becomes_softmax else scores}
+
+
+class ServedModule(tf.Module):
+    """A model's variables and one function of it, and nothing of Keras: what the writers take.
+
+    Args:
+        model: The Keras model that has the variables.
+        function: One image tensor to a dict with one tensor.
+        spec: The `tf.TensorSpec` of the image tensor.
+
+    Attributes:
+        serve: The `tf.function`.
+    """
+
+    def __init__(self, model, function, spec):
+        super().__init__()
+        # Tracked, so that a SavedModel holds each once.
+        self.variables_ = [variable.value for variable in model.variables]
+        # The tables of look-ups are no variables.
+        self.tables = [
+            value
+            for layer in model._flatten_layers()
+            for value in vars(layer).values()
+            if isinstance(value, tf.saved_model.experimental.TrackableResource)
+        ]
+        self.serve = tf.function(function, input_signature=[spec], autograph=False)
+        self._folder = tempfile.TemporaryDirectory()  # is there as long as the module
+
+    def save(self):
+        """Returns a folder with the module as a SavedModel, written at the first call."""
+        path = Path(self._folder.name, "saved_model")
+        if not path.exists():
+            tf.saved_model.save(self, str(path), signatures={"serving_default": self.serve})
+        return str(path)
 
 
 _LOGITS = (base.LOGITS, base.BINARY_LOGIT)

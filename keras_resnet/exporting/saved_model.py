@@ -1,6 +1,7 @@
 """SavedModel: what TensorFlow Serving and other TensorFlow programs load."""
 
 import json
+import shutil
 
 import tensorflow as tf
 
@@ -21,8 +22,7 @@ def write(job, artifact, path):
         artifact: The `Artifact`.
         path: The folder to write.
     """
-    module = job.serving.module(artifact.batch)
-    tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
+    shutil.copytree(job.serving.module(artifact.batch).save(), path)
     (path / CARD).parent.mkdir()
     files.write_text(path / CARD, json.dumps(job.card))
 

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import tempfile
 
 import flatbuffers
 import numpy as np
@@ -64,9 +63,8 @@ def convert(module, precision, images=()):
         precision: A row of `formats.PRECISIONS`.
         images: For "int8": what is run through the network to find each tensor's range.
     """
-    with tempfile.TemporaryDirectory() as folder, stderr_kept_back():
-        tf.saved_model.save(module, folder, signatures={"serving_default": module.serve})
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+    with stderr_kept_back():
+        converter = tf.lite.TFLiteConverter.from_saved_model(module.save())
         # The default would also take TensorFlow's own operators, which a phone does not have.
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         _SETTINGS[precision](converter, images)

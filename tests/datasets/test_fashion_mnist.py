@@ -149,7 +149,7 @@ def test_channels(linked):
     assert "`channels` must be 1" in error_of(channels=3)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_prepared_tfds_folder(prepared):
     dataset = load_dataset(data_dir=prepared)
     assert dataset.source == f"prepared TFDS folder {prepared / NAME / '3.0.1'}"
@@ -163,7 +163,7 @@ def test_a_prepared_tfds_folder(prepared):
     assert fingerprint_arrays(*dataset.splits.values()) == FINGERPRINT == dataset.fingerprint
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_backend_decides_which_comes_first(prepared, linked, monkeypatch):
     (linked / NAME).symlink_to(prepared / NAME)
     monkeypatch.setenv("KERAS_BACKEND", "jax")
@@ -174,7 +174,7 @@ def test_the_backend_decides_which_comes_first(prepared, linked, monkeypatch):
     assert load_dataset(prefer_tensorflow=True).source.startswith("prepared TFDS")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_truncated_tfrecord(prepared, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(prepared / NAME, root / NAME)
@@ -185,6 +185,7 @@ def test_a_truncated_tfrecord(prepared, tmp_path):
     assert f"{root / NAME / '3.0.1'}: the prepared TFDS folder is damaged" in message
 
 
+@pytest.mark.slow
 def test_a_damaged_description(prepared, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(prepared / NAME, root / NAME)

@@ -94,6 +94,7 @@ def test_this_keras_was_tested():
     assert ".".join(keras.__version__.split(".")[:2]) in keras_fix.TESTED_VERSIONS
 
 
+@pytest.mark.slow
 def test_without_it_fit_fails(tmp_path, idx_folder):
     # When Keras's own passes, the fix is to go.
     job = {"strategy": "multiworker", "fix": False, "tasks": {"epoch": ["train_epoch", {}]}}

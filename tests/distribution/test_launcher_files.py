@@ -105,6 +105,7 @@ def ports(job):
     return [split_address(worker)[1] for worker in slurm_cluster(step).workers]
 
 
+@pytest.mark.slow
 def test_sbatch_trains(programs, environ, fashion_folder, tmp_path):
     """The script runs whole; only `srun` is a stand-in, for Slurm itself, which CI has not."""
     programs("srun", SRUN)
@@ -192,6 +193,7 @@ def start_pods(container, count, more, environ):
     ]
 
 
+@pytest.mark.slow
 def test_kubernetes_command_trains(objects, environ, fashion_folder, tmp_path):
     [container] = objects["Job"]["spec"]["template"]["spec"]["containers"]
     run_dir = tmp_path / "run"

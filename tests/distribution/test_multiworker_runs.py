@@ -113,6 +113,7 @@ def test_two_local_workers_train_the_network_of_one_process(fashion_folder, tmp_
     assert load_model(run_dir / "model.keras").count_params() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_worker_ends_the_run_and_the_same_command_resumes(
     victim, number, fashion_folder, tmp_path, trained_run, started
@@ -130,7 +131,7 @@ def test_a_lost_worker_ends_the_run_and_the_same_command_resumes(
     assert process.wait(timeout=100) in (1, 75)
     seconds = time.monotonic() - began
     print(f"{number.name} of worker {victim}: ended after {seconds:.1f} s")
-    assert seconds < 60
+    assert seconds < 90  # a minute where nothing else runs
     assert not any(worker.is_running() for worker in workers)
     stderr = read_errors(tmp_path)
     assert re.search(rf"worker {victim} \(localhost:\d+\) is gone, or cannot be reached", stderr)
@@ -159,6 +160,7 @@ def test_restarts_do_that_by_themselves(fashion_folder, tmp_path, trained_run, s
     check_finished(run_dir, trained_run)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_leaves_no_worker(fashion_folder, tmp_path, started):
     run_dir = tmp_path / "run"
     process = started(*arguments(fashion_folder, run_dir, "--local-workers", 2, epochs=1000))
@@ -274,6 +276,7 @@ def test_restarts_never_go_on_with_a_folder_that_is_not_theirs(fashion_folder, t
     assert [path.name for path in run_dir.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_not_started_again(fashion_folder, tmp_path):
     more = ("--local-workers", 2, "--restarts", 2, "--learning-rate", 1e38)
     done = run_command(*arguments(fashion_folder, tmp_path / "run", *more))

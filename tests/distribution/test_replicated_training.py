@@ -13,7 +13,6 @@ import keras_resnet
 
 pytestmark = pytest.mark.thorough
 
-MORE_REPLICAS = ["mirrored-4", "multiworker-3"]
 # name -> job, number of processes, number of replicas.
 SETTINGS = {
     "none": ({"strategy": "none"}, 1, 1),
@@ -23,7 +22,7 @@ SETTINGS = {
     "multiworker-3": ({"strategy": "multiworker"}, 3, 3),
 }
 PAIRS = ["mirrored-2", "multiworker-2"]
-REPLICATED = [*PAIRS, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_REPLICAS)]
+REPLICATED = [name for name in SETTINGS if name != "none"]
 
 EQUIVALENCE = {
     # At a rate of real training; rounding is not in the way.
@@ -57,14 +56,24 @@ EXTRA = {
 }
 
 
-# Tasks of a setting whose tests are slow: a job of their own. Keras itself supports one process.
-SLOW = {
-    "none": ("jit_compile",),
-    "mirrored-2": (
-        *("arrays", "callbacks", "mixed_bfloat16", "twice"),
-        *("unsynchronized", "unweighed"),
-    ),
+# Tasks of a setting in `make test`. The others are slow, and a job of their own.
+FAST = {
+    "none": ("float64", "arrays", "random"),
+    "mirrored-2": ("float64", "random"),
+    "multiworker-2": ("float64", "arrays", "random"),
 }
+
+
+def is_slow(setting, task):
+    return task not in FAST.get(setting, ())
+
+
+def marked(settings, task):
+    """Returns test parameters: settings, marked as slow where the task is not in `FAST`."""
+    return [
+        pytest.param(setting, marks=pytest.mark.slow if is_slow(setting, task) else ())
+        for setting in settings
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +82,14 @@ def done(tmp_path_factory, idx_folder):
     folders = {}
 
     def find(setting, task):
-        slow = SLOW.get(setting, ())
-        name = f"{setting}, slow" if task in slow else setting
+        slow = is_slow(setting, task)
+        name = f"{setting}, slow" if slow else setting
         if name not in folders:
             job, workers, _ = SETTINGS[setting]
             tasks = EQUIVALENCE | EXTRA.get(setting, {})
             if setting in STEPS_PER_EXECUTION:
                 tasks |= FEATURES | {"steps_per_execution": STEPS_PER_EXECUTION[setting]}
-            tasks = {key: tasks[key] for key in tasks if (key in slow) == (task in slow)}
+            tasks = {key: tasks[key] for key in tasks if is_slow(setting, key) == slow}
             folder = tmp_path_factory.mktemp("jobs") / name
             folders[name] = replica_job.run({**job, "tasks": tasks}, folder, workers)
         return [np.load(folder / f"{task}.npz") for folder in folders[name]]
@@ -103,7 +112,7 @@ def distance(a, b):
 # ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", REPLICATED)
+@pytest.mark.parametrize("setting", marked(REPLICATED, "float64"))
 def test_in_float64_the_weights_are_those_of_one_replica(done, setting):
     (one,) = done("none", "float64")
     for found in done(setting, "float64"):
@@ -114,7 +123,7 @@ def test_in_float64_the_weights_are_those_of_one_replica(done, setting):
             assert difference < (1e-7 if setting == "multiworker-3" else 1e-13)
 
 
-@pytest.mark.parametrize("setting", REPLICATED)
+@pytest.mark.parametrize("setting", marked(REPLICATED, "float32"))
 def test_in_float32_the_weights_are_those_of_one_replica(done, setting):
     (one,) = done("none", "float32")
     weights = part(one, "weight")
@@ -126,9 +135,17 @@ def test_in_float32_the_weights_are_those_of_one_replica(done, setting):
         assert difference < 1e-5
 
 
-@pytest.mark.parametrize("setting", REPLICATED)
-@pytest.mark.parametrize("policy", EQUIVALENCE)
-def test_the_loss_curve_is_that_of_one_replica(done, setting, policy):
+@pytest.mark.parametrize("setting", marked(REPLICATED, "float64"))
+def test_the_loss_curve_is_that_of_one_replica(done, setting):
+    check_curve(done, setting, "float64")
+
+
+@pytest.mark.parametrize("setting", marked(REPLICATED, "float32"))
+def test_the_loss_curve_in_float32_is_that_of_one_replica(done, setting):
+    check_curve(done, setting, "float32")
+
+
+def check_curve(done, setting, policy):
     (one,) = done("none", policy)
     assert len(one["curve"]) == 10 and one["curve"][-1] < one["curve"][0]
     for found in done(setting, policy):
@@ -138,18 +155,22 @@ def test_the_loss_curve_is_that_of_one_replica(done, setting, policy):
             np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
 
 
+SAME_BITS = [
+    *(("multiworker-2", task) for task in (*EQUIVALENCE, "unsynchronized")),
+    *(("multiworker-3", task) for task in EQUIVALENCE),
+]
+
+
 @pytest.mark.parametrize(
-    "setting", ["multiworker-2", pytest.param("multiworker-3", marks=pytest.mark.slow)]
+    ("setting", "task"),
+    [pytest.param(*each, marks=pytest.mark.slow if is_slow(*each) else ()) for each in SAME_BITS],
 )
-def test_all_workers_have_the_same_bits(done, setting):
-    tasks = [*EQUIVALENCE]
-    tasks += ["unsynchronized"] if setting in STEPS_PER_EXECUTION else []
-    for task in tasks:
-        chief, *others = done(setting, task)
-        assert others
-        for other in others:
-            for name in chief.files:
-                np.testing.assert_array_equal(chief[name], other[name], err_msg=f"{task}: {name}")
+def test_all_workers_have_the_same_bits(done, setting, task):
+    chief, *others = done(setting, task)
+    assert others
+    for other in others:
+        for name in chief.files:
+            np.testing.assert_array_equal(chief[name], other[name], err_msg=f"{task}: {name}")
 
 
 @pytest.mark.slow
@@ -160,9 +181,8 @@ def test_keras_own_loss_counts_images_of_small_shards_for_more(done):
     assert distance(part(one, "weight"), part(found, "weight")) > 1e-7
 
 
-@pytest.mark.parametrize(
-    "setting", [pytest.param("mirrored-2", marks=pytest.mark.slow), "multiworker-2"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", PAIRS)
 def test_without_synchronisation_moving_statistics_are_averaged(done, setting):
     (one,) = done("none", "unsynchronized")
     averaged = done(setting, "unsynchronized")[0]
@@ -174,6 +194,7 @@ def test_without_synchronisation_moving_statistics_are_averaged(done, setting):
     assert distance(part(one, "weight"), part(averaged, "weight")) > 1e-4
 
 
+@pytest.mark.slow
 def test_left_alone_the_workers_would_save_different_networks(done):
     chief, other = done("multiworker-2", "not_averaged")
     moving = [name for name in chief.files if "moving" in name]
@@ -300,11 +321,9 @@ TABLE = {
     "`jit_compile=True`": ("error", "error", jit_compile, "jit_compile"),
 }
 CELLS = [
-    pytest.param(
-        row, setting, marks=pytest.mark.slow if TABLE[row][3] in SLOW.get(setting, ()) else ()
-    )
+    pytest.param(row, *each.values, marks=each.marks)
     for row in TABLE
-    for setting in ("none", *PAIRS)
+    for each in marked(("none", *PAIRS), TABLE[row][3])
 ]
 
 

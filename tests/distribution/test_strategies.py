@@ -123,6 +123,7 @@ images, labels = np.zeros((16, 28, 28, 1), "float32"), np.arange(16) % 10
 """
 
 
+@pytest.mark.slow
 def test_the_script_in_the_readme_runs(tmp_path):
     readme = Path(keras_resnet.__file__).parents[1] / "README.md"
     blocks = re.findall("```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)

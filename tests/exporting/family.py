@@ -16,7 +16,7 @@ KINDS = (
     "wide_resnet50_2",
 )
 VARIANTS = ("d2l", "torchvision", "v1", "v2", "keras_v1", "keras_v2")
-SMALL = {"blocks": (1, 2), "filters": (64, 128)}
+SMALL = {"blocks": (1, 2), "filters": (16, 32)}
 
 
 def build(kind, variant="torchvision", channels=1, stem=None):

@@ -77,6 +77,7 @@ def saved_model_cli(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_tensorflows_own_tool_shows_and_runs_it(folder, fashion, small_model, tmp_path):
     shown = saved_model_cli(
         *("show", "--dir", folder, "--tag_set", "serve", "--signature_def", "serving_default")
