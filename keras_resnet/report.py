@@ -343,8 +343,11 @@ def _pace(report, seconds, speed):
 
 
 def _command(report):
-    command = _get(report, "config", "command")
-    return f"The command was\n\n{_code(command)}" if command else ""
+    config = report.get("config") or {}
+    parts = [("The command was", config.get("command"))]
+    for each in config.get("continued") or ():
+        parts.append((f"Continued after epoch {each['after_epoch']} by", each["command"]))
+    return "\n\n".join(f"{text}\n\n{_code(command)}" for text, command in parts if command)
 
 
 _EPOCH_COLUMNS = (

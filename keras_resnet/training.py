@@ -352,6 +352,11 @@ def _compile(model, plan):
         loss = choose_loss(len(plan.train), recipe.batch_size, replicas, plan.least)
     optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(rate)
     model.compile(optimizer, loss, metrics=["accuracy"])
+    if plan.decision.name == "none":
+        # Else the first step makes the metrics' variables, and TensorFlow traces that step twice.
+        logits = keras.ops.zeros((1, model.output_shape[-1]))
+        model.compute_metrics(None, keras.ops.zeros((1,), "int32"), logits)
+        model.reset_metrics()
     model.optimizer.build(model.trainable_variables)
 
 

@@ -84,7 +84,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def test_one_file_gives_the_same_logits_and_trains_without_tensorflow(folder, backend):
     if not os.environ.get("CI"):  # where a change is checked all backends are there
         pytest.importorskip(backend)

@@ -210,6 +210,7 @@ def test_warns_of_a_busy_machine(report):
         ) == warned
 
 
+@pytest.mark.slow
 def test_without_pytorch_keras_is_the_measure(light, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -104,6 +104,7 @@ def test_convert_prints_what_it_found(checkpoint, tiny, tmp_path, capsys):
     assert re.search(r"image\.png +no +class \d+ +0\.\d+", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.thorough
 def test_fine_tuning_from_a_shell(checkpoint, fashion_folder, tmp_path):
     done = run_main(

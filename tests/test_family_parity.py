@@ -38,9 +38,8 @@ THOROUGH = {"torchvision resnet18": (*ALL_IMAGES, (32, 2)), "torchvision resnet5
 # a wrong network cannot hide behind rounding; float32 is what networks are used in.
 FAST = {
     *("torchvision resnet18", "timm resnet18d", "timm seresnet50"),
-    *("timm resnetv2_18", "timm resnetv2_50d"),
-    "huggingface resnet50 downsample_in_bottleneck",
-    *("keras.applications ResNet50", "keras.applications ResNet50V2"),
+    *("timm resnetv2_50d", "huggingface resnet50 downsample_in_bottleneck"),
+    "keras.applications ResNet50V2",
 }
 FAST_FLOAT32 = {"torchvision resnet18"}
 

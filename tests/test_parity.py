@@ -173,11 +173,12 @@ def adam_steps(optimizer, keras_optimizer, dtype):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "learning_rate", "count", "bound"),
     [
         ("float64", 1e-3, 8, 1e-8),
-        pytest.param("float32", 5e-6, 64, 1e-3, marks=pytest.mark.slow),
+        ("float32", 5e-6, 64, 1e-3),
     ],
 )
 def test_losses_of_20_adam_steps_agree(batch, dtype, learning_rate, count, bound):

@@ -367,6 +367,7 @@ def test_a_finished_run_can_be_continued_with_more_epochs(copied, tmp_path, tiny
     assert (config["settings"]["epochs"], config["recipe"]["epochs"]) == (2, 2)
     command = "train --resume --epochs 2"
     assert config["continued"] == [{"after_epoch": 1, "epochs": 2, "command": command}]
+    assert f"Continued after epoch 1 by\n\n    {command}\n" in (run_dir / "report.md").read_text()
     for changed in (before, config):
         changed.pop("continued", None)
         changed["settings"]["epochs"] = changed["recipe"]["epochs"] = None
@@ -483,6 +484,7 @@ def test_an_image_lost_in_mid_run_is_named(tmp_path, tiny, fashion_folder):
         train(tiny, data, epochs=1, run_dir=tmp_path / "run", **SMALL)
 
 
+@pytest.mark.slow
 def test_killed_between_two_checkpoint_files_nothing_is_lost(tmp_path, tiny, fashion):
     # The process ends, as by SIGKILL, with best.keras written and last.keras not renamed yet.
     script = """
@@ -490,7 +492,8 @@ import os, sys
 from keras_resnet import callbacks, load_dataset, models, train
 models.SPECS["tiny"] = models.Spec((1, 1), (8, 16))
 callbacks.shutil.copyfile = lambda a, b: os._exit(9)
-train("tiny", "folder:" + sys.argv[1], run_dir=sys.argv[2], epochs=1, image_size=28)
+train("tiny", "folder:" + sys.argv[1], run_dir=sys.argv[2], epochs=1, image_size=28,
+      precision="float32")
 """
     folder = tmp_path / "images"
     for name in ("a", "b"):

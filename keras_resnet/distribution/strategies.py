@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import multiprocessing.pool
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from pathlib import Path
@@ -181,7 +183,23 @@ def _start_multiworker(cluster):
             f"{cluster.name(cluster.index)} cannot start: {one_line(error)}{advice}"
         ) from error
     keras_fix.apply()
+    _hide_unclosed_pools()
     return strategy
+
+
+def _hide_unclosed_pools():
+    """Keeps Python from printing tracebacks of thread pools when a worker is lost.
+
+    TensorFlow 2.21 leaves the pool of a failed all-reduce unclosed. Python's own clean-up of it
+    writes to a pipe that can be closed by then, and prints that as an exception it ignores.
+    """
+    shown = sys.unraisablehook
+
+    def hook(unraisable):
+        if unraisable.object is not multiprocessing.pool.Pool.__del__:
+            shown(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def check_first():

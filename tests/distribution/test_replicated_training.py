@@ -58,9 +58,9 @@ EXTRA = {
 
 # Tasks of a setting in `make test`. The others are slow, and a job of their own.
 FAST = {
-    "none": ("float64", "arrays", "random"),
+    "none": ("float64", "random"),
     "mirrored-2": ("float64", "random"),
-    "multiworker-2": ("float64", "arrays", "random"),
+    "multiworker-2": ("float64", "random"),
 }
 
 

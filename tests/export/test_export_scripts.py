@@ -98,7 +98,9 @@ def test_all_three_write_to_one_folder_and_agree(trained_run, tmp_path, run_scri
         assert all(abs(number - other) < 2e-4 for (_, number), (_, other) in numbers)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param("saved_model", marks=pytest.mark.slow), "tflite", "onnx"]
+)
 def test_without_preprocessing_they_ask_with_floats(name, trained_run, tmp_path, run_script):
     options = ["--no-preprocessing", "--precision", "float32", "--out", "a folder/out"]
     done = run_script(name, *options, trained_run)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from keras_resnet import SPECS, build_resnet, with_preprocessing
 
@@ -15,6 +16,11 @@ KINDS = (
     "resnext50_32x4d",
     "wide_resnet50_2",
 )
+# Of the same parts as the others.
+REPEATED = ("resnet18", "resnet50", "wide_resnet50_2")
+SOME_SLOW = [
+    pytest.param(kind, marks=pytest.mark.slow if kind in REPEATED else ()) for kind in KINDS
+]
 VARIANTS = ("d2l", "torchvision", "v1", "v2", "keras_v1", "keras_v2")
 SMALL = {"blocks": (1, 2), "filters": (16, 32)}
 

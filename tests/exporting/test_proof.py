@@ -59,7 +59,7 @@ CORRECT = graph.Serving._serve
 @pytest.mark.parametrize(
     "wrong, checks, formats",
     [
-        (training_mode, {"largest difference", "agreement"}, ["saved_model", "tflite", "onnx"]),
+        (training_mode, {"largest difference", "agreement"}, ["tflite", "onnx"]),
         (swapped_classes, {"largest difference", "agreement"}, ["tflite", "onnx"]),
         (mirrored_image, {"largest difference", "agreement"}, ["tflite"]),
         (logits, {"largest difference"}, ["onnx"]),
