@@ -31,8 +31,9 @@ test: lint data
 test-fast: lint data
 	$(PYTEST) -m "not slow and not thorough"
 
-test-all: lint data
-	$(PYTEST) -m ""
+# A test at a time goes to the process that is idle: some files hold half an hour of slow tests.
+test-all: $(VENV)/installed-test-all lint data
+	$(PYTEST) --dist worksteal -m ""
 
 # Fashion-MNIST: what is there already, else Debian's package where it may be installed.
 data:
@@ -72,6 +73,10 @@ $(VENV)/installed: setup.cfg constraints.txt | $(VENV)/python
 $(VENV)/installed-test: setup.cfg constraints.txt | $(VENV)/python
 	$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-test-all: setup.cfg constraints.txt | $(VENV)/python
+	$(PIP) --editable '.[test-all]'
+	@touch $@ $(VENV)/installed-test $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

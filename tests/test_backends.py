@@ -105,7 +105,7 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 
 def test_import_brings_nothing_but_keras():
     """`benchmarks/startup.py` measures what that takes."""
-    modules = set(run_python(IMPORTED, backend="jax").split())
+    modules = set(run_python(IMPORTED, backend="torch").split())
     assert "keras_resnet" in modules
     assert modules <= {"keras_resnet", "keras", *sys.stdlib_module_names}
 

@@ -319,6 +319,7 @@ def test_bad_input_is_one_line_and_status_2(case, places, capfd):
     assert sorted(places["tmp"].rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.thorough
 def test_bad_input_from_a_shell(tmp_path):
     done = run_script("evaluate", tmp_path / "none.keras")

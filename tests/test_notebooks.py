@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import nbclient
-import nbformat
 import pytest
 
 pytestmark = pytest.mark.thorough
@@ -15,6 +13,9 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, idx_folder, tmp_path, monkeypatch):
+    import nbclient
+    import nbformat
+
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
     # Committed without outputs: what they show is what running them shows.

@@ -42,7 +42,7 @@ load_dataset("folder:{tmp_path}").splits["train"].images[[0, 1]]
 print([name for name in ("tensorflow", "tensorflow_datasets") if name in sys.modules])
 """
     # With the TensorFlow backend importing Keras is enough to import TensorFlow.
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "KERAS_BACKEND": "torch", "PYTHONPATH": os.pathsep.join(sys.path)}
     answer = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )

@@ -83,10 +83,10 @@ strategies.decide("mirrored")
         capture_output=True,
         text=True,
         timeout=120,
-        env={"KERAS_BACKEND": "jax", "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        env={"KERAS_BACKEND": "torch", "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
     )
-    assert "strategy: none (tf.distribute is not for the jax backend)" in done.stdout
-    assert "needs KERAS_BACKEND tensorflow, got jax" in done.stderr
+    assert "strategy: none (tf.distribute is not for the torch backend)" in done.stdout
+    assert "needs KERAS_BACKEND tensorflow, got torch" in done.stderr
 
 
 LATE = """

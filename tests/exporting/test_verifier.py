@@ -54,8 +54,9 @@ def other_export(trained_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     archive.save_model(predictor.model, folder / "other.keras", predictor.card)
     out = folder / "export"
+    formats = ["tflite", "onnx"]
     # Whether 8 bits can hold it, too, is not the question here.
-    keras_resnet.export(folder / "other.keras", out, precision=PRECISIONS, force=True)
+    keras_resnet.export(folder / "other.keras", out, to=formats, precision=PRECISIONS, force=True)
     return out
 
 
@@ -231,7 +232,7 @@ def test_a_changed_reference_stops_the_rest(copy):
     assert SOUND not in verdicts(found).values()
 
 
-@pytest.mark.parametrize("file", ARTIFACTS)
+@pytest.mark.parametrize("file", ARTIFACTS[1:])
 def test_a_file_that_was_changed_and_listed_again_is_found_by_its_answers(file, copy, other_export):
     keep(copy, file)
     replace(copy, other_export, file)
@@ -240,9 +241,22 @@ def test_a_file_that_was_changed_and_listed_again_is_found_by_its_answers(file, 
     assert "agreement" in " ".join(found["files"][1]["failures"])
 
 
-def test_a_saved_model_is_not_run_without_trust(copy, other_export):
+def test_a_saved_model_that_was_changed_and_listed_again_is_found(copy):
     keep(copy, "saved_model")
-    replace(copy, other_export, "saved_model")
+    weights = copy / "saved_model" / "variables" / "variables.data-00000-of-00001"
+    content = bytearray(weights.read_bytes())
+    # TensorFlow compares checksums of the tensors, not of what lies between them and the end.
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    weights.write_bytes(content)
+    relist(copy, "saved_model")
+    found = keras_resnet.verify(copy, trust=True)
+    assert not found["passed"] and verdicts(found)["saved_model"] == DIFFERS
+
+
+def test_a_saved_model_is_not_run_without_trust(copy):
+    keep(copy, "saved_model")
+    (copy / "saved_model" / "saved_model.pb").write_bytes(b"no model")
+    relist(copy, "saved_model")
     found = keras_resnet.verify(copy)
     assert found["passed"] and verdicts(found)["saved_model"] == NOT_RUN
 
