@@ -198,6 +198,7 @@ def test_empty_split_and_batch_size_zero_are_refused():
         evaluate(pytest.fail, make_split([0]), ["a", "b"], batch_size=0)
 
 
+@pytest.mark.thorough
 def test_nothing_heavy_is_imported():
     # None in sys.modules makes an import fail, also where the package had imported it before.
     code = (

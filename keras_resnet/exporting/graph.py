@@ -137,14 +137,16 @@ class ServedModule(tf.Module):
             if isinstance(value, tf.saved_model.experimental.TrackableResource)
         ]
         self.serve = tf.function(function, input_signature=[spec], autograph=False)
-        self._folder = tempfile.TemporaryDirectory()  # is there as long as the module
+        self._scratch = tempfile.TemporaryDirectory()  # is there as long as the module
+        self._saved = None
 
     def save(self):
         """Returns a folder with the module as a SavedModel, written at the first call."""
-        path = Path(self._folder.name, "saved_model")
-        if not path.exists():
-            tf.saved_model.save(self, str(path), signatures={"serving_default": self.serve})
-        return str(path)
+        if self._saved is None:
+            path = str(Path(self._scratch.name, "saved_model"))
+            tf.saved_model.save(self, path, signatures={"serving_default": self.serve})
+            self._saved = path
+        return self._saved
 
 
 _LOGITS = (base.LOGITS, base.BINARY_LOGIT)

@@ -18,6 +18,8 @@ from keras_resnet.distribution import launcher
 from keras_resnet.distribution.launcher import run_local_workers, share_cores, share_gpus
 from keras_resnet.errors import InputError
 
+pytestmark = pytest.mark.thorough
+
 # What the workers of these tests know before their own lines.
 PREAMBLE = """
 import json, os, signal, sys, time

@@ -26,6 +26,8 @@ from keras_resnet.distribution.cluster import Cluster
 from keras_resnet.distribution.rendezvous import _MAGIC, meet
 from keras_resnet.errors import InputError, WorkerLost
 
+pytestmark = pytest.mark.thorough
+
 ABOUT = {"keras": "3.15.1", "epochs": 3}
 
 

@@ -72,6 +72,7 @@ def test_what_cannot_be_is_said(name, reason):
         strategies.decide(name)
 
 
+@pytest.mark.thorough
 def test_other_backends_train_alone_or_not_at_all():
     code = """
 from keras_resnet.distribution import strategies
@@ -97,6 +98,7 @@ choose_strategy("multiworker")
 """
 
 
+@pytest.mark.thorough
 def test_chosen_too_late_it_says_so():
     config = {"cluster": {"worker": ["localhost:23456"]}, "task": {"type": "worker", "index": 0}}
     done = subprocess.run(

@@ -121,6 +121,7 @@ def their_tensors(net):
     return {name: s for name, s in state.items() if not name.endswith("num_batches_tracked")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("layout", "make", "spec", "stem"), REAL, ids=[f"{row[0]}-{row[2]}" for row in REAL]
 )
