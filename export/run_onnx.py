@@ -141,6 +141,13 @@ def name_image(path, model, args):
     return {"image": path, "inverted": inverted, "labels": labels}
 
 
+def complain(program, failures):
+    """Prints a line about each failure; returns the exit status."""
+    for failure in failures:
+        print(f"{program}: {' '.join(str(failure).split())}", file=sys.stderr)
+    return 2 if failures else 0
+
+
 def main():
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,12 +159,11 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a class name's letters
-    rows, failures = [], []
     try:
         model = load(args.model, max(args.threads, 1))
     except BadInput as error:
-        failures.append(error)
-        args.images = []
+        return complain(parser.prog, [error])
+    rows, failures = [], []
     for path in args.images:
         try:
             rows.append(name_image(path, model, args))
@@ -172,14 +178,12 @@ def main():
         if row["inverted"] and not args.json:
             print(f"{row['image']}: light and dark were swapped (--invert)", file=sys.stderr)
     try:
-        if rows:
+        if rows or args.json:
             print(json.dumps(rows) if args.json else "\n".join(lines), flush=True)
     except BrokenPipeError:  # the reader has gone, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    for failure in failures:
-        print(f"{parser.prog}: {' '.join(str(failure).split())}", file=sys.stderr)
-    return 2 if failures else 0
+    return complain(parser.prog, failures)
 
 
 if __name__ == "__main__":

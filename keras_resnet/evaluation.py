@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import time
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ class Evaluation:
     def loss(self):
         """The mean cross-entropy in nats, probabilities clipped at `SMALLEST_PROBABILITY`."""
         clipped = np.clip(self._true_probabilities.astype("float64"), SMALLEST_PROBABILITY, 1)
-        return float(-np.log(clipped).mean())
+        return 0.0 - float(np.log(clipped).mean())  # of a perfect model 0, and not −0
 
     @functools.cached_property
     def confusion(self):
@@ -559,7 +560,9 @@ def _figure(width, height, **options):
 
 
 def _save(figure, path):
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # A font without the letters of a class name draws boxes in their place.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(temporary, format="png", dpi=130)
 
 

@@ -30,6 +30,11 @@ _NO_IMAGES = (
     "mean=…, std=…)` before the network and save that; or export with the preprocessing inside"
 )
 
+_CHANNELS_FIRST = (
+    "; its channels come first: export the network with channels last, or read the weights of a "
+    "PyTorch network with `keras-resnet convert`"
+)
+
 _DATA_SETTINGS = {"data_dir": str, "validation_share": float, "skip_bad": bool, "seed": int}
 
 # Pixels in a batch that measures: 256 images of 224×224.
@@ -66,9 +71,9 @@ class Predictor:
         self.card = model.card if card is None else card
         self.path = path or model.path
         self.name = model.name
+        self.image_shape, outputs = self._check_shapes()
         if self.card.get("takes_raw_images") is False or not model.takes_images:
             raise InputError(f"{self.name}: {_NO_IMAGES}")
-        self.image_shape, outputs = self._check_shapes()
         self.output_kind = model.output_kind
         self.several_labels = self.output_kind == SIGMOID
         names = self.card.get("class_names") or [f"class {i}" for i in range(outputs)]
@@ -87,9 +92,11 @@ class Predictor:
         if len(image) == 3 and image[-1] in (1, 3) and columns is not None:
             # One number for two classes is p of the second, and 1 − p of the first.
             return tuple(image), max(columns, 2)
+        is_channels_first = len(image) == 3 and image[0] in (1, 3)
         raise InputError(
             f"{self.name}: the model must take images (batch, height, width, 1 or 3) and give "
             f"logits (batch, classes); its inputs and outputs are {shapes!s:.200}"
+            f"{_CHANNELS_FIRST if is_channels_first else ''}"
         )
 
     def __call__(self, images):

@@ -105,7 +105,6 @@ def test_convert_prints_what_it_found(checkpoint, tiny, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
 def test_fine_tuning_from_a_shell(checkpoint, fashion_folder, tmp_path):
     done = run_main(
         *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
@@ -320,7 +319,6 @@ def test_bad_input_is_one_line_and_status_2(case, places, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
 def test_bad_input_from_a_shell(tmp_path):
     done = run_script("evaluate", tmp_path / "none.keras")
     assert done.returncode == 2

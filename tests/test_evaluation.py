@@ -98,6 +98,8 @@ def test_loss_is_the_mean_cross_entropy_and_finite_where_the_truth_had_no_chance
     assert sure.loss == pytest.approx(-math.log(ev.SMALLEST_PROBABILITY) / 2)
     half = Evaluation(np.array([0]), np.array([[0.25, 0.75]], "float32"), ("a", "b"), 1.0)
     assert half.loss == pytest.approx(math.log(4))
+    perfect = Evaluation(np.array([0]), np.array([[1.0, 0.0]], "float32"), ("a", "b"), 1.0)
+    assert str(perfect.loss) == "0.0"  # and not -0.0
 
 
 def test_standard_error_is_the_binomial_one():
@@ -320,15 +322,16 @@ def test_pictures_of_another_split_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_class_names_are_never_read_as_formulas(tmp_path):
+def test_any_class_name_is_drawn_without_a_word(tmp_path, recwarn):
     labels = [0, 1]
     e = make_evaluation(labels, [1, 0], 2)
     # Matplotlib fails on this one where it takes it as a formula.
-    odd = Evaluation(e.labels, e.probabilities, (r"$\nonsense{$", "x" * 300), 1.0)
+    odd = Evaluation(e.labels, e.probabilities, (r"$\nonsense{$", "🐈 x" * 90), 1.0)
     ev.plot_confusion_matrix(odd, tmp_path / "matrix.png")
     ev.plot_confused_pairs(odd, make_split(labels), tmp_path / "pairs.png")
     ev.plot_predictions(odd, make_split(labels), tmp_path / "grid.png")
     assert len(list(tmp_path.iterdir())) == 3
+    assert not recwarn.list  # of letters that the font lacks
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_lost_worker_ends_the_run_and_the_same_command_resumes(
     assert process.wait(timeout=100) in (1, 75)
     seconds = time.monotonic() - began
     print(f"{number.name} of worker {victim}: ended after {seconds:.1f} s")
-    assert seconds < 90  # a minute where nothing else runs
+    assert seconds < 60
     assert not any(worker.is_running() for worker in workers)
     stderr = read_errors(tmp_path)
     assert re.search(rf"worker {victim} \(localhost:\d+\) is gone, or cannot be reached", stderr)

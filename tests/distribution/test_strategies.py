@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import types
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,17 @@ def test_several_gpus_mean_mirrored(monkeypatch):
 def test_what_cannot_be_is_said(name, reason):
     with pytest.raises(InputError, match=reason):
         strategies.decide(name)
+
+
+def test_a_pool_that_tensorflow_left_open_is_not_shown(monkeypatch):
+    # Python prints one in hundreds of them: `test_restarts_do_that_by_themselves` may see none.
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    strategies._hide_unclosed_pools()
+    of_pool, other = (types.SimpleNamespace(object=o) for o in (ThreadPool.__del__, print))
+    sys.unraisablehook(of_pool)
+    sys.unraisablehook(other)
+    assert shown == [other]
 
 
 @pytest.mark.thorough

@@ -270,6 +270,8 @@ def test_what_is_missing_or_no_image_or_unsealed_is_refused(
     for bad, line in zip(bad_images, complaints, strict=True):
         assert str(bad) in line
     assert_refused(run_script(model, text), text)
+    # A program that reads JSON gets JSON.
+    assert run_script(model, text, "--json").stdout == "[]\n"
 
 
 def test_both_scripts_share_all_but_the_runtime():

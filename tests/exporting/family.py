@@ -16,7 +16,7 @@ KINDS = (
     "resnext50_32x4d",
     "wide_resnet50_2",
 )
-# Of the same parts as the others.
+# Slow: the other kinds have all of their layers.
 REPEATED = ("resnet18", "resnet50", "wide_resnet50_2")
 SOME_SLOW = [
     pytest.param(kind, marks=pytest.mark.slow if kind in REPEATED else ()) for kind in KINDS

@@ -14,7 +14,10 @@ from conftest import run_main
 import keras_resnet
 from keras_resnet import archive
 from keras_resnet.errors import InputError
-from keras_resnet.exporting.formats import REFERENCE
+from keras_resnet.exporting import saved_model
+from keras_resnet.exporting.exporter import Job
+from keras_resnet.exporting.formats import REFERENCE, Artifact
+from keras_resnet.exporting.graph import Serving
 from keras_resnet.exporting.verifier import CHANGED, DIFFERS, NOT_RUN, SOUND
 from keras_resnet.inference import load
 from keras_resnet.manifest import MANIFEST, digest, read_manifest
@@ -54,9 +57,12 @@ def other_export(trained_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     archive.save_model(predictor.model, folder / "other.keras", predictor.card)
     out = folder / "export"
-    formats = ["tflite", "onnx"]
     # Whether 8 bits can hold it, too, is not the question here.
+    formats = ["tflite", "onnx"]
     keras_resnet.export(folder / "other.keras", out, to=formats, precision=PRECISIONS, force=True)
+    # Written alone: its proof, in a process of its own, would take ten seconds.
+    job = Job(Serving(predictor.model), predictor.card, {}, None)
+    saved_model.write(job, Artifact("saved_model", "float32"), out / "saved_model")
     return out
 
 
@@ -232,25 +238,13 @@ def test_a_changed_reference_stops_the_rest(copy):
     assert SOUND not in verdicts(found).values()
 
 
-@pytest.mark.parametrize("file", ARTIFACTS[1:])
+@pytest.mark.parametrize("file", ARTIFACTS)
 def test_a_file_that_was_changed_and_listed_again_is_found_by_its_answers(file, copy, other_export):
     keep(copy, file)
     replace(copy, other_export, file)
     found = keras_resnet.verify(copy, trust=True)
     assert not found["passed"] and verdicts(found) == {REFERENCE: SOUND, file: DIFFERS}
     assert "agreement" in " ".join(found["files"][1]["failures"])
-
-
-def test_a_saved_model_that_was_changed_and_listed_again_is_found(copy):
-    keep(copy, "saved_model")
-    weights = copy / "saved_model" / "variables" / "variables.data-00000-of-00001"
-    content = bytearray(weights.read_bytes())
-    # TensorFlow compares checksums of the tensors, not of what lies between them and the end.
-    content[: len(content) // 2] = bytes(len(content) // 2)
-    weights.write_bytes(content)
-    relist(copy, "saved_model")
-    found = keras_resnet.verify(copy, trust=True)
-    assert not found["passed"] and verdicts(found)["saved_model"] == DIFFERS
 
 
 def test_a_saved_model_is_not_run_without_trust(copy):

@@ -115,8 +115,15 @@ def test_a_fixed_batch_takes_any_number_of_images(tmp_path, opened, prober):
     np.testing.assert_allclose(Predictor(runtime)(images), expected, atol=1e-5)
 
 
-def linear(path, output="logits", last=(), kind=TensorProto.FLOAT, element=TensorProto.UINT8):
-    """Writes an .onnx file of one dense layer over 4×4 images."""
+def linear(
+    path,
+    output="logits",
+    last=(),
+    kind=TensorProto.FLOAT,
+    element=TensorProto.UINT8,
+    image_shape=(4, 4, 1),
+):
+    """Writes an .onnx file of one dense layer over images of 16 numbers."""
     kernel = np.random.default_rng(0).normal(0, 0.01, (16, 3)).astype("float32")
     nodes = [
         helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
@@ -127,7 +134,7 @@ def linear(path, output="logits", last=(), kind=TensorProto.FLOAT, element=Tenso
     graph = helper.make_graph(
         nodes,
         "linear",
-        [helper.make_tensor_value_info("image", element, ["batch", 4, 4, 1])],
+        [helper.make_tensor_value_info("image", element, ["batch", *image_shape])],
         [helper.make_tensor_value_info(output, kind, ["batch", 3])],
         [numpy_helper.from_array(kernel, "kernel")],
     )
@@ -224,6 +231,14 @@ def test_models_of_floats_are_no_predictors(tmp_path, prober):
     assert open_runtime(tmp_path / "a.onnx", prober=prober).input.dtype == "float32"
     with pytest.raises(InputError, match=r"a\.onnx: it takes floats that are normalised already"):
         load(tmp_path / "a.onnx", prober=prober)
+
+
+@pytest.mark.parametrize("normalize", [None, "imagenet"])
+def test_channels_that_come_first_are_named(normalize, tmp_path, prober):
+    """As in the files that PyTorch exports: naming a normalization would not help."""
+    linear(tmp_path / "a.onnx", element=TensorProto.FLOAT, image_shape=(1, 4, 4))
+    with pytest.raises(InputError, match=r"a\.onnx: .*; its channels come first: .* convert`"):
+        load(tmp_path / "a.onnx", normalize=normalize, prober=prober)
 
 
 def test_cards_may_say_that_no_images_are_taken(exports, opened):
