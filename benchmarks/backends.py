@@ -21,7 +21,7 @@ import torch
 from torch_reference import ResNet18, copy_weights, randomize_batch_norm, to_nchw
 
 from keras_resnet import build_resnet18
-from keras_resnet.precision import POLICIES
+from keras_resnet.training.precision import POLICIES
 
 
 def logits_differences(image_size):

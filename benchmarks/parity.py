@@ -24,7 +24,7 @@ import parity
 import tensorflow as tf
 import torch
 
-from keras_resnet.tables import Column, format_duration, format_table
+from keras_resnet.utils.tables import Column, format_duration, format_table
 
 PACKAGES = ("keras", "tensorflow", "torch", "torchvision", "timm", "transformers", "numpy")
 SEED = 0

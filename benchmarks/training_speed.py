@@ -23,7 +23,7 @@ import torch
 from torch_reference import ResNet18
 
 from keras_resnet.models import build_resnet18
-from keras_resnet.precision import POLICIES
+from keras_resnet.training.precision import POLICIES
 
 TORCH_TYPES = {"float32": None, "bfloat16": torch.bfloat16}
 

@@ -25,11 +25,13 @@ def main():
     # What TensorFlow Serving does: neither Keras nor keras_resnet is needed from here on.
     folder = out / "saved_model"
     loaded = tf.saved_model.load(str(folder))
-    card = json.loads((folder / "assets.extra" / "keras_resnet.json").read_text(encoding="utf-8"))
+    metadata = json.loads(
+        (folder / "assets.extra" / "keras_resnet.json").read_text(encoding="utf-8")
+    )
     image = np.load(out / "reference.npz")["images"][:1]
     ((name, answers),) = loaded.signatures["serving_default"](image=tf.constant(image)).items()
     best = np.argsort(-answers.numpy()[0])[:3]
-    named = (f"{card['class_names'][i]} {answers[0, i]:.4f}" for i in best)
+    named = (f"{metadata['class_names'][i]} {answers[0, i]:.4f}" for i in best)
     print(f"{folder.name}: {name}:", ", ".join(named))
     return 0
 

@@ -22,7 +22,7 @@ SEAL = b"\x72\x57\x0a\x13keras_resnet.sha256\x12\x40"
 
 
 def load(path, threads):
-    """Returns what asks the model, the shape of an image, the number of classes and the card."""
+    """Returns a function that runs the model, an image's shape, the class count, the metadata."""
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -37,7 +37,7 @@ def load(path, threads):
         # Bytes, not the path: a file that is one cannot make the runtime read others.
         session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         notes = session.get_modelmeta().custom_metadata_map
-        card = json.loads(notes["keras_resnet"])
+        metadata = json.loads(notes["keras_resnet"])
         (taken,), (given,) = session.get_inputs(), session.get_outputs()
         if taken.type != "tensor(uint8)":
             raise ValueError("it takes numbers, not images: export it with its preprocessing")
@@ -49,7 +49,7 @@ def load(path, threads):
     def run(image):
         return session.run(None, {taken.name: image})[0]
 
-    return run, taken.shape[1:], given.shape[-1], card
+    return run, taken.shape[1:], given.shape[-1], metadata
 
 
 class BadInput(Exception):
@@ -128,10 +128,10 @@ def is_inverted(image, invert, background):
 
 def name_image(path, model, args):
     """Returns the most probable labels of an image file, as `keras-resnet predict` does."""
-    run, (height, width, channels), outputs, card = model
-    names = card.get("class_names") or [f"class {i}" for i in range(outputs)]
+    run, (height, width, channels), outputs, metadata = model
+    names = metadata.get("class_names") or [f"class {i}" for i in range(outputs)]
     image = read_image(path, height, width, channels)
-    inverted = is_inverted(image, args.invert, card.get("background"))
+    inverted = is_inverted(image, args.invert, metadata.get("background"))
     answer = run(255 - image if inverted else image)[0].astype("float64")
     if not np.isfinite(answer).all():
         raise BadInput(f"{path}: {args.model} answers with numbers that are not finite")

@@ -25,11 +25,11 @@ except ImportError:
 
 
 def load(path, threads):
-    """Returns what asks the model, the shape of an image, the number of classes and the card."""
+    """Returns a function that runs the model, an image's shape, the class count, the metadata."""
     try:
         with open(path, "rb") as file:
             content = file.read()
-        # Behind the network lies a ZIP archive with the card: class names, checksum and more.
+        # Behind the network lies a ZIP archive with the metadata: class names, checksum and more.
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             seal = json.loads(archive.read("keras_resnet.json"))
         network = content[: seal["bytes"]]
@@ -130,10 +130,10 @@ def is_inverted(image, invert, background):
 
 def name_image(path, model, args):
     """Returns the most probable labels of an image file, as `keras-resnet predict` does."""
-    run, (height, width, channels), outputs, card = model
-    names = card.get("class_names") or [f"class {i}" for i in range(outputs)]
+    run, (height, width, channels), outputs, metadata = model
+    names = metadata.get("class_names") or [f"class {i}" for i in range(outputs)]
     image = read_image(path, height, width, channels)
-    inverted = is_inverted(image, args.invert, card.get("background"))
+    inverted = is_inverted(image, args.invert, metadata.get("background"))
     answer = run(255 - image if inverted else image)[0].astype("float64")
     if not np.isfinite(answer).all():
         raise BadInput(f"{path}: {args.model} answers with numbers that are not finite")

@@ -1,8 +1,8 @@
-"""The .keras file, with a card inside that says what the model knows.
+"""The .keras file, with metadata of ours inside.
 
-A .keras file is a ZIP archive. We add one member, `CARD`, a JSON object with the class names, the
-data set and, in a checkpoint, the state of the run. Keras ignores it, and a model that is copied
-elsewhere keeps it.
+A .keras file is a ZIP archive. We add one member, `METADATA`, a JSON object with the class names,
+the data set and, in a checkpoint, the state of the run. Keras ignores it, and a copy of the file
+keeps it.
 """
 
 import contextlib
@@ -16,16 +16,14 @@ from pathlib import Path
 import h5py
 import keras
 
-from keras_resnet import (
-    preprocessing,  # noqa: F401  (registers our layers with Keras)
-    seals,
-)
+from keras_resnet import preprocessing  # noqa: F401  (registers our layers with Keras)
 from keras_resnet.blocks import PACKAGE
-from keras_resnet.errors import InputError, one_line
-from keras_resnet.files import replacing
-from keras_resnet.tables import printable
+from keras_resnet.untrusted import checksums
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.files import replacing
+from keras_resnet.utils.tables import printable
 
-CARD = seals.CARD
+METADATA = checksums.METADATA
 WEIGHTS = "model.weights.h5"
 _OTHER_WEIGHTS = "model.weights.npz"
 _CONFIG = "config.json"
@@ -67,24 +65,24 @@ def _tensorflow_only_as_backend():
         lazy._available = None  # "not known yet", as it was
 
 
-def save_model(model, path, card):
-    """Saves `model` as a .keras file, whole or not at all, with `card` inside.
+def save_model(model, path, metadata):
+    """Saves `model` as a .keras file, whole or not at all, with `metadata` inside.
 
     Args:
         model: A Keras model; its optimizer's state is saved with it if it is compiled.
         path: The file to write; its name ends in .keras.
-        card: A dict that JSON can hold.
+        metadata: A dict that JSON can hold.
     """
     with replacing(path) as temporary:
-        write_model(model, temporary, card)
+        write_model(model, temporary, metadata)
 
 
 @_tensorflow_only_as_backend()
-def write_model(model, path, card):
+def write_model(model, path, metadata):
     """Writes what `save_model` saves, under its final name from the first byte on."""
     model.save(path)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(CARD, json.dumps(card))
+        archive.writestr(METADATA, json.dumps(metadata))
 
 
 def check_model_path(path):
@@ -111,23 +109,25 @@ def check_model_path(path):
     return path
 
 
-def read_card(path):
-    """Returns the card of a .keras file; an empty dict if it has none.
+def read_metadata(path):
+    """Returns the metadata of a .keras file; an empty dict if it has none.
 
     Args:
         path: The file.
 
     Raises:
-        InputError: If the file is no .keras file, or its card is damaged.
+        InputError: If the file is no .keras file, or its metadata is damaged.
     """
     path = check_model_path(path)
     with _opened(path) as archive:
-        if CARD not in archive.namelist():
+        if METADATA not in archive.namelist():
             return {}
-        card = json.loads(seals.read_member(archive, CARD))
-    if not isinstance(card, dict):
-        raise InputError(f"{path}: its card must be a JSON object, got {type(card).__name__}")
-    return card
+        metadata = json.loads(checksums.read_member(archive, METADATA))
+    if not isinstance(metadata, dict):
+        raise InputError(
+            f"{path}: its metadata must be a JSON object, got {type(metadata).__name__}"
+        )
+    return metadata
 
 
 def is_ours(path):
@@ -141,7 +141,7 @@ def is_ours(path):
     """
     path = check_model_path(path)
     with _opened(path) as archive:
-        text = json.dumps(json.loads(seals.read_member(archive, _CONFIG)))
+        text = json.dumps(json.loads(checksums.read_member(archive, _CONFIG)))
     return f'"registered_name": "{PACKAGE}>' in text
 
 
@@ -210,7 +210,7 @@ def _read_config(path):
     with _opened(path) as archive:
         names = [name for name in (WEIGHTS, _OTHER_WEIGHTS) if name in archive.namelist()]
         stored = sum(archive.getinfo(name).file_size for name in names)
-        config = json.loads(seals.read_member(archive, _CONFIG))
+        config = json.loads(checksums.read_member(archive, _CONFIG))
         # As Keras does: what it was compiled with is not needed.
         return {**config, "compile_config": None}, stored
 

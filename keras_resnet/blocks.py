@@ -9,7 +9,7 @@ Layouts are channels last throughout, whatever `keras.config.image_data_format()
 import keras
 from keras import ops
 
-from keras_resnet.errors import InputError, check_count, check_share
+from keras_resnet.utils.errors import InputError, check_count, check_share
 
 PACKAGE = "keras_resnet"
 

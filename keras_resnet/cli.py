@@ -14,7 +14,10 @@ import sys
 from pathlib import Path
 
 from keras_resnet import __version__
-from keras_resnet.errors import (
+from keras_resnet.exporters.formats import FORMATS
+from keras_resnet.exporters.formats import PRECISIONS as EXPORT_PRECISIONS
+from keras_resnet.recipes import RECIPES
+from keras_resnet.utils.errors import (
     ExportError,
     InputError,
     Interrupted,
@@ -22,10 +25,7 @@ from keras_resnet.errors import (
     WorkerLost,
     one_line,
 )
-from keras_resnet.exporting.formats import FORMATS
-from keras_resnet.exporting.formats import PRECISIONS as EXPORT_PRECISIONS
-from keras_resnet.quiet import stderr_kept_back
-from keras_resnet.recipes import RECIPES
+from keras_resnet.utils.quiet import stderr_kept_back
 
 MOST = {int: 1_000_000, float: sys.float_info.max}
 
@@ -79,7 +79,7 @@ _DATA_OPTIONS = {
         "help": "fashion_mnist (default), folder:PATH (one sub-folder a class) or tfds:NAME",
     },
     "--data-dir": {"metavar": "DIR", "help": "where the data set lies, if not in a usual place"},
-    "--validation-share": {
+    "--validation-split": {
         "type": _share,
         "metavar": "SHARE",
         "help": "share of the images held out where the set has no test split (default: 0.1; a "
@@ -330,8 +330,8 @@ def _data(args, options=_DATA_OPTIONS):
 
 
 def _train(args):
-    from keras_resnet.report import format_run
-    from keras_resnet.training import train
+    from keras_resnet.evaluation.report import format_run
+    from keras_resnet.training.trainer import train
 
     if args.restarts:
         raise InputError(f"--restarts needs --local-workers, got --restarts {args.restarts} alone")
@@ -348,7 +348,7 @@ _COMMAND = "KERAS_RESNET_COMMAND"
 def _launch(args):
     """Starts workers with the command that started this process, less the launcher's options."""
     from keras_resnet.distribution.launcher import run_local_workers
-    from keras_resnet.run_folder import default_run_dir
+    from keras_resnet.training.run_folder import default_run_dir
 
     _check_launch(args)
     words = _without(args.words, _LAUNCH_OPTIONS)
@@ -369,7 +369,7 @@ def _launch(args):
 
 
 def _check_launch(args):
-    from keras_resnet.run_folder import check_empty
+    from keras_resnet.training.run_folder import check_empty
 
     several = args.local_workers > 1
     if args.strategy in (("none", "mirrored") if several else ("multiworker",)):
@@ -401,8 +401,8 @@ def _without(words, options):
 
 
 def _evaluate(args):
-    from keras_resnet.inference import evaluate_file
-    from keras_resnet.report import format_evaluation
+    from keras_resnet.evaluation.inference import evaluate_file
+    from keras_resnet.evaluation.report import format_evaluation
 
     options = {"trust": args.trust, "normalize": args.normalize}
     evaluation = evaluate_file(args.model, **options, **_data(args, _MEASURING_OPTIONS))
@@ -410,7 +410,7 @@ def _evaluate(args):
 
 
 def _predict(args):
-    from keras_resnet.inference import predict_files
+    from keras_resnet.evaluation.inference import predict_files
 
     options = {name: getattr(args, name) for name in ("top", "invert", "trust", "normalize")}
     failures = []
@@ -425,7 +425,7 @@ def _predict(args):
 
 
 def _format_predictions(rows):
-    from keras_resnet.tables import Column, format_table
+    from keras_resnet.utils.tables import Column, format_table
 
     lines = []
     for row in rows:
@@ -438,7 +438,7 @@ def _format_predictions(rows):
 
 
 def _convert(args):
-    from keras_resnet.tables import format_table
+    from keras_resnet.utils.tables import format_table
     from keras_resnet.weights import convert
 
     found = convert(**_given(args, _CONVERT_OPTIONS))
@@ -459,8 +459,8 @@ def _say(line):
 
 
 def _export(args):
-    from keras_resnet.exporting.exporter import export
-    from keras_resnet.exporting.summary import format_failures, format_manifest
+    from keras_resnet.exporters.exporter import export
+    from keras_resnet.exporters.summary import format_failures, format_manifest
 
     names = ("to", "precision", "normalize", "preprocessing", "force")
     options = {name: getattr(args, name) for name in names}
@@ -476,8 +476,8 @@ def _export(args):
 
 
 def _verify(args):
-    from keras_resnet.exporting.summary import format_verification
-    from keras_resnet.exporting.verifier import verify
+    from keras_resnet.exporters.summary import format_verification
+    from keras_resnet.exporters.verifier import verify
 
     found = verify(args.folder, trust=args.trust, **_data(args))
     print(json.dumps(found) if args.json else format_verification(found))
@@ -486,7 +486,7 @@ def _verify(args):
 
 
 def _benchmark(args):
-    from keras_resnet.benchmarking import benchmark, format_benchmark
+    from keras_resnet.evaluation.benchmark import benchmark, format_benchmark
 
     report = benchmark(args.folder, rounds=args.rounds, out=args.out, trust=args.trust)
     print(json.dumps(report) if args.json else format_benchmark(report))
@@ -494,7 +494,7 @@ def _benchmark(args):
 
 def _summary(args):
     from keras_resnet.models import build_named, summarize_shapes
-    from keras_resnet.tables import Column, format_table
+    from keras_resnet.utils.tables import Column, format_table
 
     model, input_shape = build_named(
         args.model, args.input_shape, args.num_classes, args.variant, args.stem

@@ -23,7 +23,7 @@ from keras_resnet.blocks import (
     batch_norm,
     has_bias,
 )
-from keras_resnet.errors import InputError, check_count, check_share, look_up
+from keras_resnet.utils.errors import InputError, check_count, check_share, look_up
 
 # name -> the block as it is, and pre-activated.
 BLOCKS = {
@@ -376,7 +376,7 @@ def build_resnet(
     stem=None,
     include_top=True,
     pooling=None,
-    features=False,
+    return_features=False,
     zero_init_residual=False,
     stochastic_depth=0.0,
     name=None,
@@ -400,7 +400,8 @@ def build_resnet(
         include_top: Whether the network ends in logits. If not, it ends in what the last stage
             gives, or in one number a channel where `pooling` is given.
         pooling: "avg" or "max", over height and width; the logits' own is "avg".
-        features: Whether to return what every stage gives as well, for a detector or a segmenter.
+        return_features: Whether to return each stage's output, too, for a detector or a
+            segmenter.
         zero_init_residual: Whether every block's branch starts at zero.
         stochastic_depth: The probability that training drops the last block's branch; it grows
             evenly from the first block to the last.
@@ -408,9 +409,10 @@ def build_resnet(
 
     Returns:
         A `keras.Model`: float images, (batch, height, width, channels), to logits, (batch,
-        num_classes). With `features`, to a dict: "stage1", "stage2", … (batch, height / 4, width
-        / 4, channels) and so on by halves, and "output", what it would return otherwise. What a
-        stage gives is what the next one takes: pre-activated, a sum that is not yet normalised.
+        num_classes). With `return_features`, to a dict: "stage1", "stage2", … (batch, height / 4,
+        width / 4, channels) and so on by halves, and "output", the result without the option. A
+        stage's output is the next stage's input: a sum before normalization where the blocks are
+        pre-activated.
 
     Raises:
         InputError: If an argument names no row of its table or is out of range.
@@ -423,7 +425,7 @@ def build_resnet(
         >>> build_resnet(Spec((1, 1), (8, 16)), (32, 32, 3), stem="small").output_shape
         (None, 10)
         >>> backbone = build_resnet(
-        ...     "resnet18", (96, 96, 3), include_top=False, pooling="avg", features=True
+        ...     "resnet18", (96, 96, 3), include_top=False, pooling="avg", return_features=True
         ... )
         >>> backbone.output["stage3"].shape, backbone.output["output"].shape
         ((None, 6, 6, 256), (None, 512))
@@ -444,7 +446,7 @@ def build_resnet(
     x = _stem(inputs, spec.filters[0], stem, variant)
     stages = _stages(x, spec, variant, stochastic_depth, zero_init_residual=zero_init_residual)
     outputs = _head(stages[-1], variant, num_classes, include_top, pooling)
-    if features:
+    if return_features:
         named = {f"stage{index}": stage for index, stage in enumerate(stages, start=1)}
         outputs = {**named, "output": outputs}
     return keras.Model(inputs, outputs, name=name or "resnet")

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_resnet.blocks import PACKAGE
-from keras_resnet.errors import InputError, check_count, look_up
+from keras_resnet.utils.errors import InputError, check_count, look_up
 
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.
 LUMA = (0.299, 0.587, 0.114)

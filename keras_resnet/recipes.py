@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from keras_resnet.errors import InputError, check_count
+from keras_resnet.utils.errors import InputError, check_count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,6 +213,6 @@ def small_model(fashion):
 @pytest.fixture(scope="session")
 def serving(small_model):
     """What every exported file of `small_model` holds."""
-    from keras_resnet.exporting.graph import Serving
+    from keras_resnet.exporters.graph import Serving
 
     return Serving(small_model)

@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 SHAPE, CLASSES = (8, 8, 1), 3
-CARD = {"class_names": ["a", "b", "c"], "background": "dark"}
+METADATA = {"class_names": ["a", "b", "c"], "background": "dark"}
 MEMORY = 4 * 2**30
 """Bytes of address space that loading may take beyond what the process has before."""
 
@@ -136,39 +136,39 @@ def nest(text, dice):
 
 
 def sealed_tflite(content, dice):
-    from keras_resnet import seals
+    from keras_resnet.untrusted import checksums
 
     body = content[: content.index(b"PK\x03\x04")]
-    return seals.seal_tflite(any_bytes(body, dice), CARD)
+    return checksums.seal_tflite(any_bytes(body, dice), METADATA)
 
 
 def numbers_in_tflite(content, dice):
     """Changes small numbers where a flatbuffer has its tables, so that it stays readable."""
-    from keras_resnet import seals
+    from keras_resnet.untrusted import checksums
 
     body = bytearray(content[: content.index(b"PK\x03\x04")])
     for _ in range(2 ** dice.randrange(4)):
         place = 4 * dice.randrange(len(body) // 4)
         body[place] = dice.choice((0, 1, 2, 3, 4, 5, 9, 17, 53, 127, 255))
-    return seals.seal_tflite(bytes(body), CARD)
+    return checksums.seal_tflite(bytes(body), METADATA)
 
 
 def sealed_onnx(content, dice):
-    from keras_resnet import seals
+    from keras_resnet.untrusted import checksums
 
-    return seals.seal_onnx(any_bytes(_onnx_body(content), dice), CARD)
+    return checksums.seal_onnx(any_bytes(_onnx_body(content), dice), METADATA)
 
 
 def changed_onnx(content, dice):
     """Changes numbers, names and wiring of the graph."""
     import onnx
 
-    from keras_resnet import seals
+    from keras_resnet.untrusted import checksums
 
     model = onnx.load_model_from_string(_onnx_body(content))
     for _ in range(2 ** dice.randrange(3)):
         dice.choice((_onnx_attribute, _onnx_dims, _onnx_wire, _onnx_operator))(model.graph, dice)
-    return seals.seal_onnx(model.SerializeToString(), CARD)
+    return checksums.seal_onnx(model.SerializeToString(), METADATA)
 
 
 def _onnx_body(content):
@@ -256,7 +256,7 @@ def mutant(kind, content, seed):
 
 def outcome(kind, path, content, seed, expected, prober):
     """Returns what became of one mutant: "refused", "answer", "wrong" or "error"."""
-    from keras_resnet.errors import InputError
+    from keras_resnet.utils.errors import InputError
 
     damaged, strict = mutant(kind, content, seed)
     path.write_bytes(damaged)
@@ -279,8 +279,8 @@ def outcome(kind, path, content, seed, expected, prober):
 
 def answer(kind, path, prober):
     """Returns the answers of a file, or the manifest."""
-    from keras_resnet.inference import load
-    from keras_resnet.manifest import read_manifest
+    from keras_resnet.evaluation.inference import load
+    from keras_resnet.untrusted.manifest import read_manifest
 
     if kind == "manifest":
         return read_manifest(path.parent)

@@ -56,9 +56,9 @@ def start_strategy(job):
     devices = [tf.config.LogicalDeviceConfiguration()] * job.get("devices", 1)
     tf.config.set_logical_device_configuration(processor, devices)
     if not job.get("fix", True):
-        from keras_resnet.distribution import keras_fix
+        from keras_resnet.distribution import keras_patch
 
-        keras_fix.apply = lambda: None
+        keras_patch.apply = lambda: None
     return choose_strategy(job["strategy"], timeout=60)
 
 
@@ -210,11 +210,11 @@ def with_callbacks(strategy, folder):
     """Keras's own callbacks that write and read files, one place a worker."""
     import keras
 
-    from keras_resnet.distribution import is_chief, worker_path
+    from keras_resnet.distribution import is_chief, local_output_path
 
     split = read_split(200)
     model = build(strategy, len(split))
-    place = worker_path(folder / "written", strategy)
+    place = local_output_path(folder / "written", strategy)
     place.mkdir()
     watchers = [
         keras.callbacks.ModelCheckpoint(place / "{epoch}.weights.h5", save_weights_only=True),

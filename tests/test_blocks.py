@@ -23,7 +23,7 @@ from keras_resnet.blocks import (
     ResidualBlock,
     SqueezeExcitation,
 )
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 FOUR_BLOCKS = (ResidualBlock, BottleneckBlock, PreActResidualBlock, PreActBottleneckBlock)
 

@@ -206,7 +206,7 @@ BAD = {
         "train --learning-rate nan",
         "must be positive and",
     ),
-    "share of one": ("train --validation-share 1", "must be between 0 and 1, got 1"),
+    "share of one": ("train --validation-split 1", "must be between 0 and 1, got 1"),
     "negative seed": ("train --seed -1 --run-dir {tmp}/r", "`seed` must be"),
     "more epochs than a number holds": ("train --epochs 1" + 400 * "0", "at most 1e+06"),
     "home of nobody": (

@@ -30,7 +30,7 @@ def originals(tmp_path_factory):
     """A folder with one whole file of each kind."""
     folder = tmp_path_factory.mktemp("originals")
     model = tiny_exports.build(Spec((1,), (4,)), fuzzing.SHAPE, fuzzing.CLASSES)
-    tiny_exports.write(folder, model, fuzzing.CARD)
+    tiny_exports.write(folder, model, fuzzing.METADATA)
     (folder / "manifest.json").write_text(json.dumps(sample()))
     return folder
 

@@ -14,7 +14,6 @@ from keras_resnet.blocks import (
     PreActResidualBlock,
     ResidualBlock,
 )
-from keras_resnet.errors import InputError
 from keras_resnet.models import (
     SPECS,
     STEMS,
@@ -32,6 +31,7 @@ from keras_resnet.models import (
     residual_stage,
     summarize_shapes,
 )
+from keras_resnet.utils.errors import InputError
 
 TINY = Spec((1, 1), (4, 8))
 
@@ -305,7 +305,7 @@ def test_logits_may_follow_a_maximum():
 @pytest.mark.parametrize("variant", ["d2l", "v2"])
 def test_features_are_what_the_stages_give(variant):
     keras.utils.set_random_seed(0)
-    model = build_resnet(TINY, (None, None, 3), 7, variant=variant, features=True)
+    model = build_resnet(TINY, (None, None, 3), 7, variant=variant, return_features=True)
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype("float32")
     outputs = model(x)
     assert {name: tuple(value.shape) for name, value in outputs.items()} == {

@@ -6,7 +6,6 @@ import pytest
 import torch
 from keras import ops
 
-from keras_resnet.errors import InputError
 from keras_resnet.models import Spec, build_resnet
 from keras_resnet.preprocessing import (
     AUGMENTATIONS,
@@ -16,6 +15,7 @@ from keras_resnet.preprocessing import (
     find_normalization,
     with_preprocessing,
 )
+from keras_resnet.utils.errors import InputError
 
 RED, GREEN, BLUE = 0.299, 0.587, 0.114  # luma, ITU-R BT.601
 

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from keras_resnet import models, preprocessing, training
+from keras_resnet import models, preprocessing
 from keras_resnet.cli import PRECISIONS
-from keras_resnet.errors import InputError
-from keras_resnet.precision import POLICIES, choose_precision
 from keras_resnet.recipes import RECIPES
+from keras_resnet.training import trainer
+from keras_resnet.training.precision import POLICIES, choose_precision
+from keras_resnet.utils.errors import InputError
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_recipes_name_rows_that_exist(recipe):
-    assert recipe.optimizer in training.OPTIMIZERS
-    assert recipe.schedule in training.SCHEDULES
+    assert recipe.optimizer in trainer.OPTIMIZERS
+    assert recipe.schedule in trainer.SCHEDULES
     assert recipe.variant in models.VARIANTS
     assert recipe.stem in (None, *models.STEMS)
     assert set(recipe.augmentation) <= set(preprocessing.AUGMENTATIONS)

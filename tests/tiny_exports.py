@@ -8,7 +8,8 @@ import json
 
 import numpy as np
 
-from keras_resnet import Spec, archive, build_resnet, seals, with_preprocessing
+from keras_resnet import Spec, archive, build_resnet, with_preprocessing
+from keras_resnet.untrusted import checksums
 
 FORMATS = {
     "keras": "model.keras",
@@ -17,7 +18,7 @@ FORMATS = {
     "onnx": "model.onnx",
 }
 SHAPE, CLASSES = (28, 28, 1), 10
-CARD = {"class_names": [f"name {i}" for i in range(CLASSES)], "background": "dark"}
+METADATA = {"class_names": [f"name {i}" for i in range(CLASSES)], "background": "dark"}
 
 
 def build(spec=None, shape=SHAPE, classes=CLASSES):
@@ -79,17 +80,17 @@ def to_onnx(module):
     return model.SerializeToString()
 
 
-def write(folder, model, card):
+def write(folder, model, metadata):
     """Writes `model` in every format."""
-    archive.save_model(model, folder / FORMATS["keras"], card)
+    archive.save_model(model, folder / FORMATS["keras"], metadata)
     module = serving(model)
     saved = folder / FORMATS["saved_model"]
     save_tensorflow(module, saved)
     (saved / "assets.extra").mkdir()
-    (saved / "assets.extra" / "keras_resnet.json").write_text(json.dumps(card))
+    (saved / "assets.extra" / "keras_resnet.json").write_text(json.dumps(metadata))
     tflite, onnx = to_tflite(saved), to_onnx(module)
-    (folder / FORMATS["tflite"]).write_bytes(seals.seal_tflite(tflite, card))
-    (folder / FORMATS["onnx"]).write_bytes(seals.seal_onnx(onnx, card))
+    (folder / FORMATS["tflite"]).write_bytes(checksums.seal_tflite(tflite, metadata))
+    (folder / FORMATS["onnx"]).write_bytes(checksums.seal_onnx(onnx, metadata))
     # As others would have written them.
     (folder / "foreign.tflite").write_bytes(tflite)
     (folder / "foreign.onnx").write_bytes(onnx)
@@ -102,6 +103,6 @@ def written(tmp_path_factory):
     """Returns the folder of the network in every format; writes it once a session."""
     if not _written:
         folder = tmp_path_factory.mktemp("exports")
-        write(folder, build(), CARD)
+        write(folder, build(), METADATA)
         _written.append(folder)
     return _written[0]

@@ -6,14 +6,14 @@ from keras_resnet.datasets.base import Dataset, Split
 from keras_resnet.datasets.fashion_mnist import load_fashion_mnist
 from keras_resnet.datasets.folder import load_folder
 from keras_resnet.datasets.tfds import load_tfds
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 __all__ = ["Dataset", "Split", "load_dataset"]
 
 # `form` is how a user writes it; what follows its colon is the loader's first argument. `options`
 # are the arguments of `load_dataset` that mean something to the source.
 Source = collections.namedtuple("Source", "form load options")
-_SHARING = ("image_size", "channels", "validation_share", "seed")
+_SHARING = ("image_size", "channels", "validation_split", "seed")
 SOURCES = {
     "fashion_mnist": Source(
         "fashion_mnist", load_fashion_mnist, ("data_dir", "channels", "prefer_tensorflow")
@@ -29,7 +29,7 @@ def load_dataset(
     data_dir=None,
     image_size=None,
     channels=None,
-    validation_share=0.1,
+    validation_split=0.1,
     skip_bad=False,
     seed=0,
     prefer_tensorflow=None,
@@ -47,7 +47,7 @@ def load_dataset(
             smaller size, and sets that are arrays, keep theirs: the model's graph resizes them.
             (None, None) keeps every image's own size; see `ImageFiles`.
         channels: 1 (grey) or 3 (colour); None for what the images have.
-        validation_share: The share of the training images that validates, for sets that have
+        validation_split: The share of the training images that validates, for sets that have
             no test or validation split of their own; None for a set that is not trained on, whose
             splits "train" and "validation" are then the whole set.
         skip_bad: For "folder:", leaves out files that cannot be read.
@@ -65,7 +65,7 @@ def load_dataset(
         >>> load_dataset("imagenet")
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: a data set is named fashion_mnist, folder:PATH or \
+        keras_resnet.utils.errors.InputError: a data set is named fashion_mnist, folder:PATH or \
 tfds:NAME, got 'imagenet'
     """
     kind, colon, argument = name.partition(":")
@@ -78,7 +78,7 @@ tfds:NAME, got 'imagenet'
         "data_dir": data_dir,
         "image_size": image_size,
         "channels": channels,
-        "validation_share": validation_share,
+        "validation_split": validation_split,
         "skip_bad": skip_bad,
         "seed": seed,
         "prefer_tensorflow": prefer_tensorflow,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_resnet import arrays
-from keras_resnet.errors import InputError
+from keras_resnet.utils import arrays
+from keras_resnet.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from keras_resnet.datasets import tfds
 from keras_resnet.datasets.base import Dataset, Split, fingerprint_arrays
 from keras_resnet.datasets.idx import find_idx, read_idx
-from keras_resnet.errors import InputError
-from keras_resnet.files import expand_user
+from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.files import expand_user
 
 NAME = "fashion_mnist"
 CLASS_NAMES = (

@@ -20,8 +20,8 @@ from keras_resnet.datasets.images import (
     printable_path,
 )
 from keras_resnet.datasets.sharing import stratified_share
-from keras_resnet.errors import InputError, one_line
-from keras_resnet.files import expand_user
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.files import expand_user
 
 _LISTED = 10
 
@@ -30,7 +30,7 @@ _Look = collections.namedtuple("_Look", "size grey sha256")
 
 
 def load_folder(
-    path, *, image_size=None, channels=None, validation_share=0.1, skip_bad=False, seed=0
+    path, *, image_size=None, channels=None, validation_split=0.1, skip_bad=False, seed=0
 ):
     """Loads a folder of images: `path/class name/image file`.
 
@@ -44,7 +44,7 @@ def load_folder(
             ones. Images of one size that is no larger keep it, since the model's own graph
             resizes them. (None, None) keeps every image's own size; see `ImageFiles`.
         channels: 1 or 3; None for 1 if all images are grey, else 3.
-        validation_share: The share of each class that validates; None for a folder that is not
+        validation_split: The share of each class that validates; None for a folder that is not
             trained on, which may have classes without images; see `stratified_share`.
         skip_bad: Leaves out files that cannot be read, where they are otherwise an error.
         seed: Of the choice of validation images.
@@ -62,7 +62,7 @@ def load_folder(
     if image_size is not None:
         image_size = check_image_size(image_size)
     class_names = _class_names(root)
-    is_shared = validation_share is not None
+    is_shared = validation_split is not None
     files = [file for name in class_names for file in _class_files(root / name, not is_shared)]
     looks, bad = _look_at_all(files)
     if bad and not skip_bad:
@@ -76,7 +76,7 @@ def load_folder(
     image_size = _reading_size(looks, image_size)
     if channels is None:
         channels = 1 if all(look.grey for look in looks.values()) else 3
-    parts = stratified_share(labels, validation_share, seed)
+    parts = stratified_share(labels, validation_split, seed)
     splits = {
         name: Split(ImageFiles([files[i] for i in part], image_size, channels), labels[part])
         for name, part in zip(("train", "validation"), parts, strict=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 # The first two bytes of an IDX file are zero, the third is the type of the values (8: unsigned
 # byte), the fourth the number of axes; after them comes the length of each axis, big-endian.

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from keras_resnet import tables
-from keras_resnet.errors import InputError, one_line
+from keras_resnet.utils import tables
+from keras_resnet.utils.errors import InputError, one_line
 
 # Modes whose pixels are one grey value. A palette counts as colour, whatever its colours are.
 GREY_MODES = frozenset({"1", "L", "LA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})

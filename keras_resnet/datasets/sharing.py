@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 
 def stratified_share(labels, share, seed):
@@ -32,7 +32,7 @@ def stratified_share(labels, share, seed):
     if share is None:
         return np.arange(len(labels)), np.arange(len(labels))
     if not 0 < share < 1:
-        raise InputError(f"`validation_share` must be above 0 and below 1, got {share}")
+        raise InputError(f"`validation_split` must be above 0 and below 1, got {share}")
     labels = np.asarray(labels)
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):

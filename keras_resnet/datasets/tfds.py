@@ -19,8 +19,8 @@ import numpy as np
 from keras_resnet.datasets.base import Dataset, Split, fingerprint_arrays
 from keras_resnet.datasets.images import ImageFiles, check_image_size
 from keras_resnet.datasets.sharing import stratified_share
-from keras_resnet.errors import InputError, one_line
-from keras_resnet.files import expand_user
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.files import expand_user
 
 # Enough for a server that stumbles. TFDS's own 10 make a machine without network wait 3 minutes.
 _DOWNLOAD_RETRIES = 3
@@ -33,7 +33,7 @@ def load_tfds(
     data_dir=None,
     image_size=None,
     channels=None,
-    validation_share=0.1,
+    validation_split=0.1,
     seed=0,
 ):
     """Loads an image-classification set of TFDS, prepared or not.
@@ -47,7 +47,7 @@ def load_tfds(
         data_dir: TFDS's folder; None for `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
         image_size: (height, width) or one number; needed where shapes vary.
         channels: 1 or 3 where shapes vary; else None or what the images have.
-        validation_share: The share of the training split that validates, where the set has
+        validation_split: The share of the training split that validates, where the set has
             neither a test nor a validation split with labels.
         seed: Of the choice of that share.
 
@@ -76,7 +76,7 @@ def load_tfds(
         raise InputError(f"tfds:{name}: the train split has images without a label (label -1)")
     held_out = _labelled_split(builder, read)
     whole = {"train": train, **held_out}
-    splits = whole if held_out else _share(train, validation_share, seed)
+    splits = whole if held_out else _share(train, validation_split, seed)
     return Dataset(
         name=f"tfds:{name}",
         class_names=tuple(builder.info.features["label"].names),
@@ -238,8 +238,8 @@ def _labelled_split(builder, read):
     return {}
 
 
-def _share(train, validation_share, seed):
-    parts = stratified_share(train.labels, validation_share, seed)
+def _share(train, validation_split, seed):
+    parts = stratified_share(train.labels, validation_split, seed)
     if isinstance(train.images, ImageFiles):
         _, height, width, channels = train.images.shape
 

@@ -1,8 +1,8 @@
 """One network trained on many replicas, with `tf.distribute`.
 
 `strategies` chooses, `cluster` says who the workers are, `rendezvous` lets them meet, `launcher`
-starts those of one machine, `replicas` deals out data and sums up, and `keras_fix` puts right what
-Keras 3 cannot do under several workers.
+starts those of one machine, `replicas` deals out data and sums up, and `keras_patch` closes
+Keras 3's gaps under several workers.
 """
 
 import importlib
@@ -12,8 +12,8 @@ _EXPORTS = {
     "STRATEGIES": "strategies",
     "choose_strategy": "strategies",
     "is_chief": "strategies",
-    "worker_path": "strategies",
-    "check_compiled": "keras_fix",
+    "local_output_path": "strategies",
+    "check_compiled": "keras_patch",
     "AverageMovingStatistics": "replicas",
     "Shards": "replicas",
     "choose_loss": "replicas",

@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 
-from keras_resnet.errors import InputError, one_line
+from keras_resnet.utils.errors import InputError, one_line
 
 _FORM = '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}'
 

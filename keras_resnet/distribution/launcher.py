@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 
-from keras_resnet.errors import InputError, check_count
+from keras_resnet.utils.errors import InputError, check_count
 
 # How long the others of a worker that failed may take to notice it and to say so.
 GRACE_SECONDS = 20

@@ -25,7 +25,7 @@ import socket
 import time
 
 from keras_resnet.distribution.cluster import split_address
-from keras_resnet.errors import InputError, WorkerLost, one_line
+from keras_resnet.utils.errors import InputError, WorkerLost, one_line
 
 _MAGIC = b"keras_resnet meeting 1 "
 _MAX_LINE = 2**20

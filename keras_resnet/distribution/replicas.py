@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_resnet.blocks import PACKAGE
 from keras_resnet.datasets.base import cut_batches
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 
 class Shards:
@@ -104,7 +104,7 @@ def check_batches(images, batch_size, replicas):
         >>> check_batches(60001, 64, 98)
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: a batch of 64 images is too small for 98 replicas: ...
+        keras_resnet.utils.errors.InputError: a batch of 64 images is too small for 98 replicas: ...
     """
     if images < replicas:
         raise InputError(f"each of {replicas} replicas needs an image, got {images} images")

@@ -15,8 +15,8 @@ import keras
 
 from keras_resnet.distribution import rendezvous
 from keras_resnet.distribution.cluster import Cluster, find_cluster
-from keras_resnet.errors import InputError, look_up, one_line
-from keras_resnet.quiet import stderr_kept_back
+from keras_resnet.utils.errors import InputError, look_up, one_line
+from keras_resnet.utils.quiet import stderr_kept_back
 
 TIMEOUT = 300.0
 """Seconds that a worker waits for the others to come."""
@@ -170,7 +170,7 @@ def _start_multiworker(cluster):
     import tensorflow as tf
     from tensorflow.python.distribute import collective_all_reduce_strategy
 
-    from keras_resnet.distribution import keras_fix
+    from keras_resnet.distribution import keras_patch
 
     # TensorFlow asks each peer three times, 10 s each, and again after this many seconds: with its
     # own 30 a machine that has vanished is found after up to 65 s.
@@ -186,7 +186,7 @@ def _start_multiworker(cluster):
         raise InputError(
             f"{cluster.name(cluster.index)} cannot start: {one_line(error)}{advice}"
         ) from error
-    keras_fix.apply()
+    keras_patch.apply()
     _hide_unclosed_pools()
     return strategy
 
@@ -281,7 +281,7 @@ def is_chief(strategy):
     return resolver is None or not resolver.task_type or resolver.task_id == 0
 
 
-def worker_path(path, strategy):
+def local_output_path(path, strategy):
     """Returns where this process may write what callbacks write: `path` itself on the chief.
 
     `ModelCheckpoint`, `BackupAndRestore` and `TensorBoard` write on every worker, and workers that
@@ -296,7 +296,7 @@ def worker_path(path, strategy):
         A `pathlib.Path`.
 
     Example:
-        >>> str(worker_path("runs/checkpoints", choose_strategy("none", say=None)))
+        >>> str(local_output_path("runs/checkpoints", choose_strategy("none", say=None)))
         'runs/checkpoints'
     """
     path = Path(path)

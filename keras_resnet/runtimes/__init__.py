@@ -9,10 +9,10 @@ import importlib
 import stat
 from pathlib import Path
 
-from keras_resnet import manifest, seals
-from keras_resnet.errors import InputError
 from keras_resnet.runtimes.base import Runtime, Tensor
 from keras_resnet.runtimes.probe import Prober
+from keras_resnet.untrusted import checksums, manifest
+from keras_resnet.utils.errors import InputError
 
 __all__ = ["FORMATS", "Prober", "Runtime", "Tensor", "open_runtime"]
 
@@ -60,7 +60,9 @@ def open_runtime(path, *, threads=None, trust=False, prober=None):
     module, name = _NATIVE[suffix]
     if not trust:
         # In this order: a file that is damaged need not be tried.
-        {".tflite": seals.read_tflite_seal, ".onnx": seals.read_onnx_seal}[suffix](content, path)
+        {".tflite": checksums.read_tflite_seal, ".onnx": checksums.read_onnx_seal}[suffix](
+            content, path
+        )
         with contextlib.nullcontext(prober) if prober else Prober() as used:
             used.probe(path, suffix[1:], content)
     return _imported(module, name)(content, path, threads)

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 
-from keras_resnet import arrays
-from keras_resnet.errors import InputError, one_line
-from keras_resnet.tables import printable
+from keras_resnet.utils import arrays
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.tables import printable
 
 CHUNK = 256
 """Images a call of a model that takes any number of them."""
@@ -25,7 +25,7 @@ OUTPUT_KINDS = {
 }
 """What a model's output can be."""
 
-CARD_KEY = "output_kind"
+OUTPUT_KIND_KEY = "output_kind"
 """Where a file's metadata hold a row of `OUTPUT_KINDS`."""
 
 # Roles of operators in a graph, beside the kinds of output that they give.
@@ -64,7 +64,7 @@ class Runtime:
 
     Args:
         path: The file, for messages; None for a model that came from none.
-        card: What the file says about itself, a dict.
+        metadata: What the file says about itself, a dict.
         threads: How many threads compute one answer; None leaves it to the runtime.
 
     Attributes:
@@ -83,9 +83,9 @@ class Runtime:
     input = output = None
     graph_kind = None
 
-    def __init__(self, path, card=None, threads=None):
+    def __init__(self, path, metadata=None, threads=None):
         self.path = path
-        self.card = card or {}
+        self.metadata = metadata or {}
         self.threads = threads
         self.operators = {}
 
@@ -141,7 +141,7 @@ class Runtime:
     @property
     def stated_kind(self):
         """What the file's metadata say of the output; None if nothing."""
-        return self.card.get(CARD_KEY)
+        return self.metadata.get(OUTPUT_KIND_KEY)
 
     def _sample(self):
         """Returns four images as the model takes them: black, white, noise, and a gradient."""

@@ -30,7 +30,7 @@ def examine(runtime):
 
     import numpy as np
 
-    from keras_resnet.errors import InputError
+    from keras_resnet.utils.errors import InputError
 
     batch, *image = runtime.input.shape
     image = [_PIXELS if size is None else size for size in image]
@@ -78,8 +78,8 @@ def _opener(form):
 
 
 def _answer(task, content):
-    from keras_resnet.errors import InputError
     from keras_resnet.runtimes import base
+    from keras_resnet.utils.errors import InputError
 
     try:
         opened = _opener(task["format"])

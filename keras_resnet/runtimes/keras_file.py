@@ -8,11 +8,11 @@ import keras
 
 from keras_resnet import archive
 from keras_resnet.blocks import PaddedConv2D
-from keras_resnet.errors import InputError
 from keras_resnet.preprocessing import Augmentation
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count
-from keras_resnet.tables import printable
+from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.tables import printable
 
 
 class KerasRuntime(Runtime):
@@ -20,7 +20,7 @@ class KerasRuntime(Runtime):
 
     Args:
         model: A model with one input and one output.
-        card: What its file says about itself.
+        metadata: What its file says about itself.
         path: The file, if it came from one.
 
     Attributes:
@@ -29,8 +29,8 @@ class KerasRuntime(Runtime):
 
     format = "keras"
 
-    def __init__(self, model, card=None, path=None, threads=None):
-        super().__init__(path, card, threads)
+    def __init__(self, model, metadata=None, path=None, threads=None):
+        super().__init__(path, metadata, threads)
         self.model = model
         self.input, self.output = self._ends()
         self.graph_kind = base.kind_by_graph(*_producers(model))
@@ -86,8 +86,8 @@ class KerasRuntime(Runtime):
 
 def open_keras(path, threads=None):
     """Loads a .keras file; never runs code from it."""
-    card = archive.read_card(path)
-    return KerasRuntime(archive.load_model(path), card, path, threads)
+    metadata = archive.read_metadata(path)
+    return KerasRuntime(archive.load_model(path), metadata, path, threads)
 
 
 def _leaves(model):

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from keras_resnet.errors import InputError
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_normalization
 from keras_resnet.runtimes.base import Runtime, Tensor
 from keras_resnet.runtimes.keras_file import KerasRuntime
+from keras_resnet.utils.errors import InputError
 
 # How far the ends of a quantized input may lie from those of a normalization, as a share of its
 # width: they were found on calibration images.
@@ -32,7 +32,7 @@ def normalized(runtime, normalize=None):
     normalize = normalize or _find_by_range(runtime)
     if isinstance(runtime, KerasRuntime):
         model = with_normalization(runtime.model, normalize)
-        return KerasRuntime(model, runtime.card, runtime.path, runtime.threads)
+        return KerasRuntime(model, runtime.metadata, runtime.path, runtime.threads)
     return NormalizedRuntime(runtime, normalize)
 
 
@@ -59,8 +59,8 @@ class NormalizedRuntime(Runtime):
     """
 
     def __init__(self, runtime, normalize):
-        card = {**runtime.card, "takes_raw_images": True}
-        super().__init__(runtime.path, card, runtime.threads)
+        metadata = {**runtime.metadata, "takes_raw_images": True}
+        super().__init__(runtime.path, metadata, runtime.threads)
         if "float" not in runtime.input.dtype:
             raise InputError(
                 f"{self.name}: it takes {runtime.input.dtype}, and floats alone are normalised: "

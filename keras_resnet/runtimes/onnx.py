@@ -1,10 +1,10 @@
 """ONNX files, run by ONNX Runtime on the CPU."""
 
-from keras_resnet import seals
-from keras_resnet.errors import InputError
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
-from keras_resnet.tables import printable
+from keras_resnet.untrusted import checksums
+from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.tables import printable
 
 _STANDARD = ("", "ai.onnx")
 _ROLES = {
@@ -38,10 +38,10 @@ class OnnxRuntime(Runtime):
     format = "onnx"
 
     def __init__(self, content, path, threads=None):
-        sealed = seals.read_onnx_seal(content, path)
+        sealed = checksums.read_onnx_seal(content, path)
         model = _parse(content, path)
         metadata = [(entry.key, entry.value) for entry in model.metadata_props]
-        super().__init__(path, seals.onnx_card(metadata, sealed, path), threads)
+        super().__init__(path, checksums.onnx_metadata(metadata, sealed, path), threads)
         self.operators = count(self._operators(model))
         producers = {
             output: (_ROLES.get(node.op_type), list(node.input))

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 
-from keras_resnet.errors import InputError
 from keras_resnet.runtimes import child
+from keras_resnet.utils.errors import InputError
 
 MEMORY = 4 * 2**30
 """Bytes of address space that a small model may take, beyond what the libraries have."""
@@ -35,7 +35,7 @@ class Prober:
         ...     prober.probe("model.tflite", "tflite", b"no model")
         Traceback (most recent call last):
         ...
-        keras_resnet.errors.InputError: model.tflite: cannot be loaded: ...
+        keras_resnet.utils.errors.InputError: model.tflite: cannot be loaded: ...
     """
 
     def __init__(self, memory=None, seconds=SECONDS):

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from keras_resnet import seals
-from keras_resnet.errors import InputError
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
+from keras_resnet.untrusted import checksums
+from keras_resnet.utils.errors import InputError
 
-CARD = Path("assets.extra") / seals.CARD
+METADATA = Path("assets.extra") / checksums.METADATA
 SIGNATURE = "serving_default"
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
@@ -74,20 +74,20 @@ def _open(path):
 
 
 def _read_card(folder):
-    path = folder / CARD
+    path = folder / METADATA
     if not path.is_file():
         return {}
     try:
         with open(path, "rb") as file:
-            content = file.read(seals.MAX_MEMBER_BYTES + 1)
-        if len(content) > seals.MAX_MEMBER_BYTES:
-            raise ValueError(f"larger than {seals.MAX_MEMBER_BYTES} bytes")
-        card = json.loads(content)
-        if not isinstance(card, dict):
+            content = file.read(checksums.MAX_MEMBER_BYTES + 1)
+        if len(content) > checksums.MAX_MEMBER_BYTES:
+            raise ValueError(f"larger than {checksums.MAX_MEMBER_BYTES} bytes")
+        metadata = json.loads(content)
+        if not isinstance(metadata, dict):
             raise ValueError("it must be a JSON object")
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: damaged: {reason(error)}") from error
-    return card
+    return metadata
 
 
 def _tensor(name, spec):

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from keras_resnet import seals
-from keras_resnet.errors import InputError
-from keras_resnet.quiet import stderr_kept_back
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
-from keras_resnet.tables import printable
+from keras_resnet.untrusted import checksums
+from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.quiet import stderr_kept_back
+from keras_resnet.utils.tables import printable
 
 _ROLES = {
     **dict.fromkeys(("CAST", "DEQUANTIZE", "QUANTIZE", "RESHAPE", "SQUEEZE"), base.PASSING),
@@ -32,7 +32,7 @@ class TFLiteRuntime(Runtime):
     format = "tflite"
 
     def __init__(self, content, path, threads=None):
-        super().__init__(path, seals.read_tflite_seal(content, path), threads)
+        super().__init__(path, checksums.read_tflite_seal(content, path), threads)
         self._interpreter = self._open(content)
         self.operators = count(self._operators(content))
         ends = (self._interpreter.get_input_details(), self._interpreter.get_output_details())

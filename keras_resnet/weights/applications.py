@@ -16,8 +16,8 @@ import keras
 from keras import ops
 
 from keras_resnet import archive
-from keras_resnet.errors import InputError, one_line
-from keras_resnet.files import expand_user
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.files import expand_user
 from keras_resnet.weights.checkpoint import (
     _MAX_EXPANSION,
     _READ_AS,

@@ -19,8 +19,8 @@ import numpy as np
 from safetensors import deserialize
 from safetensors.numpy import save as safetensors_bytes
 
-from keras_resnet.errors import InputError, one_line
-from keras_resnet.files import expand_user, replacing
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.files import expand_user, replacing
 
 # Before 2.10 a file can take over the process in spite of `weights_only=True`
 # (CVE-2025-32434, CVE-2026-24747).

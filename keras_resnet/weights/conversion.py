@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from keras_resnet import archive
-from keras_resnet.errors import InputError, check_count, look_up, one_line
-from keras_resnet.files import expand_user
 from keras_resnet.models import SPECS, STEMS, VARIANTS, build_resnet, count_parameters
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
+from keras_resnet.utils.errors import InputError, check_count, look_up, one_line
+from keras_resnet.utils.files import expand_user
 from keras_resnet.weights.layouts import LAYOUTS, Checkpoint, find_network, inspect_tensors
 from keras_resnet.weights.transfer import load_tensors, naming, read_tensors
 
@@ -177,11 +177,15 @@ def _describe_input(channels, size, normalize):
 
 
 def _save(model, out, source, found, normalize):
-    """Writes the model with a card that says where it is from: no data set, no class names."""
+    """Writes the model with metadata that say where it is from: no data set, no class names."""
     origin = {"file": Path(source.path).name, "sha256": source.sha256, **found}
-    card = {"model": found["model"], "takes_raw_images": normalize is not None, "origin": origin}
+    metadata = {
+        "model": found["model"],
+        "takes_raw_images": normalize is not None,
+        "origin": origin,
+    }
     try:
-        archive.save_model(model, out, card)
+        archive.save_model(model, out, metadata)
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise InputError(f"{out}: cannot be written: {reason}") from error

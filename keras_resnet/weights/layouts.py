@@ -14,8 +14,8 @@ import re
 
 import numpy as np
 
-from keras_resnet.errors import InputError, look_up
 from keras_resnet.models import STEMS
+from keras_resnet.utils.errors import InputError, look_up
 from keras_resnet.weights.checkpoint import AVERAGED
 
 _BLOCK = re.compile(r"stage(\d+)_block(\d+)$")

@@ -7,10 +7,10 @@ import numpy as np
 from keras import ops
 
 from keras_resnet import archive
-from keras_resnet.errors import InputError
-from keras_resnet.files import expand_user
 from keras_resnet.models import STEMS, module_of
 from keras_resnet.preprocessing import NORMALIZATIONS, ImagePreprocessing, find_normalization
+from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.files import expand_user
 from keras_resnet.weights.conversion import Source, sha256_of
 from keras_resnet.weights.layouts import Checkpoint, Layout
 from keras_resnet.weights.transfer import find_variants, load_tensors, naming
@@ -101,7 +101,7 @@ def open_own(path):
     broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
     if broken:
         raise InputError(f"{path}: weights must be finite, got infinity or NaN in {broken[0]}")
-    named = archive.read_card(path).get("variant")
+    named = archive.read_metadata(path).get("variant")
     kernel = tensors.get("stem_conv/kernel", tensors.get("stem_conv1/kernel"))
     head = tensors.get(f"{_HEAD}/bias")
     checkpoint = Checkpoint(

@@ -9,9 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_resnet.blocks import BottleneckBlock, ResidualBlock
-from keras_resnet.errors import InputError, check_count, look_up
-from keras_resnet.files import expand_user
 from keras_resnet.models import VARIANTS
+from keras_resnet.utils.errors import InputError, check_count, look_up
+from keras_resnet.utils.files import expand_user
 from keras_resnet.weights.applications import read_keras_applications
 from keras_resnet.weights.checkpoint import read_checkpoint, write_checkpoint
 from keras_resnet.weights.layouts import HEAD, LAYOUTS, Network, find_network

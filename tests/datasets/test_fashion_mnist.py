@@ -8,7 +8,7 @@ import pytest
 from keras_resnet.datasets import fashion_mnist, load_dataset
 from keras_resnet.datasets.base import fingerprint_arrays
 from keras_resnet.datasets.fashion_mnist import CLASS_NAMES, FINGERPRINT, NAME, SHA256
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 # The time in the gzip header of the official files; the file's name stands there too.
 OFFICIAL_TIME = {"train": 1504176606, "t10k": 1504176627}

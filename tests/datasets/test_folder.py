@@ -8,7 +8,7 @@ from PIL import Image
 
 from keras_resnet.datasets import load_dataset
 from keras_resnet.datasets.images import ImageFiles
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 COLOURS = {"bag": (250, 0, 0), "coat": (0, 250, 0), "ärmel": (0, 0, 250)}
 
@@ -40,7 +40,7 @@ def test_classes_splits_and_pixels(folder):
     (folder / ".cache").mkdir()
     (folder / "bag" / ".DS_Store").write_bytes(b"hidden")
     (folder / "README.txt").write_text("beside the classes")
-    dataset = load(folder, validation_share=0.2)
+    dataset = load(folder, validation_split=0.2)
     assert dataset.class_names == ("bag", "coat", "ärmel")
     assert dataset.name == f"folder:{folder}"
     assert dataset.source == f"image folder {folder}: 30 images, 3 classes"
@@ -63,7 +63,7 @@ def test_validation_images_are_a_function_of_the_seed(folder):
         return [path.name for path in load(folder, **options).splits["validation"].images.sources]
 
     assert chosen() == chosen()
-    assert chosen(validation_share=0.5, seed=1) != chosen(validation_share=0.5)
+    assert chosen(validation_split=0.5, seed=1) != chosen(validation_split=0.5)
     parts = load(folder).splits
     assert not set(parts["train"].images.sources) & set(parts["validation"].images.sources)
 
@@ -214,7 +214,7 @@ def test_names_that_are_not_utf8(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{"channels": 2}, {"image_size": 0}, {"validation_share": 0}, {"validation_share": 1}],
+    [{"channels": 2}, {"image_size": 0}, {"validation_split": 0}, {"validation_split": 1}],
 )
 def test_bad_options(folder, options):
     assert next(iter(options)) in error_of(folder, **options)
@@ -241,7 +241,7 @@ def test_a_folder_that_is_not_trained_on_is_whole(folder):
         path.unlink()
     for path in (folder / "bag").iterdir():
         path.unlink()
-    dataset = load(folder, validation_share=None)
+    dataset = load(folder, validation_split=None)
     assert dataset.class_names == ("bag", "coat", "ärmel")
     assert dataset.evaluation_split == "validation"
     for split in dataset.splits.values():
@@ -249,7 +249,7 @@ def test_a_folder_that_is_not_trained_on_is_whole(folder):
     for name in ("coat", "ärmel"):
         for path in (folder / name).iterdir():
             path.unlink()
-    assert "hold no readable image" in error_of(folder, validation_share=None)
+    assert "hold no readable image" in error_of(folder, validation_split=None)
 
 
 def test_images_can_keep_their_own_sizes(folder):

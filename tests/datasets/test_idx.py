@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keras_resnet.datasets.idx import find_idx, read_idx
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
 

@@ -13,7 +13,7 @@ from keras_resnet.datasets.images import (
     open_upright,
     split_marks,
 )
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 
 def encoded(image, form="png", **options):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from keras_resnet.datasets import load_dataset
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 
 @pytest.mark.parametrize(

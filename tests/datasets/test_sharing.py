@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_resnet.datasets.sharing import stratified_share
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 
 @given(

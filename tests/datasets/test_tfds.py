@@ -9,7 +9,7 @@ from PIL import Image
 from keras_resnet.datasets import load_dataset
 from keras_resnet.datasets.images import ImageFiles
 from keras_resnet.datasets.tfds import data_root, keras_runs_on_tensorflow
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 NAMES = ["hat", "shoe"]
 LABELS = [0, 1, 1, 0, 0, 1, 0, 1]
@@ -104,7 +104,7 @@ def test_arrays_are_left_at_their_size(root):
 
 def test_images_of_varying_shapes_stay_encoded(root):
     assert "--image-size" in error_of(root, "varying")
-    dataset = load(root, "varying", image_size=(4, 6), channels=1, validation_share=0.25)
+    dataset = load(root, "varying", image_size=(4, 6), channels=1, validation_split=0.25)
     assert dataset.image_shape == (4, 6, 1)
     assert {name: len(split) for name, split in dataset.splits.items()} == {
         "train": 6,
@@ -120,7 +120,7 @@ def test_images_of_varying_shapes_stay_encoded(root):
 def test_a_share_of_train_where_no_other_split_has_labels(root, tmp_path):
     arrays = images([(6, 5, 3)] * 8)
     store(tmp_path, "alone", (6, 5, 3), {"train": (arrays, LABELS)})
-    dataset = load(tmp_path, "alone", validation_share=0.5)
+    dataset = load(tmp_path, "alone", validation_split=0.5)
     assert [len(split) for split in dataset.splits.values()] == [4, 4]
     assert sorted(itertools.chain(*map(pairs, dataset.splits.values()))) == ALL_PAIRS
     # Neither the share nor the seed changes what the set holds.

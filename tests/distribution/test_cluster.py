@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from keras_resnet.distribution import cluster as clusters
 from keras_resnet.distribution.cluster import Cluster, find_cluster, parse_tf_config, slurm_cluster
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 TWO = {"worker": ["a:2222", "b:2222"]}
 

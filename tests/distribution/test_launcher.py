@@ -16,7 +16,7 @@ from conftest import default_signals
 
 from keras_resnet.distribution import launcher
 from keras_resnet.distribution.launcher import run_local_workers, share_cores, share_gpus
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 pytestmark = pytest.mark.thorough
 

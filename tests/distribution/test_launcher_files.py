@@ -15,7 +15,7 @@ import yaml
 from conftest import TINY_COMMAND
 
 from keras_resnet.distribution.cluster import slurm_cluster, split_address
-from keras_resnet.report import read_history
+from keras_resnet.evaluation.report import read_history
 
 pytestmark = pytest.mark.thorough
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from conftest import command, default_signals, run_command, run_main
 
-from keras_resnet.archive import load_model, read_card
-from keras_resnet.report import read_history
+from keras_resnet.archive import load_model, read_metadata
+from keras_resnet.evaluation.report import read_history
 
 pytestmark = pytest.mark.thorough
 
@@ -189,8 +189,8 @@ def test_a_second_run_into_a_folder_is_refused(fashion_folder, tmp_path, started
     assert process.poll() is None  # the first goes on
     process.terminate()
     assert process.wait(timeout=60) == 130
-    card = read_card(run_dir / "checkpoints" / "last.keras")
-    assert all(np.isfinite(row["loss"]) for row in card["history"])
+    metadata = read_metadata(run_dir / "checkpoints" / "last.keras")
+    assert all(np.isfinite(row["loss"]) for row in metadata["history"])
 
 
 # ----------------------------------------------------------------------------------------------

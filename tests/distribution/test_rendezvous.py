@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import keras_resnet
 from keras_resnet.distribution.cluster import Cluster
 from keras_resnet.distribution.rendezvous import _MAGIC, meet
-from keras_resnet.errors import InputError, WorkerLost
+from keras_resnet.utils.errors import InputError, WorkerLost
 
 pytestmark = pytest.mark.thorough
 

@@ -14,7 +14,7 @@ from keras_resnet.distribution.replicas import (
     check_batches,
     choose_loss,
 )
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 
 
 class Pipeline:

@@ -311,7 +311,7 @@ TABLE = {
     "`evaluate`": ("yes", "yes", evaluate, "arrays"),
     "`predict`": ("yes", "yes", predict, "arrays"),
     "metrics": ("yes", "yes", metrics, "float32"),
-    "callbacks": ("yes", "yes, with `worker_path`", callbacks, "callbacks"),
+    "callbacks": ("yes", "yes, with `local_output_path`", callbacks, "callbacks"),
     "learning-rate schedules": ("yes", "yes", learning_rate_schedules, "float32"),
     "mixed precision": ("yes", "yes", mixed_precision, "mixed_bfloat16"),
     "`steps_per_execution` > 1": (

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import keras_resnet
-from keras_resnet.distribution import is_chief, strategies, worker_path
-from keras_resnet.errors import InputError
+from keras_resnet.distribution import is_chief, local_output_path, strategies
+from keras_resnet.utils.errors import InputError
 
 WORKERS = ["a:1", "b:2", "c:3"]
 
@@ -129,7 +129,9 @@ def test_chosen_too_late_it_says_so():
 
 def test_alone_a_process_is_the_chief_and_writes_where_it_was_told(tmp_path):
     strategy = strategies.choose_strategy("none", say=None)
-    assert is_chief(strategy) and worker_path(tmp_path / "here", strategy) == tmp_path / "here"
+    assert (
+        is_chief(strategy) and local_output_path(tmp_path / "here", strategy) == tmp_path / "here"
+    )
 
 
 FEW_IMAGES = """

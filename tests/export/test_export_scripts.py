@@ -13,8 +13,8 @@ import pytest
 
 import keras_resnet
 from keras_resnet import archive
-from keras_resnet.inference import load
-from keras_resnet.manifest import read_manifest
+from keras_resnet.evaluation.inference import load
+from keras_resnet.untrusted.manifest import read_manifest
 
 pytestmark = pytest.mark.thorough
 
@@ -135,7 +135,7 @@ def coarse_model(trained_run, tmp_path_factory):
     predictor = load(trained_run)
     predictor.model.layers[-1].weights[-1].assign_add([1000.0] * 4)
     path = tmp_path_factory.mktemp("coarse") / "coarse.keras"
-    archive.save_model(predictor.model, path, predictor.card)
+    archive.save_model(predictor.model, path, predictor.metadata)
     return path
 
 

@@ -12,8 +12,8 @@ import pytest
 import tiny_exports
 from PIL import Image
 
-from keras_resnet import seals
-from keras_resnet.inference import predict_files
+from keras_resnet.evaluation.inference import predict_files
+from keras_resnet.untrusted import checksums
 
 pytestmark = pytest.mark.thorough
 
@@ -44,13 +44,13 @@ def models(tmp_path_factory):
     """A folder with one network as .keras, .tflite and .onnx, and with a batch of one."""
     folder = tmp_path_factory.mktemp("models")
     model = tiny_exports.build()
-    tiny_exports.write(folder, model, tiny_exports.CARD)
+    tiny_exports.write(folder, model, tiny_exports.METADATA)
     single = tiny_exports.serving(model, batch=1)
     tiny_exports.save_tensorflow(single, folder / "saved_batch1")
     tflite, onnx = tiny_exports.to_tflite(folder / "saved_batch1"), tiny_exports.to_onnx(single)
-    card = tiny_exports.CARD
-    (folder / "model-batch1.tflite").write_bytes(seals.seal_tflite(tflite, card))
-    (folder / "model-batch1.onnx").write_bytes(seals.seal_onnx(onnx, card))
+    metadata = tiny_exports.METADATA
+    (folder / "model-batch1.tflite").write_bytes(checksums.seal_tflite(tflite, metadata))
+    (folder / "model-batch1.onnx").write_bytes(checksums.seal_onnx(onnx, metadata))
     return folder
 
 
@@ -132,7 +132,7 @@ def test_answers_are_those_of_the_runtime(run_script, models, pictures, name, su
     paths, images = pictures
     model = models / f"{name}.{suffix}"
     rows = answer(run_script(model, *paths, "--json", "--top", 10, "--invert", "no"))
-    names = np.array(tiny_exports.CARD["class_names"])
+    names = np.array(tiny_exports.METADATA["class_names"])
     for row, path, wanted in zip(rows, paths, ask(model, images), strict=True):
         best = np.argsort(-wanted, kind="stable")
         assert row["image"] == str(path) and row["inverted"] is False
@@ -211,7 +211,7 @@ def test_lines_are_image_label_and_probability(run_script, models, pictures, suf
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_model_without_names_numbers_its_classes(run_script, models, pictures, tmp_path, suffix):
-    seal = {"tflite": seals.seal_tflite, "onnx": seals.seal_onnx}[suffix]
+    seal = {"tflite": checksums.seal_tflite, "onnx": checksums.seal_onnx}[suffix]
     model = tmp_path / f"model.{suffix}"
     model.write_bytes(seal((models / f"foreign.{suffix}").read_bytes(), {}))
     (row,) = answer(run_script(model, pictures[0][0], "--json"))

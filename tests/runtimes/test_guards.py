@@ -10,10 +10,10 @@ import tiny_exports
 from manifests import sample
 from onnx import TensorProto, helper, load_model_from_string, numpy_helper
 
-from keras_resnet import seals
-from keras_resnet.errors import InputError
-from keras_resnet.manifest import digest
 from keras_resnet.runtimes import Prober, open_runtime
+from keras_resnet.untrusted import checksums
+from keras_resnet.untrusted.manifest import digest
+from keras_resnet.utils.errors import InputError
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +86,8 @@ def test_damaged_files_are_refused(exports, tmp_path, prober, name, damage, reas
 def test_an_onnx_file_that_lost_its_seal_is_refused(exports, tmp_path, prober):
     content = (exports / "model.onnx").read_bytes()
     path = tmp_path / "model.onnx"
-    path.write_bytes(content[: content.rindex(seals.ONNX_SEAL_KEY.encode()) - 4])
-    refuse(path, "its metadata have our card, and no seal", prober)
+    path.write_bytes(content[: content.rindex(checksums.ONNX_SEAL_KEY.encode()) - 4])
+    refuse(path, "its metadata have our metadata, and no seal", prober)
 
 
 @pytest.mark.parametrize("name", tiny_exports.FORMATS.values())

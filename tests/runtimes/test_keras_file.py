@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_resnet import InputError, Predictor, Spec, Split, build_resnet, evaluate, inference
+from keras_resnet import InputError, Predictor, Spec, Split, build_resnet, evaluate
+from keras_resnet.evaluation import inference
 from keras_resnet.preprocessing import with_preprocessing
 from keras_resnet.runtimes.keras_file import KerasRuntime, is_bare
 
@@ -135,12 +136,12 @@ def test_several_labels_are_measured_by_the_largest_number():
     assert found.accuracy == 1.0 and np.isfinite(found.to_dict()["loss"])
 
 
-@pytest.mark.parametrize("card", [{"class_names": ["only"]}, {"class_names": ["a", "b", "c"]}])
-def test_one_number_has_two_class_names(card):
+@pytest.mark.parametrize("metadata", [{"class_names": ["only"]}, {"class_names": ["a", "b", "c"]}])
+def test_one_number_has_two_class_names(metadata):
     model = model_of(dense("sigmoid", 1))
     assert Predictor(model, {"class_names": ["no", "yes"]}).class_names == ("no", "yes")
-    with pytest.raises(InputError, match="the model has 2 outputs, and its card"):
-        Predictor(model, card)
+    with pytest.raises(InputError, match="the model has 2 outputs, and its metadata"):
+        Predictor(model, metadata)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])

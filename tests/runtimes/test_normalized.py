@@ -7,7 +7,7 @@ import tensorflow as tf
 from conftest import run_main
 
 from keras_resnet import InputError
-from keras_resnet.inference import Predictor, load
+from keras_resnet.evaluation.inference import Predictor, load
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.runtimes.normalized import normalized

@@ -11,8 +11,8 @@ import pytest
 import tiny_exports
 from onnx import TensorProto, helper, numpy_helper
 
-from keras_resnet.errors import InputError
 from keras_resnet.runtimes import Prober, open_runtime
+from keras_resnet.utils.errors import InputError
 
 pytestmark = pytest.mark.thorough
 

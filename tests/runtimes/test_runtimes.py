@@ -6,10 +6,10 @@ import tensorflow as tf
 import tiny_exports
 from onnx import TensorProto, helper, numpy_helper
 
-from keras_resnet import seals
-from keras_resnet.errors import InputError
-from keras_resnet.inference import Predictor, load
+from keras_resnet.evaluation.inference import Predictor, load
 from keras_resnet.runtimes import Prober, open_runtime
+from keras_resnet.untrusted import checksums
+from keras_resnet.utils.errors import InputError
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def test_all_formats_answer_alike(opened, name, count):
 def test_formats_describe_themselves(opened, name):
     runtime = opened[name]
     assert runtime.format == name
-    assert runtime.card == tiny_exports.CARD
+    assert runtime.metadata == tiny_exports.METADATA
     assert (runtime.input.name, runtime.output.name) == ("image", "probabilities")
     assert runtime.input.shape == (None, 28, 28, 1) and runtime.input.dtype == "uint8"
     assert runtime.output.shape == (None, 10) and runtime.output.dtype == "float32"
@@ -189,7 +189,7 @@ def test_labels_of_a_sigmoid_keep_their_own_numbers(tmp_path, prober, last):
 @pytest.mark.parametrize("kind", ["binary_sigmoid", "other", 3, ["logits"]])
 def test_metadata_must_fit_the_output(tmp_path, prober, kind):
     linear(tmp_path / "a.onnx")
-    sealed = seals.seal_onnx((tmp_path / "a.onnx").read_bytes(), {"output_kind": kind})
+    sealed = checksums.seal_onnx((tmp_path / "a.onnx").read_bytes(), {"output_kind": kind})
     (tmp_path / "a.onnx").write_bytes(sealed)
     with pytest.raises(InputError, match="damaged: its metadata say the output kind"):
         load(tmp_path / "a.onnx", prober=prober)

@@ -12,8 +12,8 @@ import pytest
 from keras import layers, ops
 
 from keras_resnet import archive
-from keras_resnet.errors import InputError
 from keras_resnet.models import Spec, build_resnet
+from keras_resnet.utils.errors import InputError
 from keras_resnet.weights import LAYOUTS, load_keras_applications_weights, load_tensors
 from keras_resnet.weights.applications import read_keras_applications
 

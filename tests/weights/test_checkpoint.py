@@ -22,7 +22,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from keras_resnet.errors import InputError
+from keras_resnet.utils.errors import InputError
 from keras_resnet.weights import checkpoint
 from keras_resnet.weights.checkpoint import read_checkpoint, write_checkpoint
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import write_tiny
 
-from keras_resnet import archive, inference
-from keras_resnet.errors import InputError
+from keras_resnet import archive
+from keras_resnet.evaluation import inference
+from keras_resnet.utils.errors import InputError
 from keras_resnet.weights import convert, read_tensors
 from keras_resnet.weights.checkpoint import write_checkpoint
 
@@ -62,12 +63,12 @@ def test_what_was_taken_and_what_was_left_out_is_reported(checkpoint, tmp_path, 
     torch.save({"state_dict": tensors, "state_dict_ema": averaged, "acc": np.float64(9)}, path)
     found = convert(path, tiny, out)
     assert (found["taken"], found["ignored"]) == ("state_dict_ema", ["loss_fn.weight"])
-    assert archive.read_card(out)["origin"]["taken"] == "state_dict_ema"
+    assert archive.read_metadata(out)["origin"]["taken"] == "state_dict_ema"
 
 
 def test_the_file_says_where_it_came_from(checkpoint, tiny, out):
     convert(checkpoint, tiny, out)
-    origin = archive.read_card(out)["origin"]
+    origin = archive.read_metadata(out)["origin"]
     assert origin["file"] == "tiny.safetensors" and origin["layout"] == "torchvision"
     assert origin["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     # Named by the file alone: where it lay is of no use to others.

@@ -15,8 +15,8 @@ from references import (
 )
 from torch_reference import ResNet18
 
-from keras_resnet.errors import InputError
 from keras_resnet.models import Spec, build_resnet
+from keras_resnet.utils.errors import InputError
 from keras_resnet.weights import load_torch_weights
 from keras_resnet.weights.layouts import (
     LAYOUTS,

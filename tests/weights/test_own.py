@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from keras_resnet import Spec, build_dense_resnet, build_resnet, with_preprocessing
-from keras_resnet.errors import InputError
-from keras_resnet.fine_tuning import open_init
 from keras_resnet.preprocessing import find_normalization
+from keras_resnet.training.fine_tuning import open_init
+from keras_resnet.utils.errors import InputError
 
 BASIC, BOTTLENECK = (Spec((1, 1), (4, 8), kind) for kind in ("basic", "bottleneck"))
 NETWORKS = [

@@ -11,9 +11,9 @@ from keras import ops
 from references import randomize, timm_model, torchvision_model
 
 import keras_resnet
-from keras_resnet.errors import InputError
 from keras_resnet.models import Spec, build_resnet
 from keras_resnet.preprocessing import with_preprocessing
+from keras_resnet.utils.errors import InputError
 from keras_resnet.weights import (
     LAYOUTS,
     adapt_channels,

@@ -1,6 +1,0 @@
-"""Exported files side by side with Keras and with the textbook's PyTorch, measured in one run."""
-
-from keras_resnet.benchmarking.results import format_benchmark, plot_benchmark
-from keras_resnet.benchmarking.run import benchmark
-
-__all__ = ["benchmark", "format_benchmark", "plot_benchmark"]

@@ -1,0 +1,179 @@
+"""What can be written, in which precision, and the gate each must pass: one table for all.
+
+Command line, checks, tests and README read these tables; nothing heavy is imported here.
+"""
+
+import collections.abc
+import dataclasses
+
+from keras_resnet.untrusted.manifest import MANIFEST
+from keras_resnet.utils.errors import InputError, look_up
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What an artifact must keep of the Keras model it was made of, on real test images.
+
+    Attributes:
+        max_difference: Largest difference of any probability; None for no limit.
+        agreement: Least share of the images whose most probable class is the same.
+        accuracy_drop: Most that the accuracy may fall, as a share (0.003 is 0.3 points); None for
+            no limit.
+    """
+
+    max_difference: float | None
+    agreement: float
+    accuracy_drop: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """In which numbers an artifact stores and computes.
+
+    Attributes:
+        description: In a few words.
+        gate: The `Gate`.
+        is_calibrated: Whether training images are run through the network to find the range of
+            each tensor.
+    """
+
+    description: str
+    gate: Gate
+    is_calibrated: bool = False
+
+
+PRECISIONS = {
+    "float32": Precision("weights and sums as trained", Gate(1e-5, 1.0, None)),
+    "float16": Precision("weights in half precision", Gate(2e-3, 0.999, None)),
+    "dynamic": Precision("weights in 8 bits, ranges found per image", Gate(None, 0.985, 0.003)),
+    "int8": Precision(
+        "weights and activations in 8 bits, ranges from training images",
+        Gate(None, 0.985, 0.003),
+        is_calibrated=True,
+    ),
+}
+
+
+def least_halved(sizes):
+    """Returns how many numbers a tensor has at least that float16 stores in half precision.
+
+    Biases, the stem and the head are a share of a percent of a file, and most of the error.
+
+    Args:
+        sizes: How many numbers each of the network's tensors has.
+
+    Example:
+        >>> least_halved([11_000_000, 512]), least_halved([2_000, 16])
+        (16384, 20)
+    """
+    return min(2**14, sum(sizes) // 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format, and what it comes in.
+
+    Attributes:
+        title: Its name in prose.
+        file: Pattern of the file's name.
+        precisions: Rows of `PRECISIONS`.
+        batches: The batch sizes written; None is any.
+    """
+
+    title: str
+    file: str
+    precisions: tuple[str, ...]
+    batches: tuple[int | None, ...] = (None,)
+
+
+# The writer of a format is the module of this package that has the format's name.
+FORMATS = {
+    "saved_model": Format("SavedModel", "saved_model", ("float32",)),
+    "tflite": Format(
+        "TFLite",
+        "model-{precision}{batch}.tflite",
+        ("float32", "float16", "dynamic", "int8"),
+        # Runtimes that need static shapes: LiteRT.js, accelerators.
+        batches=(None, 1),
+    ),
+    "onnx": Format("ONNX", "model-{precision}.onnx", ("float32", "float16", "int8")),
+}
+
+REFERENCE = "reference.npz"
+BENCHMARK = ("benchmark.json", "benchmark.png")
+OWN_FILES = (MANIFEST, REFERENCE, *BENCHMARK)
+"""What an export folder holds beside the artifacts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """One file to write (a folder, for a SavedModel).
+
+    Attributes:
+        format: A row of `FORMATS`.
+        precision: A row of `PRECISIONS`.
+        batch: The batch size it is made for; None for any.
+    """
+
+    format: str
+    precision: str
+    batch: int | None = None
+
+    @property
+    def file(self):
+        """Its name in the export folder."""
+        batch = f"-batch{self.batch}" if self.batch else ""
+        return FORMATS[self.format].file.format(precision=self.precision, batch=batch)
+
+
+def choose_artifacts(formats=None, precisions=None):
+    """Returns the `Artifact`s that formats and precisions stand for, in the tables' order.
+
+    Args:
+        formats: Rows of `FORMATS`; None for all.
+        precisions: Rows of `PRECISIONS`; None for all that a format comes in.
+
+    Raises:
+        InputError: If a name is no row, or one that was named would go without a file.
+
+    Example:
+        >>> [artifact.file for artifact in choose_artifacts(["onnx"], ["float32", "int8"])]
+        ['model-float32.onnx', 'model-int8.onnx']
+        >>> choose_artifacts(["saved_model"], ["int8"])
+        Traceback (most recent call last):
+        ...
+        keras_resnet.utils.errors.InputError: saved_model comes in float32, not in int8
+    """
+    named = _rows(FORMATS, formats, "to")
+    wanted = _rows(PRECISIONS, precisions, "precision")
+    chosen = [
+        Artifact(name, precision, batch)
+        for name in named
+        for precision in FORMATS[name].precisions
+        if precision in wanted
+        for batch in FORMATS[name].batches
+    ]
+    for name in named if formats is not None else ():
+        _check_used(name, [artifact.format for artifact in chosen], name, wanted)
+    for precision in wanted if precisions is not None else ():
+        _check_used(precision, [artifact.precision for artifact in chosen], named[0], [precision])
+    return chosen
+
+
+def _rows(table, names, argument):
+    """Returns the rows of `table` that were named, once each and in its order."""
+    if names is None:
+        return list(table)
+    if isinstance(names, str) or not isinstance(names, collections.abc.Iterable) or not names:
+        raise InputError(f"`{argument}` must be a list of {', '.join(table)}, got {names!r}")
+    for name in names:
+        look_up(table, name, argument)
+    return [name for name in table if name in names]
+
+
+def _check_used(name, used, format, precisions):
+    if name not in used:
+        raise InputError(
+            f"{format} comes in {', '.join(FORMATS[format].precisions)}, "
+            f"not in {' or '.join(precisions)}"
+        )

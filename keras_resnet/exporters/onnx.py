@@ -1,0 +1,237 @@
+"""ONNX: what ONNX Runtime and most accelerators' tools read."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import tf2onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+
+from keras_resnet import __version__
+from keras_resnet.exporters import graph
+from keras_resnet.exporters.formats import least_halved
+from keras_resnet.untrusted.checksums import seal_onnx
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.quiet import stderr_kept_back
+
+OPSET = 17
+
+_OLDEST_RUNTIME = "ONNX Runtime 1.12"  # of 2022, the first that reads opset 17
+
+_BATCH = "batch"
+_SMALLEST = np.array(np.finfo("float32").tiny)
+
+# Below is what an 8-bit or 16-bit network is made of; before the first of them images are scaled.
+_WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+def write(job, artifact, path):
+    """Writes an .onnx file of standard operators, with class names and provenance inside.
+
+    Args:
+        job: The `Job`.
+        artifact: The `Artifact`.
+        path: The file to write.
+
+    Raises:
+        InputError: If the network needs an operator that ONNX does not have.
+    """
+    proto = convert(job.serving.module(artifact.batch), artifact.precision, job.calibration)
+    path.write_bytes(seal_onnx(proto.SerializeToString(), job.metadata, job.provenance))
+
+
+def oldest_runtime(path):
+    """Returns the oldest ONNX Runtime that reads a file; the same for all, by their opset."""
+    return _OLDEST_RUNTIME
+
+
+def convert(module, precision, images=()):
+    """Returns a module's function `serve` as an ONNX model.
+
+    Args:
+        module: What `Serving.module` returns.
+        precision: "float32", "float16" or "int8".
+        images: For "int8": what is run through the network to find each tensor's range.
+
+    Raises:
+        InputError: If the network needs an operator that ONNX does not have.
+    """
+    specs = module.serve.input_signature
+    with stderr_kept_back():
+        try:
+            proto, _ = tf2onnx.convert.from_function(
+                module.serve, input_signature=specs, opset=OPSET
+            )
+            _keep_padding_before_pooling(proto)
+            _keep_sizes_of_resizes(proto)
+            proto = _PRECISIONS[precision](_fold(proto), images)
+        except Exception as error:
+            raise InputError(f"ONNX cannot hold this network: {one_line(error)}") from error
+    return _tidy(proto)
+
+
+def _keep_padding_before_pooling(proto):
+    """Keeps ONNX Runtime from taking zeros around a pooling layer for the pooling's own padding.
+
+    It folds a `Pad` of zeros into `MaxPool`, which pads with -inf: the same behind a ReLU only. A
+    `Pad` of the smallest positive number is left alone, and no maximum is changed by it.
+    """
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    constants = {constant.name: constant for constant in proto.graph.initializer}
+    for pool in [node for node in proto.graph.node if node.op_type == "MaxPool"]:
+        pad = makers.get(pool.input[0])
+        if pad is None or pad.op_type != "Pad" or not _pads_with_zeros(pad, constants):
+            continue
+        before = makers.get(pad.input[0])
+        if before is None or before.op_type != "Relu":
+            value = onnx.numpy_helper.from_array(_SMALLEST, f"{pad.name}_value")
+            proto.graph.initializer.append(value)
+            pad.input[:] = [*pad.input[:2], value.name]
+
+
+def _pads_with_zeros(pad, constants):
+    value = constants.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else None
+    return value is None or not onnx.numpy_helper.to_array(value).any()
+
+
+def _keep_sizes_of_resizes(proto):
+    """Rounds scales up where 23 pixels times float32(28 / 23) would come to 27.99 and so to 27."""
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    known = onnx.shape_inference.infer_shapes(proto).graph
+    shapes = {
+        value.name: value.type.tensor_type.shape for value in (*known.value_info, *known.input)
+    }
+    for node in [node for node in proto.graph.node if node.op_type == "Resize"]:
+        tensor = constants.get(node.input[2]) if len(node.input) == 3 else None
+        if tensor is None or node.input[0] not in shapes:
+            continue
+        sizes = np.array([each.dim_value or 1 for each in shapes[node.input[0]].dim], "float32")
+        scales = onnx.numpy_helper.to_array(tensor)
+        short = np.floor(scales * sizes) < np.rint(scales * sizes)
+        scales = np.where(short, np.nextafter(scales, np.float32(np.inf)), scales)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(scales, tensor.name))
+
+
+def _fold(proto):
+    """Returns the model with BatchNormalization and padding folded into the convolutions.
+
+    ONNX Runtime's basic level writes standard operators only; the levels above it do not.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        return onnx.load(options.optimized_model_filepath)
+
+
+def _float16(proto, images):
+    """Stores the large weights in half precision, and computes in float32 as before.
+
+    Few processors have sums in half precision, and those would be further off than the gate lets.
+    """
+    arrays = [(each, onnx.numpy_helper.to_array(each)) for each in proto.graph.initializer]
+    floats = [(tensor, weights) for tensor, weights in arrays if weights.dtype == np.float32]
+    least = least_halved([weights.size for _, weights in floats])
+    casts = []
+    for tensor, weights in floats:
+        if weights.size < least:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(weights.astype("float16"), f"{name}_half"))
+        cast = onnx.helper.make_node(
+            "Cast", [tensor.name], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT
+        )
+        casts.append(cast)
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto
+
+
+def _int8(proto, images):
+    """Quantizes to 8 bits: activations unsigned, weights signed and for each filter.
+
+    Signed activations would be three times slower on x86 (VNNI multiplies unsigned by signed).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_static(
+            proto,
+            str(path),
+            _Calibration(images),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            nodes_to_exclude=[
+                *_scaling(proto),
+                *(node.name for node in proto.graph.node if node.op_type == "Softmax"),
+            ],
+        )
+        return onnx.load(path)
+
+
+# precision -> function of the folded model and the calibration images.
+_PRECISIONS = {"float32": lambda proto, images: proto, "float16": _float16, "int8": _int8}
+
+
+class _Calibration(CalibrationDataReader):
+    """Hands images to the quantizer one by one."""
+
+    def __init__(self, images):
+        self._images = iter(images)
+
+    def get_next(self):
+        image = next(self._images, None)
+        return None if image is None else {graph.IMAGE: image[None]}
+
+
+def _scaling(proto):
+    """Returns the names of the nodes before the first with weights: what scales the images."""
+    names = []
+    for node in proto.graph.node:
+        if node.op_type in _WEIGHTED:
+            break
+        names.append(node.name)
+    return names
+
+
+def _tidy(proto):
+    """Returns the model named, its batch dimension called "batch", and no leftover domains."""
+    ends = [*proto.graph.input, *proto.graph.output]
+    for end in ends:
+        first = end.type.tensor_type.shape.dim[0]
+        if not first.HasField("dim_value"):
+            first.dim_param = _BATCH
+    del proto.graph.value_info[:]  # inference fills it in anew
+    used = {node.domain for node in proto.graph.node}
+    kept = [opset for opset in proto.opset_import if opset.domain in used]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    proto.producer_name = "keras-resnet-edge"
+    proto.producer_version = __version__
+    proto.graph.name = "keras_resnet"
+    proto.doc_string = proto.graph.doc_string = ""
+    proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    # A `Resize` loses the batch: what follows would have dimensions called "unk__0".
+    known = [value for value in proto.graph.value_info if not _has_unknown_size(value)]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(known)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _has_unknown_size(value):
+    sizes = value.type.tensor_type.shape.dim
+    return any(size.dim_param.startswith("unk__") for size in sizes)

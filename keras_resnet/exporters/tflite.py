@@ -1,0 +1,168 @@
+"""TFLite (LiteRT): what phones and small boards run."""
+
+import copy
+import re
+
+import flatbuffers
+import numpy as np
+import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
+
+from keras_resnet.exporters import graph
+from keras_resnet.exporters.formats import least_halved
+from keras_resnet.untrusted.checksums import seal_tflite
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.quiet import stderr_kept_back
+
+
+def _dynamic(converter, images):
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    # One scale for each output of a dense layer needs TensorFlow Lite 2.17; many boards have 2.14.
+    converter._experimental_disable_per_channel_quantization_for_dense_layers = True
+
+
+def _int8(converter, images):
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.representative_dataset = lambda: ({graph.IMAGE: image[None]} for image in images)
+
+
+# The converter's metadata: the version of TensorFlow Lite that first has all of the operators.
+_OLDEST_RUNTIME = b"min_runtime_version"
+_DEQUANTIZE_RUNTIME = "1.15.0"
+
+# precision -> what the converter is told beyond "built-in operators only".
+_SETTINGS = {
+    "float32": lambda converter, images: None,
+    "float16": lambda converter, images: None,
+    "dynamic": _dynamic,
+    "int8": _int8,
+}
+
+
+def write(job, artifact, path):
+    """Writes a .tflite file of built-in operators, with class names and metadata inside.
+
+    Args:
+        job: The `Job`.
+        artifact: The `Artifact`.
+        path: The file to write.
+
+    Raises:
+        InputError: If the network needs an operator that phones lack.
+    """
+    content = convert(job.serving.module(artifact.batch), artifact.precision, job.calibration)
+    path.write_bytes(seal_tflite(content, job.metadata))
+
+
+def convert(module, precision, images=()):
+    """Returns a module's function `serve` as the bytes of a .tflite file.
+
+    Args:
+        module: What `Serving.module` returns.
+        precision: A row of `formats.PRECISIONS`.
+        images: For "int8": what is run through the network to find each tensor's range.
+    """
+    with stderr_kept_back():
+        converter = tf.lite.TFLiteConverter.from_saved_model(module.save())
+        # The default would also take TensorFlow's own operators, which a phone does not have.
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        _SETTINGS[precision](converter, images)
+        try:
+            content = bytes(converter.convert())
+        except Exception as error:
+            raise InputError(f"TFLite cannot hold this network: {_reason(error)}") from error
+    return halve(content) if precision == "float16" else content
+
+
+def oldest_runtime(path):
+    """Returns the oldest TensorFlow Lite that runs a file, as the converter recorded it.
+
+    Args:
+        path: What `write` wrote.
+    """
+    model = schema.Model.GetRootAs(path.read_bytes(), 0)
+    for index in range(model.MetadataLength()):
+        entry = model.Metadata(index)
+        if entry.Name() == _OLDEST_RUNTIME:
+            version = model.Buffers(entry.Buffer()).DataAsNumpy().tobytes()
+            return f"TensorFlow Lite {version.rstrip(bytes(1)).decode('ascii')}"
+    return None
+
+
+def halve(content):
+    """Stores the large weights of a .tflite file in half precision, and leaves the small ones.
+
+    The converter's own float16 halves all of them.
+
+    Args:
+        content: A float32 model, bytes.
+
+    Returns:
+        The model in bytes; it computes in float32, as the converter's own.
+    """
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    for subgraph in model.subgraphs:
+        used = {index for operator in subgraph.operators for index in operator.inputs}
+        sizes = {i: _count_floats(model, subgraph.tensors[i]) for i in sorted(used) if i >= 0}
+        least = max(1, least_halved(sizes.values()))
+        large = [index for index, size in sizes.items() if size >= least]
+        halved = [_halve_tensor(model, subgraph, index) for index in large]
+        subgraph.operators = [*halved, *subgraph.operators]
+    _require_dequantize(model)
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _count_floats(model, tensor):
+    """Returns how many float32 numbers a constant has; 0 for another tensor."""
+    data = model.buffers[tensor.buffer].data
+    return 0 if tensor.type != schema.TensorType.FLOAT32 or data is None else len(data) // 4
+
+
+def _halve_tensor(model, subgraph, index):
+    """Moves a constant into a new tensor; returns the operator that makes the old one of it."""
+    tensor = subgraph.tensors[index]
+    halved = copy.copy(tensor)
+    halved.name, halved.type = tensor.name + b"_half", schema.TensorType.FLOAT16
+    buffer = model.buffers[tensor.buffer]
+    buffer.data = np.asarray(buffer.data).view("float32").astype("float16").view("uint8")
+    # Buffer 0 is the empty one.
+    tensor.buffer = 0
+    subgraph.tensors.append(halved)
+    operator = schema.OperatorT()
+    operator.opcodeIndex = _dequantize(model)
+    operator.inputs, operator.outputs = [len(subgraph.tensors) - 1], [index]
+    return operator
+
+
+def _require_dequantize(model):
+    """Raises the recorded version of the runtime to the first with DEQUANTIZE of half precision."""
+    for entry in model.metadata or ():
+        if entry.name == _OLDEST_RUNTIME:
+            buffer = model.buffers[entry.buffer]
+            version = bytes(buffer.data).rstrip(bytes(1)).decode("ascii")
+            newest = max(version, _DEQUANTIZE_RUNTIME, key=lambda v: [*map(int, v.split("."))])
+            buffer.data = np.frombuffer(newest.encode("ascii").ljust(16, bytes(1)), "uint8")
+
+
+def _dequantize(model):
+    """Returns the index of DEQUANTIZE in the model's table of operators, which it is added to."""
+    code = schema.BuiltinOperator.DEQUANTIZE
+    for index, kind in enumerate(model.operatorCodes):
+        if kind.builtinCode == code:
+            return index
+    kind = schema.OperatorCodeT()
+    kind.builtinCode = kind.deprecatedBuiltinCode = code
+    kind.version = 3  # the first that takes half precision
+    model.operatorCodes.append(kind)
+    return len(model.operatorCodes) - 1
+
+
+def _reason(error):
+    """Returns in one line why the converter gave up: the operators, if it names some."""
+    names = sorted(set(re.findall(r"tf\.(\w+)\(tensor", str(error))))
+    if names:
+        return f"it has no operator for {', '.join(names)}; build it of other layers"
+    return one_line(error)

@@ -1,0 +1,1 @@
+"""Checks of files from elsewhere, made before a library parses them."""

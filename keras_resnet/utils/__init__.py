@@ -1,0 +1,1 @@
+"""Files, tables of text, errors and progress: helpers of all other rooms."""

@@ -1,0 +1,644 @@
+"""Trained models asked again: from files, about files."""
+
+import io
+import json
+import shutil
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from conftest import run_main
+from PIL import Image, ImageOps
+
+from keras_resnet import archive
+from keras_resnet.datasets import load_dataset
+from keras_resnet.datasets.images import content_marks
+from keras_resnet.evaluation.inference import (
+    Predictor,
+    evaluate_file,
+    load,
+    load_data,
+    predict_files,
+)
+from keras_resnet.utils.errors import InputError
+
+
+@pytest.fixture
+def bag(fashion_folder):
+    return sorted((fashion_folder / "Bag").iterdir())[0]
+
+
+def test_a_run_and_its_model_file_answer_alike(trained_run, fashion):
+    images = fashion.splits["test"].images[:7]
+    by_run, by_file = load(trained_run), load(trained_run / "model.keras")
+    probabilities = by_run(images)
+    assert probabilities.shape == (7, 4) and probabilities.dtype == "float32"
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(probabilities, by_file(images))
+    logits = keras.ops.convert_to_numpy(by_run.model(images, training=False))
+    np.testing.assert_array_equal(probabilities.argmax(axis=1), logits.argmax(axis=1))
+    assert by_run.class_names == ("Bag", "Sandal", "Sneaker", "Trouser")
+
+
+def test_evaluating_a_run_gives_its_report_again(trained_run):
+    report = json.loads((trained_run / "report.json").read_text())
+    evaluation = evaluate_file(trained_run)
+    assert evaluation.accuracy == report["accuracy"]
+    assert evaluation.confusion.tolist() == report["confusion_matrix"]
+
+
+def test_evaluating_on_other_data_decodes_them_as_the_model_takes_them(
+    trained_run, fashion_folder, tmp_path
+):
+    for name in ("Bag", "Sandal", "Sneaker", "Trouser"):
+        (tmp_path / name).mkdir()
+        for path in sorted((fashion_folder / name).iterdir())[:20]:
+            image = Image.open(path).convert("RGB").resize((61, 45))
+            image.save(tmp_path / name / path.name)
+    evaluation = evaluate_file(trained_run, f"folder:{tmp_path}", validation_split=0.5)
+    assert len(evaluation) == 40
+    assert evaluation.accuracy > 0.5  # they are its own training images, four classes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "Bag"), "knows the classes Bag, Sandal"),
+        (lambda folder: (folder / "Bag").rename(folder / "Zebra"), "has Sandal, Sneaker"),
+    ],
+)
+def test_data_of_other_classes_are_refused(trained_run, fashion_folder, tmp_path, change, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(fashion_folder, copy)
+    change(copy)
+    with pytest.raises(InputError, match=message):
+        evaluate_file(trained_run, f"folder:{copy}")
+
+
+def test_a_model_without_a_card_needs_a_data_set(trained_run, tmp_path, fashion_folder):
+    path = tmp_path / "plain.keras"
+    load(trained_run).model.save(path)
+    assert load(path).class_names[:2] == ("class 0", "class 1")
+    with pytest.raises(InputError, match="name --dataset"):
+        evaluate_file(path)
+    assert evaluate_file(path, f"folder:{fashion_folder}").accuracy > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        (lambda image: image, 0),
+        (lambda image: image.convert("RGB"), 1e-4),
+        (lambda image: image.convert("RGBA"), 1e-4),
+        (lambda image: ImageOps.invert(image), 1e-4),
+        # Making an image smaller blurs it.
+        (lambda image: image.resize((112, 140), Image.Resampling.BICUBIC), 0.3),
+    ],
+    ids=["as it is", "colour", "alpha", "dark on light", "large"],
+)
+def test_predict_converts_what_it_is_given(trained_run, bag, tmp_path, change, tolerance):
+    path = tmp_path / "image.png"
+    change(Image.open(bag)).save(path)
+    expected, found = (predict_files(trained_run, [each])[0]["labels"][0] for each in (bag, path))
+    assert found["label"] == expected["label"]
+    assert found["probability"] == pytest.approx(expected["probability"], abs=tolerance)
+
+
+def test_predict_inverts_as_told(trained_run, bag, tmp_path):
+    light = tmp_path / "light.png"
+    ImageOps.invert(Image.open(bag)).save(light)
+    inverted = {
+        (path.name == "light.png", invert): predict_files(trained_run, [path], invert=invert)[0]
+        for path in (bag, light)
+        for invert in ("auto", "yes", "no")
+    }
+    assert {key: row["inverted"] for key, row in inverted.items()} == {
+        (False, "auto"): False,
+        (False, "yes"): True,
+        (False, "no"): False,
+        (True, "auto"): True,
+        (True, "yes"): True,
+        (True, "no"): False,
+    }
+    assert inverted[True, "no"]["labels"] != inverted[True, "yes"]["labels"]
+
+
+def test_top_counts_labels(trained_run, bag):
+    labels = predict_files(trained_run, [bag, bag], top=2)[1]["labels"]
+    assert len(labels) == 2 and labels[0]["probability"] >= labels[1]["probability"]
+    assert len(predict_files(trained_run, [bag], top=99)[0]["labels"]) == 4
+
+
+# ----------------------------------------------------------------------------------------------
+# Which images are measured
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of two classes of 20 images that all differ."""
+    folder = tmp_path / "photographs"
+    for label, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (i, label, 99)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def save_any_size(path, size=(None, None), **metadata):
+    """Saves a model of two classes whose metadata says what it was trained on."""
+    layers = [keras.layers.Conv2D(2, 3), keras.layers.GlobalAveragePooling2D()]
+    model = keras.Sequential([keras.Input((*size, 3)), *layers, keras.layers.Dense(2)])
+    archive.save_model(model, path, {"class_names": ["cat", "dog"], **metadata})
+    return path
+
+
+@pytest.fixture
+def trained_on(photographs, tmp_path):
+    """A model trained on 32 of the photographs; 8 were held out."""
+    data = load_dataset(f"folder:{photographs}", validation_split=0.2, seed=3)
+    settings = {"dataset": data.name, "validation_split": 0.2, "seed": 3}
+    return save_any_size(
+        tmp_path / "model.keras",
+        data={**settings, "fingerprint": data.fingerprint},
+        trained_on=content_marks(data.splits["train"].images),
+    )
+
+
+def measured(model, dataset=None, **options):
+    _, split = load_data(load(model), dataset and f"folder:{dataset}", **options)
+    return {path.parent.name + path.name for path in split.images.sources}
+
+
+def test_a_foreign_folder_is_measured_whole(photographs, tmp_path, capsys):
+    model = save_any_size(tmp_path / "model.keras")
+    assert len(evaluate_file(model, f"folder:{photographs}")) == 40
+    assert len(evaluate_file(model, f"folder:{photographs}", validation_split=0.5)) == 20
+    assert capsys.readouterr().err == ""
+
+
+def link(folder):
+    folder.with_name("link").symlink_to(folder)
+    return folder.with_name("link")
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda folder: None,
+        lambda folder: folder,
+        lambda folder: f"{folder}/",
+        lambda folder: f"{folder.parent}/photographs/../photographs",
+        link,
+        lambda folder: shutil.copytree(folder, folder.with_name("copy")),
+        lambda folder: folder.rename(folder.with_name("moved")),
+    ],
+    ids=["unnamed", "name", "slash", "dots", "link", "copy", "moved"],
+)
+def test_the_training_folder_under_any_path_is_split_as_in_training(
+    spell, trained_on, photographs, capsys
+):
+    held_out = measured(trained_on)
+    assert len(held_out) == 8
+    assert measured(trained_on, spell(photographs)) == held_out
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options", [{"validation_split": 0.7}, {"seed": 0}])
+def test_another_split_of_the_training_set_is_refused(options, trained_on, photographs, tmp_path):
+    copy = shutil.copytree(photographs, tmp_path / "copy")
+    for dataset in (None, photographs, copy):
+        with pytest.raises(InputError, match="the model was trained on this set, with --valid"):
+            measured(trained_on, dataset, **options)
+    assert measured(trained_on, validation_split=0.1) < measured(trained_on)
+
+
+def test_training_images_in_another_folder_are_counted(trained_on, photographs, tmp_path, capsys):
+    held_out = measured(trained_on)
+    other = shutil.copytree(photographs, tmp_path / "other")
+    Image.new("RGB", (8, 8), "white").save(other / "cat" / "new.png")
+    assert len(measured(trained_on, other)) == 41
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "32 of the 41 images measured are files that the model was trained on" in line
+    # Where the training folder itself has grown, another part of it is held out.
+    Image.new("RGB", (8, 8), "white").save(photographs / "cat" / "0new.png")
+    count = len(measured(trained_on) - held_out - {"cat0new.png"})
+    assert f"{count} of the 8 images measured" in capsys.readouterr().err
+
+
+def test_a_file_that_was_exported_knows_the_set_but_not_its_files(
+    trained_on, photographs, tmp_path, capsys
+):
+    predictor = load(trained_on)
+    metadata = {name: part for name, part in predictor.metadata.items() if name != "trained_on"}
+    archive.save_model(predictor.model, tmp_path / "other.keras", metadata)
+    measured(tmp_path / "other.keras")
+    assert capsys.readouterr().err == ""
+    Image.new("RGB", (8, 8), "white").save(photographs / "cat" / "0new.png")
+    measured(tmp_path / "other.keras")
+    assert "the set has changed since the training" in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_was_trained_on(trained_run, fashion_folder):
+    metadata = load(trained_run).metadata
+    data = load_dataset(f"folder:{fashion_folder}")
+    assert metadata["data"]["fingerprint"] == data.fingerprint
+    assert metadata["trained_on"] == content_marks(data.splits["train"].images)
+
+
+def test_images_of_many_sizes_are_measured_one_by_one(photographs, tmp_path):
+    model = save_any_size(tmp_path / "model.keras")
+    for i, path in enumerate(sorted((photographs / "cat").iterdir())):
+        Image.new("RGB", (8 + i, 5), (i, 9 * i, 0)).save(path)
+    done = run_main("evaluate", model, "--dataset", f"folder:{photographs}", "--json")
+    assert done.returncode == 0, done.stderr
+    labels = [
+        row["labels"] for row in predict_files(model, sorted((photographs / "cat").iterdir()))
+    ]
+    recall = np.mean([each[0]["label"] == "cat" for each in labels])
+    found = json.loads(done.stdout)
+    assert found["num_images"] == 40
+    assert found["per_class"][0]["recall"] == pytest.approx(recall)
+    words = ("evaluate", model, "--dataset", f"folder:{photographs}", "--image-size", 6)
+    done = run_main(*words)
+    assert done.returncode == 0 and "on 40 images" in done.stdout
+    done = run_main(
+        "export", model, "--dataset", f"folder:{photographs}", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 2 and "--image-size" in done.stderr.splitlines()[-1]
+    fixed = save_any_size(tmp_path / "fixed.keras", (8, 8))
+    done = run_main("evaluate", fixed, *words[2:])
+    assert done.returncode == 2 and "takes images of 8×8 pixels" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------
+# Many files, some of them bad; light and dark
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_unreadable_files_among_others(form, photographs, tmp_path):
+    model = save_any_size(tmp_path / "model.keras")
+    good = [photographs / "cat" / "0.png", photographs / "dog" / "1.png"]
+    (tmp_path / "page.png").write_text("<html>404</html>")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.gif")  # too small for the network
+    bad = [tmp_path / "page.png", tmp_path / "none.png", tmp_path, tmp_path / "dot.gif"]
+    done = run_main("predict", model, good[0], *bad, good[1], *form)
+    assert done.returncode == 2
+    for line, path in zip(done.stderr.splitlines(), bad, strict=True):
+        assert line.startswith(f"keras-resnet: {path}: ")
+    if form:
+        assert [row["image"] for row in json.loads(done.stdout)] == [str(path) for path in good]
+    else:
+        assert all(str(path) in done.stdout for path in good) and str(bad[0]) not in done.stdout
+    done = run_main("predict", model, *bad, *form)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == len(bad)
+    assert done.stdout == ("[]\n" if form else "")
+
+
+@pytest.mark.parametrize(
+    ("channels", "background", "inverted"),
+    [(1, "dark", True), (1, "light", False), (1, None, False), (3, "dark", False)],
+)
+def test_only_grey_sets_that_are_light_on_dark_invert(channels, background, inverted, tmp_path):
+    metadata = {"class_names": ["a", "b", "c"], "background": background}
+    model = small_model(keras.Input((4, 4, channels)))
+    archive.save_model(model, tmp_path / "model.keras", metadata)
+    for mode in ("L", "RGB"):
+        Image.new(mode, (9, 9), "white").save(tmp_path / "white.jpg")
+        (row,) = predict_files(tmp_path / "model.keras", [tmp_path / "white.jpg"])
+        assert row["inverted"] is inverted
+        Image.new(mode, (9, 9), "black").save(tmp_path / "black.jpg")
+        assert not predict_files(tmp_path / "model.keras", [tmp_path / "black.jpg"])[0]["inverted"]
+
+
+# ----------------------------------------------------------------------------------------------
+# Files that are refused
+# ----------------------------------------------------------------------------------------------
+
+
+def hdf5(path):
+    path = path.with_suffix(".h5")
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    return path
+
+
+def code(path):
+    """A model whose Lambda layer would write a file on being loaded and called."""
+    told = str(path.with_suffix(".ran"))
+    model = keras.Sequential(
+        [keras.Input((4, 4, 1)), keras.layers.Lambda(lambda x: (open(told, "w").close(), x)[1])]
+    )
+    model.save(path)
+    path.with_suffix(".ran").unlink(missing_ok=True)
+    return path
+
+
+def truncated(path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
+def text(path):
+    path.write_text("not a model")
+    return path
+
+
+def bad_card(path):
+    archive.save_model(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), path, [1])
+    return path
+
+
+def wrong_weights(path):
+    """An archive whose weights are noise."""
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    other = path.with_name("other.keras")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as target:
+        for name in source.namelist():
+            noise = b"noise" * 100 if name.endswith(".h5") else source.read(name)
+            target.writestr(name, noise)
+    return other
+
+
+def no_image_model(path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (hdf5, "HDF5 models can carry code"),
+        (code, "cannot be loaded"),
+        (truncated, "not a .keras file"),
+        (text, "not a .keras file"),
+        (bad_card, "must be a JSON object"),
+        (wrong_weights, "damaged"),
+        (no_image_model, "must take images"),
+        (lambda path: path, "no such model file"),
+        (lambda path: path.parent, "no model.keras there"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, make, reason):
+    path = make(tmp_path / "model.keras")
+    with pytest.raises(InputError, match=reason) as error:
+        load(path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*.ran"))
+
+
+# ----------------------------------------------------------------------------------------------
+# Archives that would harm
+# ----------------------------------------------------------------------------------------------
+
+
+def edited(path, **changes):
+    """Writes an archive again with members changed: "config" is the name up to its dot."""
+    small_model(keras.Input((4, 4, 1))).save(path)
+    with zipfile.ZipFile(path) as source:
+        members = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, content in members.items():
+            change = changes.get(name.split(".")[0], lambda content: content)
+            target.writestr(name, change(content))
+    return path
+
+
+def config_with(old, new):
+    def change(content):
+        assert old in content
+        return content.replace(old, new)
+
+    return lambda path: edited(path, config=change)
+
+
+def changed_byte(path):
+    small_model(keras.Input((4, 4, 1))).save(path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        content[archive.getinfo("model.weights.h5").header_offset + 3000] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def one_name_twice(path):
+    small_model(keras.Input((4, 4, 1))).save(path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("config.json", "{}")
+    return path
+
+
+def unpacks_to_much(path):
+    return edited(path, metadata=lambda content: bytes(2**27))
+
+
+def takes_large_images(path):
+    inputs = keras.Input((400_000, 400_000, 1))
+    keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(inputs)).save(path)
+    return path
+
+
+def claims_large_tensors(path):
+    """HDF5 stores nothing of a tensor until its numbers are written."""
+
+    def change(content):
+        file = io.BytesIO(content)
+        with h5py.File(file, "a") as weights:
+            group = weights["layers/dense/vars"]
+            del group["0"]
+            group.create_dataset("0", (2**20, 2**12), "float32", chunks=(1024, 1024))
+        return file.getvalue()
+
+    return edited(path, model=change)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (config_with(b'"units": 3', b'"units": 3000000000'), "the model would take 2040"),
+        (config_with(b'"units": 3', b'"units": 1e999'), "cannot be loaded"),
+        (takes_large_images, "a layer would give 160000000000 numbers for one image"),
+        (lambda path: edited(path, config=lambda content: b"[" * 10**5), "damaged: maximum"),
+        (lambda path: edited(path, config=lambda content: b"[]"), "damaged"),
+        (lambda path: edited(path, config=lambda content: b" " * 2**25), "config.json is larger"),
+        (changed_byte, "damaged: Bad CRC-32"),
+        (one_name_twice, "damaged: it holds two members of one name"),
+        (unpacks_to_much, "damaged: metadata.json would unpack to 134217728 bytes"),
+        (claims_large_tensors, "damaged: its tensors say that they have 17179869"),
+    ],
+    ids=[
+        *("units", "infinite", "shape", "nested", "list", "long", "changed", "twice", "zeros"),
+        "tensors",
+    ],
+)
+def test_archives_that_would_harm_are_refused(tmp_path, make, reason):
+    path = make(tmp_path / "model.keras")
+    with pytest.raises(InputError, match=reason) as error:
+        archive.load_model(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("member", ["model.weights.h5", "keras_resnet.json"])
+def test_weights_of_a_damaged_archive_are_not_loaded(tmp_path, member):
+    model, path = small_model(keras.Input((4, 4, 1))), tmp_path / "model.keras"
+    archive.save_model(model, path, {})
+    with zipfile.ZipFile(path) as source:
+        place = source.getinfo(member).header_offset + 30 + len(member)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        archive.load_weights(model, path)
+
+
+def recurrent():
+    inputs = keras.Input((5,))
+    x = keras.layers.Embedding(100, 8)(inputs)
+    return keras.Model(inputs, keras.layers.Bidirectional(keras.layers.LSTM(3))(x))
+
+
+def never_built():
+    return keras.Sequential([keras.layers.Dense(2)])
+
+
+def built_by_call():
+    model = keras.Sequential([keras.layers.Dense(2), keras.layers.BatchNormalization()])
+    model(np.zeros((1, 7), "float32"))
+    return model
+
+
+def nested_and_shared():
+    inner = keras.Sequential([keras.Input((5,)), keras.layers.Dense(5)])
+    inputs = keras.Input((5,))
+    return keras.Model(inputs, inner(inner(inputs)))
+
+
+@keras.saving.register_keras_serializable()
+class OfItsOwnClass(keras.Model):
+    """A model that only its own code can build."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def subclassed():
+    model = OfItsOwnClass()
+    model(np.zeros((1, 7), "float32"))
+    return model
+
+
+def adapted():
+    layer = keras.layers.Normalization()
+    layer.adapt(np.arange(20.0).reshape(4, 5))
+    return keras.Sequential([keras.Input((5,)), layer, keras.layers.Dropout(0.5)])
+
+
+@pytest.mark.parametrize(
+    "build", [recurrent, never_built, built_by_call, nested_and_shared, subclassed, adapted]
+)
+def test_models_of_every_kind_are_loaded(tmp_path, build):
+    model = build()
+    archive.save_model(model, tmp_path / "model.keras", {})
+    loaded = archive.load_model(tmp_path / "model.keras")
+    for own, found in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, own)
+    # No variable of the trial is left for a later scope to make.
+    with keras.StatelessScope():
+        pass
+
+
+def outputs_two(path):
+    inputs = keras.Input((4, 4, 1))
+    x = keras.layers.Flatten()(inputs)
+    keras.Model(inputs, [keras.layers.Dense(2)(x), keras.layers.Dense(3)(x)]).save(path)
+
+
+def has_no_input(path):
+    keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(2)]).save(path)
+
+
+def takes_four_channels(path):
+    small_model(keras.Input((4, 4, 4))).save(path)
+
+
+def small_model(inputs, activation=None, kernel="glorot_uniform"):
+    x = keras.layers.Flatten()(inputs)
+    dense = keras.layers.Dense(3, activation, kernel_initializer=kernel)
+    return keras.Model(inputs, dense(x))
+
+
+@pytest.mark.parametrize("save", [outputs_two, has_no_input, takes_four_channels])
+def test_models_of_another_kind_are_refused(tmp_path, save):
+    save(tmp_path / "model.keras")
+    with pytest.raises(InputError, match="must take images"):
+        load(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"class_names": ["a", "b"]},
+        {"class_names": 5},
+        {"class_names": "abc"},
+    ],
+)
+def test_cards_that_do_not_fit_are_refused(tmp_path, metadata):
+    archive.save_model(small_model(keras.Input((4, 4, 1))), tmp_path / "model.keras", metadata)
+    with pytest.raises(InputError, match="the model has 3 outputs, and its metadata"):
+        load(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("data", [["x"], {"dataset": 5}, {"dataset": None}, {"other": 1}])
+def test_cards_that_name_no_data_are_as_good_as_none(tmp_path, data):
+    path = tmp_path / "model.keras"
+    archive.save_model(small_model(keras.Input((4, 4, 1))), path, {"data": data})
+    with pytest.raises(InputError, match="name --dataset"):
+        evaluate_file(path)
+
+
+def test_a_softmax_is_not_applied_twice():
+    inputs = keras.Input((4, 4, 1))
+    with_softmax, logits = small_model(inputs, "softmax"), small_model(inputs)
+    logits.set_weights(with_softmax.get_weights())
+    images = np.random.default_rng(0).integers(0, 2, (5, 4, 4, 1), dtype="uint8")
+    expected = Predictor(logits)(images)
+    np.testing.assert_allclose(Predictor(with_softmax)(images), expected, atol=1e-6)
+
+
+def test_a_model_that_answers_nan_is_refused():
+    model = small_model(keras.Input((4, 4, 1)), kernel=keras.initializers.Constant(np.nan))
+    with pytest.raises(InputError, match="not finite"):
+        Predictor(model)(np.ones((1, 4, 4, 1), "uint8"))
+
+
+def test_a_run_that_is_not_finished_says_so(trained_run, tmp_path):
+    shutil.copytree(trained_run / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(InputError, match="has not finished"):
+        load(tmp_path)
+    assert load(tmp_path / "checkpoints" / "last.keras").class_names[0] == "Bag"
+
+
+def test_unreadable_images_are_named(trained_run, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"\x89PNG nothing")
+    for path, reason in ((bad, "cannot be read"), (tmp_path / "none.png", "no such image")):
+        with pytest.raises(InputError, match=f"{path}: {reason}"):
+            predict_files(trained_run, [path])
+
+
+def test_a_card_travels_with_the_model(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    path = tmp_path / "model.keras"
+    archive.save_model(model, path, {"class_names": ["ä", "b"]})
+    assert archive.read_metadata(path) == {"class_names": ["ä", "b"]}
+    # Keras itself reads the file as it reads its own.
+    loaded = keras.models.load_model(path)
+    np.testing.assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])

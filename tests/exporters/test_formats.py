@@ -1,0 +1,149 @@
+"""The table of formats, precisions and gates, and what is chosen from it."""
+
+import importlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_resnet.exporters import onnx, tflite
+from keras_resnet.exporters.formats import (
+    FORMATS,
+    OWN_FILES,
+    PRECISIONS,
+    Gate,
+    choose_artifacts,
+)
+from keras_resnet.utils.errors import InputError
+
+QUANTIZED = Gate(max_difference=None, agreement=0.985, accuracy_drop=0.003)
+GATES = {
+    "float32": Gate(max_difference=1e-5, agreement=1.0, accuracy_drop=None),
+    "float16": Gate(max_difference=2e-3, agreement=0.999, accuracy_drop=None),
+    "dynamic": QUANTIZED,
+    "int8": QUANTIZED,
+}
+ALL = [
+    "saved_model",
+    "model-float32.tflite",
+    "model-float32-batch1.tflite",
+    "model-float16.tflite",
+    "model-float16-batch1.tflite",
+    "model-dynamic.tflite",
+    "model-dynamic-batch1.tflite",
+    "model-int8.tflite",
+    "model-int8-batch1.tflite",
+    "model-float32.onnx",
+    "model-float16.onnx",
+    "model-int8.onnx",
+]
+
+
+def files(*arguments):
+    return [artifact.file for artifact in choose_artifacts(*arguments)]
+
+
+def test_the_gates_are_those_agreed_on():
+    assert {name: row.gate for name, row in PRECISIONS.items()} == GATES
+
+
+def test_only_int8_takes_training_images():
+    assert [name for name, row in PRECISIONS.items() if row.is_calibrated] == ["int8"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_has_a_writer_and_known_precisions_in_the_tables_order(name):
+    assert callable(importlib.import_module(f"keras_resnet.exporters.{name}").write)
+    own = FORMATS[name].precisions
+    assert own and list(own) == [precision for precision in PRECISIONS if precision in own]
+
+
+@pytest.mark.parametrize("module", [tflite, onnx])
+def test_a_writer_knows_each_precision_of_its_format(module):
+    name = module.__name__.rpartition(".")[2]
+    known = {"tflite": tflite._SETTINGS, "onnx": onnx._PRECISIONS}[name]
+    assert tuple(known) == FORMATS[name].precisions
+
+
+def test_all_artifacts_by_name():
+    assert files() == ALL
+    assert not {*ALL} & {*OWN_FILES}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((["saved_model"],), ALL[:1]),
+        ((["onnx", "saved_model"],), [ALL[0], *ALL[9:]]),
+        ((["onnx", "onnx"], ["int8", "float32", "int8"]), [ALL[9], ALL[11]]),
+        ((["tflite"], ["dynamic"]), ALL[5:7]),
+        ((None, ["float32"]), [*ALL[:3], ALL[9]]),
+        ((("onnx",), ("float16",)), ALL[10:11]),
+    ],
+)
+def test_formats_and_precisions_choose_files_once_each_in_the_tables_order(arguments, expected):
+    assert files(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["coreml"],), r"`to` must be one of saved_model, tflite, onnx, got 'coreml'"),
+        ((None, ["int4"]), r"`precision` must be one of float32, .*, got 'int4'"),
+        (([],), r"`to` must be a list of saved_model, .*, got \[\]"),
+        ((None, []), r"`precision` must be a list of float32, .*, got \[\]"),
+        (("onnx",), r"`to` must be a list of .*, got 'onnx'"),
+        ((None, "int8"), r"`precision` must be a list of .*, got 'int8'"),
+        (([["onnx"]],), r"`to` must be one of .*, got \['onnx'\]"),
+        ((["saved_model"], ["int8"]), "saved_model comes in float32, not in int8"),
+        ((["onnx"], ["float32", "dynamic"]), "onnx comes in float32, float16, int8, not in dyn"),
+        ((["onnx", "saved_model"], ["int8"]), "saved_model comes in float32, not in int8"),
+        (([5],), "`to` must be one of"),
+    ],
+)
+def test_what_would_leave_a_wish_without_a_file_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        choose_artifacts(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def names(table):
+    return st.none() | st.lists(st.sampled_from([*table]), max_size=6)
+
+
+@given(names(FORMATS), names(PRECISIONS))
+def test_any_choice_is_refused_or_serves_every_wish(formats, precisions):
+    try:
+        chosen = choose_artifacts(formats, precisions)
+    except InputError as error:
+        wanted = precisions or [*PRECISIONS]
+        # Refused is what is empty, or a name that no file could be of.
+        assert (
+            formats == []
+            or precisions == []
+            or any(not {*FORMATS[each].precisions} & {*wanted} for each in formats or FORMATS)
+            or any(
+                all(each not in FORMATS[name].precisions for name in formats or FORMATS)
+                for each in wanted
+            )
+        ), error
+        return
+    if formats is not None:
+        assert {artifact.format for artifact in chosen} == {*formats}
+    if precisions is not None:
+        assert {artifact.precision for artifact in chosen} == {*precisions}
+    places = [ALL.index(artifact.file) for artifact in chosen]
+    assert places == sorted(set(places))
+    for artifact in chosen:
+        assert artifact.precision in FORMATS[artifact.format].precisions
+        assert artifact.batch in FORMATS[artifact.format].batches
+
+
+def test_help_names_every_format_and_precision(capsys):
+    from keras_resnet import cli
+
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["export", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*FORMATS, *PRECISIONS))
+    assert all(row.description in shown for row in PRECISIONS.values())
