@@ -13,7 +13,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from keras_resnet import __version__
+from keras_resnet import __version__, config
+from keras_resnet.config import positive
 from keras_resnet.exporters.formats import FORMATS
 from keras_resnet.exporters.formats import PRECISIONS as EXPORT_PRECISIONS
 from keras_resnet.recipes import RECIPES
@@ -27,161 +28,57 @@ from keras_resnet.utils.errors import (
 )
 from keras_resnet.utils.quiet import stderr_kept_back
 
-MOST = {int: 1_000_000, float: sys.float_info.max}
-
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-
-
-def _positive(kind):
-    def parse(text):
-        value = kind(text)
-        # A whole number beyond any use would be a traceback from some library's depths.
-        if not 0 < value <= MOST[kind]:
-            raise argparse.ArgumentTypeError(
-                f"must be positive and at most {MOST[kind]:g}, got {text}"
-            )
-        return value
-
-    # argparse names the type in "invalid … value".
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def _share(text):
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return value
-
-
-# The tables themselves would bring Keras with them; a name that is no row is answered with all.
-_NETWORKS = "resnet18 … resnet152, resnext50_32x4d, …: a row of models.SPECS"
-_FORM_OPTIONS = {
-    "--variant": {"metavar": "NAME", "help": "d2l, torchvision, v1, v2, keras_v1 or keras_v2"},
-    "--stem": {"metavar": "NAME", "help": "imagenet, small or deep"},
-}
-_NORMALIZE_HELP = (
-    "none, imagenet (what PyTorch's published weights expect), inception (keras.applications' V2), "
-    "caffe (keras.applications' ResNet50/101/152), 1/255, or 0-255 (scaled inside)"
-)
+_NORMALIZATIONS = "none, imagenet, inception, caffe, 1/255 or 0-255; see `train --help`"
 _FOREIGN_OPTION = {
     "--normalize": {
         "metavar": "NAME",
-        "help": "how the floats are normalised that another tool's model takes: "
-        f"{_NORMALIZE_HELP}; default: it takes images",
+        "help": "normalization of the float images that another tool's model takes: "
+        f"{_NORMALIZATIONS}; default: the model takes uint8 images",
     },
 }
 
-# option -> arguments of add_argument. What `training.train` takes under the same name.
-_DATA_OPTIONS = {
-    "--dataset": {
-        "metavar": "NAME",
-        "help": "fashion_mnist (default), folder:PATH (one sub-folder a class) or tfds:NAME",
-    },
-    "--data-dir": {"metavar": "DIR", "help": "where the data set lies, if not in a usual place"},
-    "--validation-split": {
-        "type": _share,
-        "metavar": "SHARE",
-        "help": "share of the images held out where the set has no test split (default: 0.1; a "
-        "set that the model was not trained on is measured whole)",
-    },
-    "--skip-bad": {
-        "action": "store_true",
-        "default": None,
-        "help": "leave out unreadable images of a folder instead of stopping",
-    },
-}
+# The seed, too, chooses the held-out images; a trained model's own is in its metadata.
+_DATA_OPTIONS = config.options(config.DataConfig, leave_out=("seed",))
 
 # For models of images of any size; others resize the images to their own.
-_MEASURING_OPTIONS = {
+_EVALUATION_OPTIONS = {
     **_DATA_OPTIONS,
     "--image-size": {
-        "type": _positive(int),
+        "type": positive(int),
         "metavar": "PIXELS",
-        "help": "height and width that a model of any size is measured at (default: each image's "
-        "own)",
+        "help": "height and width of the images for a model that takes any size (default: each "
+        "image's own)",
     },
 }
 
-_TRAIN_OPTIONS = {
-    "--model": {"metavar": "NAME", "help": f"{_NETWORKS}; default: resnet18"},
-    **_DATA_OPTIONS,
-    "--recipe": {"choices": tuple(RECIPES), "help": "how to train (default: quick); see below"},
-    "--epochs": {
-        "type": _positive(int),
-        "metavar": "N",
-        "help": "instead of the recipe's; with --resume the new total, to continue a finished run",
-    },
-    "--batch-size": {"type": _positive(int), "metavar": "N", "help": "instead of the recipe's"},
-    "--image-size": {
-        "type": _positive(int),
-        "metavar": "PIXELS",
-        "help": "height and width that the network sees, instead of the recipe's",
-    },
-    "--learning-rate": {
-        "type": _positive(float),
-        "metavar": "RATE",
-        "help": "instead of the recipe's",
-    },
-    **_FORM_OPTIONS,
-    "--init": {
-        "metavar": "FILE",
-        "help": "fine-tune: start from a checkpoint that `convert` reads, or from a .keras file of "
-        "this package, in its variant and stem; a head of other classes is new",
-    },
-    "--freeze": {
-        "metavar": "NAMES",
-        "help": "modules that keep the weights of --init, such as stem,stage1 (see `summary`)",
-    },
-    "--normalize": {
-        "metavar": "NAME",
-        "help": f"{_NORMALIZE_HELP}; default: that of the .keras file given as --init, else none",
-    },
-    "--precision": {
-        "choices": PRECISIONS,
-        "help": "what to compute in; auto (default) takes bfloat16 where the machine has it",
-    },
-    "--seed": {"type": int, "metavar": "N", "help": "first weights, order of images (default: 0)"},
-    "--run-dir": {
-        "metavar": "DIR",
-        "help": "the run folder (default: runs/MODEL-RECIPE-TIME)",
-    },
+# The arguments of `train` that are no settings of the run; defaults are those of `train`.
+_PROCESS_OPTIONS = {
+    "--run-dir": {"metavar": "DIR", "help": "the run folder (default: runs/MODEL-RECIPE-TIME)"},
     "--resume": {
         "nargs": "?",
         "const": True,
-        "default": False,
         "choices": ("auto",),
         "help": "go on with the run in --run-dir, from its last finished epoch; with auto, start "
         "it if there is none",
     },
     "--strategy": {
         "metavar": "NAME",
-        "default": "auto",
         "help": "none, mirrored (the GPUs of one machine), multiworker (TF_CONFIG or Slurm), or "
         "auto (default), which finds out",
     },
-    "--sync-batchnorm": {
-        "action": "store_true",
-        "default": None,
-        "help": "take BatchNormalization's statistics over all replicas",
-    },
-    "--scale-batch": {
-        "action": "store_true",
-        "default": None,
-        "help": "multiply batch size and learning rate by the number of replicas, with a warm-up",
-    },
     "--worker-timeout": {
-        "type": _positive(float),
+        "type": positive(float),
         "metavar": "SECONDS",
-        "default": 300.0,
         "help": "how long to wait for the other workers (default: 300)",
     },
 }
 
+_TRAIN_OPTIONS = {**config.options(config.TrainConfig), **_PROCESS_OPTIONS}
+
 # What the process that starts workers on this machine keeps to itself.
 _LAUNCH_OPTIONS = {
     "--local-workers": {
-        "type": _positive(int),
+        "type": positive(int),
         "metavar": "N",
         "help": "start N workers on this machine, each on cores of its own",
     },
@@ -222,7 +119,7 @@ _EXPORT_OPTIONS = {
         "help": "the folder to write (default: export/ in the run folder, NAME-export beside "
         "NAME.keras)",
     },
-    **_MEASURING_OPTIONS,
+    **_EVALUATION_OPTIONS,
     **_FOREIGN_OPTION,
     "--no-preprocessing": {
         "dest": "preprocessing",
@@ -245,7 +142,7 @@ _VERIFY_OPTIONS = {
 _BENCHMARK_OPTIONS = {
     "folder": {"metavar": "DIR", "help": "what `export` wrote"},
     "--rounds": {
-        "type": _positive(int),
+        "type": positive(int),
         "metavar": "N",
         "default": 5,
         "help": "turns that each takes (default: 5)",
@@ -257,7 +154,7 @@ _BENCHMARK_OPTIONS = {
 _PREDICT_OPTIONS = {
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "an image file"},
     "--top": {
-        "type": _positive(int),
+        "type": positive(int),
         "default": 3,
         "metavar": "K",
         "help": "labels an image (default: 3)",
@@ -277,14 +174,14 @@ _CONVERT_OPTIONS = {
         ".pth.tar, .ckpt, .bin …), or a .h5 or .keras file of keras.applications; code in it is "
         "never run",
     },
-    "--model": {"metavar": "NAME", "required": True, "help": _NETWORKS},
+    "--model": {**_TRAIN_OPTIONS["--model"], "required": True},
     "--out": {"metavar": "FILE", "required": True, "help": "the .keras file to write"},
     "--num-classes": {
-        "type": _positive(int),
+        "type": positive(int),
         "metavar": "N",
         "help": "what the head must have (default: what it has)",
     },
-    **_FORM_OPTIONS,
+    **config.options(config.TrainConfig, "variant", "stem"),
     "--layout": {
         "metavar": "NAME",
         "help": "whose names the tensors have, a row of weights.LAYOUTS (default: found out)",
@@ -296,37 +193,35 @@ _CONVERT_OPTIONS = {
     "--normalize": {
         "metavar": "NAME",
         "help": "make a model of raw images, resized and normalised inside, for `predict` and "
-        f"`evaluate`: {_NORMALIZE_HELP}; default: the network alone",
+        f"`evaluate`: {_NORMALIZATIONS}; default: the network alone",
     },
     "--image-size": {
-        "type": _positive(int),
+        "type": positive(int),
         "metavar": "PIXELS",
         "help": "height and width that the network takes (default: any; 224 with --normalize)",
     },
 }
 
 _SUMMARY_OPTIONS = {
-    "model": {"metavar": "MODEL", "help": f"{_NETWORKS}; or dense_resnet"},
+    "model": {
+        "metavar": "MODEL",
+        "help": "a row of models.SPECS, such as resnet18; or dense_resnet",
+    },
     "--input-shape": {
-        "type": _positive(int),
+        "type": positive(int),
         "nargs": "+",
         "metavar": "N",
         "help": "height, width and channels (default: 224 224 1), or features (default: 12)",
     },
-    "--num-classes": {"type": _positive(int), "metavar": "N", "help": "number of outputs"},
-    **_FORM_OPTIONS,
+    "--num-classes": {"type": positive(int), "metavar": "N", "help": "number of outputs"},
+    **config.options(config.TrainConfig, "variant", "stem"),
 }
 
 
 def _given(args, options):
-    """Returns what was given for options, under the names that functions have for them."""
+    """Returns the values of the options that were given, under the names of Python arguments."""
     names = [name.lstrip("-").replace("-", "_") for name in options]
-    return {name: getattr(args, name) for name in names}
-
-
-def _data(args, options=_DATA_OPTIONS):
-    """Returns what was given of the data options; the rest is the functions' to choose."""
-    return {name: v for name, v in _given(args, options).items() if v is not None}
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _train(args):
@@ -405,7 +300,7 @@ def _evaluate(args):
     from keras_resnet.evaluation.report import format_evaluation
 
     options = {"trust": args.trust, "normalize": args.normalize}
-    evaluation = evaluate_file(args.model, **options, **_data(args, _MEASURING_OPTIONS))
+    evaluation = evaluate_file(args.model, **options, **_given(args, _EVALUATION_OPTIONS))
     print(json.dumps(evaluation.to_dict()) if args.json else format_evaluation(evaluation))
 
 
@@ -466,7 +361,7 @@ def _export(args):
     options = {name: getattr(args, name) for name in names}
     report = None if args.json else _say
     try:
-        data = _data(args, _MEASURING_OPTIONS)
+        data = _given(args, _EVALUATION_OPTIONS)
         manifest = export(args.model, args.out, report=report, **options, **data)
     except ExportError as error:
         failures = {"failures": [vars(failure) for failure in error.failures]}
@@ -479,7 +374,7 @@ def _verify(args):
     from keras_resnet.exporters.summary import format_verification
     from keras_resnet.exporters.verifier import verify
 
-    found = verify(args.folder, trust=args.trust, **_data(args))
+    found = verify(args.folder, trust=args.trust, **_given(args, _DATA_OPTIONS))
     print(json.dumps(found) if args.json else format_verification(found))
     if not found["passed"]:
         raise ExportError(f"{args.folder}: it is not what was exported")
@@ -522,7 +417,7 @@ _COMMANDS = {
         "measure a trained model",
         "Measure a trained model: on the part of its own data set that was held out in training, "
         "or on\nanother set, whole or on its test split.",
-        {**_MODEL_ARGUMENT, **_MEASURING_OPTIONS, **_JSON_OPTION},
+        {**_MODEL_ARGUMENT, **_EVALUATION_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "predict": Command(

@@ -15,8 +15,8 @@ class Recipe:
         batch_size: Images a step.
         image_size: Height and width that images are resized to, in pixels.
         learning_rate: The rate; with a schedule, its peak.
-        optimizer: A row of `training.OPTIMIZERS`.
-        schedule: A row of `training.SCHEDULES`: "constant", "warmup" (constant after a linear
+        optimizer: A row of `trainer.OPTIMIZERS`.
+        schedule: A row of `trainer.SCHEDULES`: "constant", "warmup" (constant after a linear
             warm-up), or "cosine" (after one, too).
         warmup: Share of all steps in which the rate rises from zero; "constant" has none.
         augmentation: Rows of `preprocessing.AUGMENTATIONS`.
@@ -53,14 +53,27 @@ RECIPES = {
         learning_rate=2e-3,
         schedule="cosine",
     ),
-    "seed": Recipe(
-        "the textbook's: images of 96 pixels, Adam at 0.001, five epochs",
+    "d2l": Recipe(
+        "Dive into Deep Learning (d2l): images of 96 pixels, Adam at 0.001, five epochs",
         epochs=5,
         batch_size=256,
         image_size=96,
         learning_rate=1e-3,
     ),
 }
+
+
+def override(recipe, settings):
+    """Returns a recipe with the values of a run's settings.
+
+    Args:
+        recipe: A `Recipe`.
+        settings: A `config.TrainConfig`. Its fields that a recipe has, too, override the recipe's
+            where they are not None.
+    """
+    names = [field.name for field in dataclasses.fields(recipe)]
+    found = {name: getattr(settings, name, None) for name in names}
+    return dataclasses.replace(recipe, **{k: v for k, v in found.items() if v is not None})
 
 
 WARMUP_EPOCHS = 5
@@ -84,7 +97,7 @@ def scale_batch(recipe, replicas):
         Goyal et al., Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, 2017, section 2.
 
     Example:
-        >>> scaled = scale_batch(RECIPES["seed"], 4)
+        >>> scaled = scale_batch(RECIPES["d2l"], 4)
         >>> scaled.batch_size, scaled.learning_rate, scaled.schedule, scaled.warmup
         (1024, 0.004, 'warmup', 0.2)
     """

@@ -108,7 +108,7 @@ def test_convert_prints_what_it_found(checkpoint, tiny, tmp_path, capsys):
 def test_fine_tuning_from_a_shell(checkpoint, fashion_folder, tmp_path):
     done = run_main(
         *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
-        *("--init", checkpoint, "--freeze", "stem,stage1", "--normalize", "imagenet"),
+        *("--weights", checkpoint, "--freeze", "stem,stage1", "--normalize", "imagenet"),
         *("--learning-rate", 1e-3, "--epochs", 3, "--batch-size", 32),
         *("--run-dir", tmp_path / "run"),
     )
@@ -267,23 +267,23 @@ BAD = {
     ),
     "checkpoint to PyTorch": ("convert {weights} --model tiny --out {tmp}/m.pth", "end in .keras"),
     "start from a file cut short": (
-        "train --model tiny --init {tmp}/cut.safetensors --run-dir {tmp}/r",
+        "train --model tiny --weights {tmp}/cut.safetensors --run-dir {tmp}/r",
         "cut.safetensors: cannot be read",
     ),
     "start from code": (
-        "train --model tiny --init {tmp}/evil.pth --run-dir {tmp}/r",
+        "train --model tiny --weights {tmp}/evil.pth --run-dir {tmp}/r",
         "evil.pth: refused: it holds posix.mkdir",
     ),
     "start from another depth": (
-        "train --model resnet18 --dataset folder:{data} --init {weights} --run-dir {tmp}/r",
+        "train --model resnet18 --dataset folder:{data} --weights {weights} --run-dir {tmp}/r",
         "tiny.safetensors: tensors: 70 missing",
     ),
     "freeze an unknown module": (
-        "train --model tiny --dataset folder:{data} --init {weights} --freeze stage9 "
+        "train --model tiny --dataset folder:{data} --weights {weights} --freeze stage9 "
         "--run-dir {tmp}/r",
         "stem, stage1, stage2, logits, got 'stage9'",
     ),
-    "freeze what is random": ("train --freeze stem --run-dir {tmp}/r", "--freeze needs --init"),
+    "freeze what is random": ("train --freeze stem --run-dir {tmp}/r", "--freeze needs --weights"),
     "unknown normalization": (
         "train --normalize zca --run-dir {tmp}/r",
         "`normalize` must be one of none, imagenet, inception, caffe, 1/255, 0-255, got 'zca'",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keras_resnet import models, preprocessing
-from keras_resnet.cli import PRECISIONS
+from keras_resnet.config import PRECISIONS
 from keras_resnet.recipes import RECIPES
 from keras_resnet.training import trainer
 from keras_resnet.training.precision import POLICIES, choose_precision
@@ -24,10 +24,10 @@ def test_recipes_name_rows_that_exist(recipe):
 
 
 def test_seed_is_the_textbooks():
-    seed = RECIPES["seed"]
-    assert (seed.image_size, seed.batch_size, seed.epochs) == (96, 256, 5)
-    assert (seed.optimizer, seed.learning_rate, seed.schedule) == ("adam", 1e-3, "constant")
-    assert (seed.variant, seed.stem, seed.augmentation) == ("d2l", None, ())
+    d2l = RECIPES["d2l"]
+    assert (d2l.image_size, d2l.batch_size, d2l.epochs) == (96, 256, 5)
+    assert (d2l.optimizer, d2l.learning_rate, d2l.schedule) == ("adam", 1e-3, "constant")
+    assert (d2l.variant, d2l.stem, d2l.augmentation) == ("d2l", None, ())
 
 
 @pytest.mark.parametrize(

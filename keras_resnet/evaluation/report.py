@@ -149,7 +149,7 @@ def write_report(run_dir, config, history, evaluation, split):
 
     Args:
         run_dir: The run folder; it is made where it is missing.
-        config: What the run was: settings, model, num_parameters, init, dataset, recipe, seed,
+        config: What the run was: settings, model, num_parameters, weights, dataset, recipe, seed,
             precision, strategy, replicas, backend, versions, git_commit, machine, command. What is
             missing or None is left out.
         history: One mapping for each epoch; see `HISTORY_COLUMNS`. It may be empty.
@@ -420,8 +420,8 @@ _SETUP = (
     ("Model", ("model",), str),
     ("Parameters", ("num_parameters",), "{:,}".format),
     ("Trained of them", ("num_trained_parameters",), "{:,}".format),
-    ("Started from", ("settings", "init"), str),
-    ("", ("init", "sha256"), "sha256 {}".format),
+    ("Started from", ("settings", "weights"), str),
+    ("", ("weights", "sha256"), "sha256 {}".format),
     ("Frozen", ("settings", "freeze"), ", ".join),
     ("Data set", ("dataset", "name"), str),
     ("Found", ("dataset", "source"), str),

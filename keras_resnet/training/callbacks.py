@@ -24,7 +24,7 @@ class StopOnDivergence(keras.callbacks.Callback):
     """Ends the run with a `TrainingError` at the first step whose loss is not a finite number.
 
     Keras reports the mean loss of the epoch so far, which turns infinite or NaN with the first
-    such step. It stands before `Recorder`, which would save the broken weights.
+    such step. It stands before `CheckpointCallback`, which would save the broken weights.
     """
 
     advice = (
@@ -187,7 +187,7 @@ class History(keras.callbacks.Callback):
         return {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
 
 
-class Recorder(History):
+class CheckpointCallback(History):
     """Writes the checkpoint, `history.csv` and the TensorBoard events at the end of each epoch.
 
     The checkpoint is one file that holds weights, optimizer, epoch count and history, so that a

@@ -1,4 +1,4 @@
-"""Fine-tuning: where a run's first weights come from, and which of them stay as they are."""
+"""Fine-tuning: the checkpoint that a run starts from, and the modules that stay frozen."""
 
 import dataclasses
 import os
@@ -12,57 +12,23 @@ from keras_resnet.weights.layouts import Checkpoint
 from keras_resnet.weights.own import OwnSource, open_own
 
 
-def plain_settings(settings):
-    """Returns the settings of a run with `init` and `freeze` as config.json holds them.
-
-    Args:
-        settings: A dict; `init` may be a `pathlib.Path`, `freeze` a list or tuple of names or
-            a string with commas between them.
-
-    Raises:
-        InputError: If one of them is of another kind.
-
-    Example:
-        >>> plain_settings({"init": "a.pth", "freeze": "stem, stage1"})
-        {'init': 'a.pth', 'freeze': ['stem', 'stage1']}
-    """
-    settings = dict(settings)
-    init, freeze = settings.get("init"), settings.get("freeze")
-    if init is not None:
-        if not isinstance(init, (str, os.PathLike)):
-            raise InputError(f"`init` must be the path of a checkpoint, got {type(init).__name__}")
-        settings["init"] = os.fspath(init)
-    if freeze is not None:
-        names = freeze.split(",") if isinstance(freeze, str) else freeze
-        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-            raise InputError(f"`freeze` must be a list of names of modules, got {freeze!r}")
-        settings["freeze"] = list(dict.fromkeys(name.strip() for name in names)) or None
-    return settings
-
-
-def open_init(settings, recorded=None, needed=True):
+def find_source(settings, recorded=None, needed=True):
     """Reads the checkpoint that a run starts from.
 
     Args:
-        settings: The run's, with `init` and `freeze`.
-        recorded: What `record` returned when the run that is now resumed was started.
-        needed: Whether its weights are; a run that is resumed from a checkpoint of its own does
-            without the file.
+        settings: The run's `TrainConfig`.
+        recorded: The result of `record` when the run that is now resumed was started.
+        needed: Whether the tensors are needed; a run that is resumed from its own checkpoint does
+            not read the file.
 
     Returns:
-        A `Source`, without tensors where they are not needed; None for a run without `init`.
+        A `Source`, without tensors where they are not needed; None for a run without `weights`.
 
     Raises:
-        InputError: If the file cannot be read, or is not the one that the run was started with;
-            or there is something to freeze, and nothing to start from.
+        InputError: If the file cannot be read, or is not the one that the run was started with.
     """
-    path = settings["init"]
+    path = settings.weights
     if path is None:
-        if settings["freeze"]:
-            raise InputError(
-                "`freeze` needs `init`, --freeze needs --init: a layer that is neither loaded nor "
-                f"trained would stay random; got {', '.join(settings['freeze'])}"
-            )
         return None
     before = _read_record(path, recorded)
     if before and not needed:
@@ -83,7 +49,7 @@ def _open(path):
 
 
 def record(source):
-    """Returns what config.json says about a `Source`, a dict: sha256, and what was found."""
+    """Returns the record of a `Source` in config.json, a dict: its sha256 and its layout."""
     return {"sha256": source.sha256, **dataclasses.asdict(source.checkpoint)}
 
 
@@ -96,57 +62,59 @@ def _read_record(path, recorded):
         if not isinstance(source.sha256, str):
             raise TypeError
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"config.json of the run is damaged: its init is {recorded!r}") from error
+        raise InputError(
+            f"config.json of the run is damaged: its weights are {recorded!r}"
+        ) from error
     return source
 
 
-def adopt_form(recipe, source, kept):
-    """Returns a recipe with the form of the network that the run starts from.
+def adopt_form(recipe, source, settings):
+    """Returns a recipe with the variant and the stem of the checkpoint that the run starts from.
 
     Args:
         recipe: A `Recipe`.
-        source: What `open_init` returned.
-        kept: Settings; those of `variant` and `stem` that are not None stay as they are.
+        source: The result of `find_source`.
+        settings: The run's `TrainConfig`; its `variant` and `stem` go first if they are given.
     """
     if source is None:
         return recipe
-    names = [name for name in ("variant", "stem") if kept[name] is None]
+    names = [name for name in ("variant", "stem") if getattr(settings, name) is None]
     return dataclasses.replace(recipe, **{n: getattr(source.checkpoint, n) for n in names})
 
 
 def adopt_normalization(settings, given, source):
-    """Returns a run's settings with the normalisation of the model that the run starts from.
+    """Returns a run's settings with the normalization of the model that the run starts from.
 
     Args:
-        settings: The run's.
-        given: What the run was asked for; a `normalize` there stays.
-        source: What `open_init` returned. Only a model of ours with preprocessing has one.
+        settings: The run's `TrainConfig`.
+        given: The settings that were given, a dict; a `normalize` there stays.
+        source: The result of `find_source`. Only a model of ours with preprocessing has one.
 
     Raises:
-        InputError: If the model's is no row of `NORMALIZATIONS`.
+        InputError: If the model's normalization is no row of `NORMALIZATIONS`.
     """
-    if given.get("normalize") is not None or not isinstance(source, OwnSource):
+    if "normalize" in given or not isinstance(source, OwnSource):
         return settings
-    return {**settings, "normalize": source.find_normalization() or settings["normalize"]}
+    return dataclasses.replace(settings, normalize=source.find_normalization() or "none")
 
 
-def load_init(network, source, recipe, num_classes):
-    """Loads the first weights of a run: all but a head of another number of classes.
+def load_source(network, source, recipe, num_classes):
+    """Loads the first weights of a run; a head of another number of classes stays random.
 
-    The first convolution is fitted to the network's number of channels; see `adapt_channels`.
+    The first convolution is adapted to the network's number of channels; see `adapt_channels`.
 
     Args:
         network: The network, with or without preprocessing before it.
-        source: What `open_init` returned; its tensors are gone then, so that a run does not hold
+        source: The result of `find_source`. Its tensors are released, so that a run does not hold
             them to its end.
-        recipe: What `adopt_form` returned.
-        num_classes: The network's.
+        recipe: The result of `adopt_form`.
+        num_classes: The network's number of classes.
 
     Returns:
-        What was done, one line.
+        One line about the tensors loaded.
 
     Raises:
-        InputError: If the checkpoint does not fit; the network is as it was then.
+        InputError: If the checkpoint does not fit; the network is unchanged then.
     """
     found = source.checkpoint
     new_head = found.num_classes != num_classes

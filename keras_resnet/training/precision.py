@@ -1,15 +1,14 @@
-"""Which dtype policy a machine is best trained in."""
+"""The precision to train in on this machine."""
 
 import keras
 
-from keras_resnet.utils.errors import InputError
+from keras_resnet.config import PRECISIONS
+from keras_resnet.utils.errors import look_up
 
-# What the command line calls it -> Keras's dtype policy.
 POLICIES = {
-    "float32": "float32",
-    "bfloat16": "mixed_bfloat16",
-    "float16": "mixed_float16",
+    name: name if name == "float32" else f"mixed_{name}" for name in PRECISIONS if name != "auto"
 }
+"""precision -> Keras's dtype policy."""
 
 CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 
@@ -64,7 +63,7 @@ def choose_precision(precision="auto"):
     """Chooses the dtype to compute in; weights are kept in float32 in any case.
 
     Args:
-        precision: "float32", "bfloat16", "float16", or "auto": bfloat16 where the GPU or the
+        precision: One of `config.PRECISIONS`. "auto" is bfloat16 where the GPU or the
             processor computes in it (Ampere or newer; AVX512-BF16 or AMX), else float32.
 
     Returns:
@@ -77,11 +76,9 @@ def choose_precision(precision="auto"):
         >>> choose_precision("float32")
         ('float32', 'asked for')
     """
+    look_up(dict.fromkeys(PRECISIONS), precision, "precision")
     if precision in POLICIES:
         return precision, "asked for"
-    if precision != "auto":
-        names = ", ".join(["auto", *POLICIES])
-        raise InputError(f"`precision` must be one of {names}, got {precision!r}")
     backend = keras.backend.backend()
     gpu = _GPUS[backend]() if backend in _GPUS else None
     if gpu is not None:

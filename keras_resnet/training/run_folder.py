@@ -1,4 +1,4 @@
-"""The folder of a run: made, checked, and the record of what the run was made with."""
+"""The folder of a run: created, locked, checked, reopened."""
 
 import contextlib
 import datetime
@@ -11,6 +11,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from keras_resnet import config
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import InputError, one_line
 
@@ -24,49 +25,79 @@ def default_run_dir(model, recipe):
     return Path("runs") / f"{model}-{recipe}-{now}"
 
 
-def make_run_dir(run_dir, resume, lock):
-    """Makes the folder and checks that it can be written to.
+def has_run(run_dir):
+    """Returns whether a folder holds a run, finished or not."""
+    return (Path(run_dir) / CONFIG).exists()
+
+
+def last_checkpoint(run_dir):
+    """Returns the path of the last finished epoch's checkpoint."""
+    return Path(run_dir) / "checkpoints" / "last.keras"
+
+
+def create_run_dir(run_dir, lock):
+    """Creates the folder of a new run, and locks it.
 
     Args:
-        run_dir: The folder; its parents are made, too.
-        resume: Whether it holds a run already, which `lock_run_dir` has locked.
+        run_dir: The folder; its parents are created, too.
         lock: A `contextlib.ExitStack` that holds the folder's lock until it is closed.
 
     Returns:
-        The folders that had to be made, the innermost first.
+        The folders that had to be created, the innermost first.
 
     Raises:
-        InputError: If it holds something though `resume` is false, another process is writing to
-            it, or it cannot be written to.
+        InputError: If the folder holds something, another process is writing to it, or it cannot
+            be written to.
     """
-    try:
-        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    with _write_errors(run_dir):
+        created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            lock_run_dir(run_dir, lock)
-            check_empty(run_dir)
-        else:
-            for folder in (run_dir, run_dir / "checkpoints"):
-                files.remove_partials(folder)
-        probe = run_dir / _PROBE
-        files.write_text(probe, "")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"{run_dir}: cannot be written to: {error.strerror or error}") from error
-    return made
+        _lock(run_dir, lock)
+        check_empty(run_dir)
+        _try_to_write(run_dir)
+    return created
 
 
-def lock_run_dir(run_dir, lock):
-    """Locks a run folder, so that no other process writes to it.
+def reopen_run_dir(run_dir, lock):
+    """Locks the folder of a run that is resumed, and removes what a killed process left.
 
     Args:
         run_dir: The folder.
-        lock: A `contextlib.ExitStack` that holds the lock until it is closed.
+        lock: See `create_run_dir`.
+
+    Returns:
+        The content of config.json, a dict, and its settings, a `TrainConfig`.
 
     Raises:
-        InputError: If another process has it.
+        InputError: If there is no run, its config.json is damaged or of another version, another
+            process is writing to the folder, or it cannot be written to.
     """
+    with _write_errors(run_dir):
+        if run_dir.is_dir():
+            _lock(run_dir, lock)
+        found = _read_config(run_dir)
+        for folder in (run_dir, run_dir / "checkpoints"):
+            files.remove_partials(folder)
+        _try_to_write(run_dir)
+    return found
+
+
+@contextlib.contextmanager
+def _write_errors(run_dir):
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{run_dir}: cannot be written to: {error.strerror or error}") from error
+
+
+def _lock(run_dir, lock):
     lock.enter_context(files.locked(run_dir, "another run is writing to it"))
+
+
+def _try_to_write(run_dir):
+    probe = run_dir / _PROBE
+    files.write_text(probe, "")
+    probe.unlink()
 
 
 def check_empty(run_dir):
@@ -75,7 +106,7 @@ def check_empty(run_dir):
     Args:
         run_dir: The folder, a `pathlib.Path`; it may be missing.
     """
-    # What a run leaves that is killed before it has begun.
+    # The files of a run that was killed before it began.
     left = re.compile(r"\.probe|\.(\.probe|config)\.[0-9a-f]{8}\.partial(\.json)?")
     if run_dir.is_dir() and not all(left.fullmatch(path.name) for path in run_dir.iterdir()):
         raise InputError(
@@ -84,16 +115,16 @@ def check_empty(run_dir):
         )
 
 
-def unmake_run_dir(run_dir, made):
-    """Takes back what `make_run_dir` made for a run that could not begin.
+def remove_run_dir(run_dir, created):
+    """Removes the folders of a run that could not begin.
 
     Args:
-        run_dir: The folder; it holds nothing but its config.json.
-        made: What `make_run_dir` returned.
+        run_dir: The folder; it holds its config.json only.
+        created: The result of `create_run_dir`.
     """
     with contextlib.suppress(OSError):
         (run_dir / CONFIG).unlink(missing_ok=True)
-        for folder in made:
+        for folder in created:
             folder.rmdir()
 
 
@@ -115,30 +146,19 @@ def check_space(run_dir, needed):
         )
 
 
-def read_config(run_dir, settings):
-    """Returns what config.json of a run holds.
-
-    Args:
-        run_dir: The run folder.
-        settings: The names that its settings may have, with the values of those that it lacks.
-
-    Raises:
-        InputError: If there is none, or it is damaged or of another version.
-    """
-    path = Path(run_dir) / CONFIG
+def _read_config(run_dir):
+    path = run_dir / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["settings"] = {**settings, **config["settings"]}
-        if set(config["settings"]) != set(settings):
-            raise ValueError("its settings are not those of this version")
-        # The rest is written once the data are loaded: a run can be killed before.
-        if not isinstance(config.get("dataset", {}).get("fingerprint", ""), str):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        settings = config.TrainConfig(**record["settings"])
+        # The data set is recorded once it is loaded: a run can be killed before.
+        if not isinstance(record.get("dataset", {}).get("fingerprint", ""), str):
             raise ValueError("its data set has no fingerprint")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{run_dir}: nothing to resume: there is no {CONFIG}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path}: damaged: {one_line(error)}") from error
-    return config
+        raise InputError(f"{path}: damaged, or of another version: {one_line(error)}") from error
+    return record, settings
 
 
 def describe_surroundings():

@@ -26,8 +26,9 @@ from keras_resnet import models
 from keras_resnet.archive import load_model, read_metadata
 from keras_resnet.evaluation.report import read_history
 from keras_resnet.recipes import RECIPES
-from keras_resnet.training import run_folder, trainer
-from keras_resnet.training.trainer import Batches, train
+from keras_resnet.training import records, run_folder, trainer
+from keras_resnet.training.inputs import Batches
+from keras_resnet.training.trainer import train
 from keras_resnet.utils.errors import InputError, Interrupted, TrainingError
 
 pytestmark = pytest.mark.thorough
@@ -37,10 +38,10 @@ SMALL = {"image_size": 28, "batch_size": 64, "precision": "float32", "verbose": 
 
 @pytest.fixture(scope="module")
 def finished(fashion, tmp_path_factory):
-    """The folder of a finished run of one epoch by the recipe "seed"; not to be changed."""
+    """The folder of a finished run of one epoch by the recipe "d2l"; not to be changed."""
     with mock.patch.dict(models.SPECS, tiny=models.Spec((1, 1), (8, 16))):
         run_dir = tmp_path_factory.mktemp("finished") / "run"
-        return train("tiny", fashion, "seed", epochs=1, run_dir=run_dir, **SMALL).run_dir
+        return train("tiny", fashion, "d2l", epochs=1, run_dir=run_dir, **SMALL).run_dir
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_the_background_is_known_of_grey_sets_alone():
     scenes[:10] = random.integers(0, 256, (10, 1, 1, 1))
     expected = [(dark, "dark"), (scenes, None), (255 - dark, None), (dark.repeat(3, axis=-1), None)]
     for images, background in expected:
-        assert trainer._background(keras_resnet.Split(images, np.zeros(20, int))) == background
+        assert records.find_background(keras_resnet.Split(images, np.zeros(20, int))) == background
 
 
 def test_best_checkpoint_is_the_best_epoch(trained_run):
@@ -341,7 +342,7 @@ def test_killed_while_data_are_loaded_a_run_keeps_its_settings(tmp_path, tiny, f
     (killed / "config.json").write_text(json.dumps({"settings": settings}))
     run = train(dataset=fashion, run_dir=killed, resume=True, verbose=False)
     config = json.loads((killed / "config.json").read_text())
-    assert config["settings"] == settings and config["recipe"]["name"] == "seed"
+    assert config["settings"] == settings and config["recipe"]["name"] == "d2l"
     assert len(run.history) == 1
 
 
@@ -374,7 +375,7 @@ def test_a_finished_run_can_be_continued_with_more_epochs(copied, tmp_path, tiny
         changed["settings"]["epochs"] = changed["recipe"]["epochs"] = None
     assert config == before
     # At a constant rate it is the run that was started with two epochs.
-    unbroken = train(tiny, fashion, "seed", epochs=2, run_dir=tmp_path / "unbroken", **SMALL)
+    unbroken = train(tiny, fashion, "d2l", epochs=2, run_dir=tmp_path / "unbroken", **SMALL)
     for ours, theirs in zip(run.history, unbroken.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
     # Resumed without a number it is the run of two epochs.
@@ -464,7 +465,7 @@ def test_a_loss_that_breaks_in_the_last_step_is_not_saved(tmp_path, tiny, fashio
     # One step: its own loss is from before the update, the measured one is not.
     settings = {**SMALL, "batch_size": 1200, "learning_rate": 1e30}
     with pytest.raises(TrainingError, match=r"after epoch 1, step 1, the loss .*(nan|inf)"):
-        train(tiny, fashion, "seed", epochs=1, run_dir=tmp_path / "run", **settings)
+        train(tiny, fashion, "d2l", epochs=1, run_dir=tmp_path / "run", **settings)
     assert not list((tmp_path / "run").rglob("*.keras"))
 
 
@@ -559,7 +560,7 @@ def tuned(fashion, checkpoint, tmp_path_factory):
         contextlib.redirect_stdout(printed),
     ):
         run_dir = tmp_path_factory.mktemp("tuned") / "run"
-        run = train("tiny", fashion, epochs=1, init=checkpoint, run_dir=run_dir, **settings)
+        run = train("tiny", fashion, epochs=1, weights=checkpoint, run_dir=run_dir, **settings)
     return run, printed.getvalue()
 
 
@@ -583,9 +584,9 @@ def test_a_fine_tuned_run_says_what_it_came_from(tuned, tiny, checkpoint):
     run, _ = tuned
     config = json.loads((run.run_dir / "config.json").read_text())
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert config["settings"]["init"] == str(checkpoint)
+    assert config["settings"]["weights"] == str(checkpoint)
     assert config["settings"]["freeze"] == ["stem", "stage1"]
-    assert config["init"]["sha256"] == digest and config["init"]["layout"] == "torchvision"
+    assert config["weights"]["sha256"] == digest and config["weights"]["layout"] == "torchvision"
     assert config["recipe"]["variant"] == "torchvision"
     assert (config["num_parameters"], config["num_trained_parameters"]) == (5442, 3850)
     report = (run.run_dir / "report.md").read_text()
@@ -610,7 +611,7 @@ def test_a_head_of_the_same_classes_is_loaded(tmp_path, tiny, fashion, capsys):
     source = tmp_path / "ten.safetensors"
     network = write_tiny(source, 10, 1, "v2", "timm_v2")
     settings = {**SMALL, "verbose": True, "learning_rate": 1e-30}
-    run = train(tiny, fashion, epochs=1, init=str(source), run_dir=tmp_path / "run", **settings)
+    run = train(tiny, fashion, epochs=1, weights=str(source), run_dir=tmp_path / "run", **settings)
     assert "head of 10 classes loaded" in (out := capsys.readouterr().out)
     assert "adapted" not in out and "frozen" not in out
     # At a rate of nothing weights stay, but for the moving statistics.
@@ -624,9 +625,9 @@ def test_a_variant_that_was_asked_for_goes_before_the_checkpoints(
     tmp_path, tiny, fashion, checkpoint
 ):
     settings = {**SMALL, "variant": "v1"}
-    run = train(tiny, fashion, epochs=1, init=checkpoint, run_dir=tmp_path / "run", **settings)
+    run = train(tiny, fashion, epochs=1, weights=checkpoint, run_dir=tmp_path / "run", **settings)
     assert run.report["config"]["recipe"]["variant"] == "v1"
-    assert run.report["config"]["init"]["variant"] == "torchvision"
+    assert run.report["config"]["weights"]["variant"] == "torchvision"
 
 
 @pytest.mark.slow
@@ -635,7 +636,7 @@ def test_resumed_it_needs_the_file_only_before_its_first_checkpoint(
 ):
     source = tmp_path / "tiny.safetensors"
     shutil.copyfile(checkpoint, source)
-    run = train(tiny, fashion, epochs=1, init=source, run_dir=tmp_path / "run", **TUNED)
+    run = train(tiny, fashion, epochs=1, weights=source, run_dir=tmp_path / "run", **TUNED)
     again = {"dataset": fashion, "run_dir": run.run_dir, "resume": True, "verbose": False}
     source.unlink()
     (run.run_dir / "model.keras").unlink()
@@ -651,9 +652,9 @@ def test_resumed_it_needs_the_file_only_before_its_first_checkpoint(
     shutil.copyfile(checkpoint, source)
     assert train(**again).history[0]["loss"] == pytest.approx(run.history[0]["loss"], rel=0.02)
     config = json.loads((run.run_dir / "config.json").read_text())
-    config["init"] = {"sha256": 1}
+    config["weights"] = {"sha256": 1}
     (run.run_dir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="damaged: its init is"):
+    with pytest.raises(InputError, match="damaged: its weights are"):
         train(**again)
 
 
@@ -667,7 +668,7 @@ def test_ones_own_model_is_a_source(tmp_path, tuned, tiny, fashion, capsys):
         fashion, class_names=classes, splits={"train": split, "test": split}, fingerprint="1"
     )
     settings = {**SMALL, "verbose": True, "freeze": "stem,stage1,stage2"}
-    run = train(tiny, data, epochs=1, init=source, run_dir=tmp_path / "run", **settings)
+    run = train(tiny, data, epochs=1, weights=source, run_dir=tmp_path / "run", **settings)
     out = capsys.readouterr().out
     assert "a network of this package; variant torchvision, stem imagenet, 30 tensors" in out
     assert "new head: 4 classes, the checkpoint has 10" in out
@@ -677,7 +678,7 @@ def test_ones_own_model_is_a_source(tmp_path, tuned, tiny, fashion, capsys):
             np.testing.assert_array_equal(after[path], before[path], err_msg=path)
     config = json.loads((run.run_dir / "config.json").read_text())
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    assert (config["init"]["layout"], config["init"]["sha256"]) == ("keras_resnet", digest)
+    assert (config["weights"]["layout"], config["weights"]["sha256"]) == ("keras_resnet", digest)
     # The images are normalised as the source's were, unless another way is asked for.
     assert config["settings"]["normalize"] == "imagenet"
     assert run.model.get_layer("preprocessing").mean == pytest.approx(0.449)
@@ -688,9 +689,9 @@ def test_ones_own_model_is_a_source(tmp_path, tuned, tiny, fashion, capsys):
 
 
 NOT_TUNED = {
-    "nothing to start from": ({"init": None}, "`freeze` needs `init`"),
-    "no such file": ({"init": "none.pth"}, "no such checkpoint file"),
-    "no path": ({"init": {}}, "`init` must be the path of a checkpoint, got dict"),
+    "nothing to start from": ({"weights": None}, "`freeze` needs `weights`"),
+    "no such file": ({"weights": "none.pth"}, "no such checkpoint file"),
+    "no path": ({"weights": {}}, "`weights` must be the path of a checkpoint, got dict"),
     "no names": ({"freeze": 1}, "`freeze` must be a list of names of modules, got 1"),
     "unknown module": (
         {"freeze": "stem,stage3"},
@@ -707,7 +708,7 @@ NOT_TUNED = {
 @pytest.mark.parametrize("case", NOT_TUNED)
 def test_fine_tuning_that_cannot_begin_leaves_no_folder(tmp_path, tiny, fashion, checkpoint, case):
     changes, expected = NOT_TUNED[case]
-    settings = {"model": tiny, "init": checkpoint, **TUNED, **changes}
+    settings = {"model": tiny, "weights": checkpoint, **TUNED, **changes}
     with pytest.raises(InputError, match=expected) as caught:
         train(dataset=fashion, epochs=1, run_dir=tmp_path / "a" / "run", **settings)
     assert len(str(caught.value).splitlines()) == 1
@@ -753,8 +754,8 @@ def test_resume_refuses_other_settings(copied, change, message):
 
 
 def test_resume_refuses_a_recipe_that_was_edited(copied, monkeypatch):
-    edited = dataclasses.replace(RECIPES["seed"], warmup=0.5)
-    monkeypatch.setitem(RECIPES, "seed", edited)
+    edited = dataclasses.replace(RECIPES["d2l"], warmup=0.5)
+    monkeypatch.setitem(RECIPES, "d2l", edited)
     with pytest.raises(InputError, match=r"the recipe has changed .*\(warmup\)"):
         train(**copied)
 

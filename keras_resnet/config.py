@@ -1,0 +1,291 @@
+"""Every setting of a run, stated once: its name, default, help, choices and command-line option.
+
+The options of the command line, the keyword arguments of `train`, config.json, the check on
+resume and the report's table are all made from the fields of `TrainConfig`. To add a setting, add
+a field.
+
+This module imports neither Keras nor TensorFlow: `keras-resnet --help` reads it.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+
+from keras_resnet.utils.errors import InputError, look_up
+
+LARGEST = {int: 1_000_000, float: sys.float_info.max}
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+def positive(kind):
+    """Returns a parser of command-line text to a positive number.
+
+    Args:
+        kind: `int` or `float`.
+
+    Example:
+        >>> positive(int)("3")
+        3
+    """
+
+    def parse(text):
+        value = kind(text)
+        # A larger integer fails with a traceback deep in a library.
+        if not 0 < value <= LARGEST[kind]:
+            raise argparse.ArgumentTypeError(
+                f"must be positive and at most {LARGEST[kind]:g}, got {text}"
+            )
+        return value
+
+    parse.__name__ = kind.__name__  # argparse prints it: "invalid int value"
+    return parse
+
+
+def _share(text):
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def _setting(default, help, *, parse=str, metavar="NAME", choices=None, table=None):
+    """Returns the dataclass field of a setting.
+
+    Args:
+        default: The value where none is given.
+        help: One sentence, for the command line and the documentation.
+        parse: Function of the command line's text; `bool` is an option without a value.
+        metavar: The value's name in `--help`.
+        choices: The allowed values, where they are few.
+        table: The table with one row per allowed value, as "module.NAME".
+    """
+    option = {"help": help}
+    if parse is bool:
+        option |= {"action": "store_true", "default": None}
+    elif choices:
+        option |= {"choices": choices}
+    else:
+        option |= {"metavar": metavar} | ({} if parse is str else {"type": parse})
+    return dataclasses.field(default=default, metadata={"option": option, "table": table})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How the images are loaded."""
+
+    dataset: str = _setting(
+        "fashion_mnist",
+        "fashion_mnist (default), folder:PATH (one sub-folder a class) or tfds:NAME",
+    )
+    data_dir: str | None = _setting(
+        None, "folder of the data set, if it is not in a usual place", metavar="DIR"
+    )
+    validation_split: float = _setting(
+        0.1,
+        "share of the images held out where the set has no test split (default: 0.1; a set that "
+        "the model was not trained on is evaluated as a whole)",
+        parse=_share,
+        metavar="SHARE",
+    )
+    skip_bad: bool = _setting(
+        False, "leave out unreadable images of a folder instead of stopping", parse=bool
+    )
+    seed: int = _setting(
+        0,
+        "seed of the first weights, the order of the images and the held-out images (default: 0)",
+        parse=int,
+        metavar="N",
+    )
+
+    def load(self, **options):
+        """Returns the `Dataset`.
+
+        Args:
+            **options: Further arguments of `load_dataset`, such as `image_size`.
+        """
+        from keras_resnet.datasets import load_dataset
+
+        arguments = data_settings(self)
+        return load_dataset(arguments.pop("dataset"), **arguments, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(DataConfig):
+    """The settings of a training run; the fields of `DataConfig` are among them.
+
+    A setting that is None has the recipe's or the checkpoint's value.
+    """
+
+    model: str = _setting(
+        "resnet18",
+        "resnet18 … resnet152, resnext50_32x4d, …: a row of models.SPECS (default: resnet18)",
+        table="models.SPECS",
+    )
+    recipe: str = _setting(
+        "quick", "how to train (default: quick); see below", table="recipes.RECIPES"
+    )
+    epochs: int | None = _setting(
+        None,
+        "instead of the recipe's; with --resume the new total, to continue a finished run",
+        parse=positive(int),
+        metavar="N",
+    )
+    batch_size: int | None = _setting(
+        None, "instead of the recipe's", parse=positive(int), metavar="N"
+    )
+    image_size: int | None = _setting(
+        None,
+        "height and width of the network's input, instead of the recipe's",
+        parse=positive(int),
+        metavar="PIXELS",
+    )
+    learning_rate: float | None = _setting(
+        None, "instead of the recipe's", parse=positive(float), metavar="RATE"
+    )
+    variant: str | None = _setting(
+        None, "d2l, torchvision, v1, v2, keras_v1 or keras_v2", table="models.VARIANTS"
+    )
+    stem: str | None = _setting(None, "imagenet, small or deep", table="models.STEMS")
+    weights: str | None = _setting(
+        None,
+        "fine-tune: start from a checkpoint that `convert` reads, or from a .keras file of this "
+        "package, in its variant and stem; a head of other classes is new",
+        metavar="FILE",
+    )
+    freeze: list[str] | None = _setting(  # noqa: RUF009
+        None,
+        "modules that keep the values of --weights, such as stem,stage1 (see `summary`)",
+        metavar="NAMES",
+    )
+    normalize: str = _setting(
+        "none",
+        "none, imagenet (what PyTorch's published weights expect), inception (keras.applications' "
+        "V2), caffe (keras.applications' ResNet50/101/152), 1/255, or 0-255 (scaled inside); "
+        "default: the one of the .keras file given as --weights, else none",
+        table="preprocessing.NORMALIZATIONS",
+    )
+    precision: str = _setting(
+        "auto",
+        "dtype of the computation; auto (default) takes bfloat16 where the machine has it",
+        choices=PRECISIONS,
+    )
+    sync_batchnorm: bool = _setting(
+        False, "compute BatchNormalization's statistics over all replicas", parse=bool
+    )
+    scale_batch: bool = _setting(
+        False,
+        "multiply batch size and learning rate by the number of replicas, with a warm-up",
+        parse=bool,
+    )
+
+    def __post_init__(self):
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise InputError(f"`seed` must be a whole number in 0 … 2³¹ − 1, got {self.seed!r}")
+        if self.weights is not None and not isinstance(self.weights, (str, os.PathLike)):
+            kind = type(self.weights).__name__
+            raise InputError(f"`weights` must be the path of a checkpoint, got {kind}")
+        # As JSON holds them: config.json is compared with these on resume.
+        self._set("weights", self.weights and os.fspath(self.weights))
+        self._set("freeze", _as_names(self.freeze))
+        if self.freeze and self.weights is None:
+            raise InputError(
+                "`freeze` needs `weights`, --freeze needs --weights: a layer that is neither "
+                f"loaded nor trained would stay random; got {', '.join(self.freeze)}"
+            )
+
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)  # the class is frozen
+
+    def check(self):
+        """Raises an `InputError` for a value that is no row of its setting's table."""
+        for field in dataclasses.fields(self):
+            value, table = getattr(self, field.name), field.metadata["table"]
+            choices = field.metadata["option"].get("choices")
+            if table and value is not None:
+                module, _, name = table.partition(".")
+                rows = getattr(importlib.import_module(f"keras_resnet.{module}"), name)
+                look_up(rows, value, field.name)
+            elif choices:
+                look_up(dict.fromkeys(choices), value, field.name)
+
+    def resume(self, given):
+        """Returns the settings of this run, resumed with the settings that are given.
+
+        Args:
+            given: name -> value; None is not given. `epochs` alone may differ.
+
+        Raises:
+            InputError: If another value differs.
+        """
+        given = given_settings(given)
+        asked = dataclasses.replace(self, **given)
+        for name in given:
+            before, after = getattr(self, name), getattr(asked, name)
+            if before != after and name != "epochs":
+                raise InputError(
+                    f"a run is resumed with the settings it was started with: `{name}` was "
+                    f"{before!r}, got {after!r}; leave it out, or start a new run"
+                )
+        return asked
+
+
+def _as_names(names):
+    """Returns `freeze` as a list without repetitions; None for none."""
+    if names is None:
+        return None
+    parts = names.split(",") if isinstance(names, str) else names
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise InputError(f"`freeze` must be a list of names of modules, got {names!r}")
+    return list(dict.fromkeys(part.strip() for part in parts)) or None
+
+
+def given_settings(values):
+    """Returns the settings that were given: those that are not None.
+
+    Args:
+        values: name -> value.
+
+    Raises:
+        TypeError: If a name is no field of `TrainConfig`.
+    """
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in values:
+        if name not in names:
+            raise TypeError(f"no setting is named {name!r}; the settings are {', '.join(names)}")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def data_settings(config):
+    """Returns the settings of a `TrainConfig` or `DataConfig` that say how images are loaded."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(DataConfig)}
+
+
+def recorded_data_settings(record):
+    """Returns the data settings in a record, such as a model's metadata; others are left out.
+
+    Args:
+        record: A dict from a file. A value of another type than the default is left out, too.
+    """
+    found = {}
+    for field in dataclasses.fields(DataConfig):
+        kind = str if field.default is None else type(field.default)
+        if isinstance(record.get(field.name), kind):
+            found[field.name] = record[field.name]
+    return found
+
+
+def options(config_class, *names, leave_out=()):
+    """Returns command-line options: option -> keyword arguments of `add_argument`.
+
+    Args:
+        config_class: `DataConfig` or `TrainConfig`.
+        *names: The fields; all by default.
+        leave_out: Fields to leave out.
+    """
+    return {
+        "--" + field.name.replace("_", "-"): field.metadata["option"]
+        for field in dataclasses.fields(config_class)
+        if (not names or field.name in names) and field.name not in leave_out
+    }

@@ -1,0 +1,64 @@
+"""The batches that `model.fit` trains on and evaluates."""
+
+import keras
+import numpy as np
+
+from keras_resnet.datasets.base import cut_batches
+from keras_resnet.utils.errors import InputError
+
+
+class Batches(keras.utils.PyDataset):
+    """A split as uint8 batches, on every Keras backend.
+
+    Args:
+        split: A `datasets.Split`.
+        batch_size: Images per batch; the last batch may have another size.
+        least: Images that the last batch needs at least; see `datasets.base.cut_batches`.
+
+    Attributes:
+        order: The order of the images, an array of indices.
+        failure: The `InputError` of an image that could not be read: TensorFlow hides which
+            error ended `fit`.
+    """
+
+    def __init__(self, split, batch_size, least=1):
+        super().__init__()
+        self.split = split
+        self.cuts = cut_batches(len(split), batch_size, least)
+        self.order = np.arange(len(split))
+        self.failure = None
+
+    def shuffle(self, seed, epoch):
+        """Puts the images in the order of an epoch, counted from 0; see `Split.order`."""
+        self.order = self.split.order(seed, epoch)
+
+    def __len__(self):
+        return len(self.cuts)
+
+    def __getitem__(self, index):
+        chosen = self.order[self.cuts[index]]
+        try:
+            return self.split.images[chosen], self.split.labels[chosen]
+        except InputError as error:
+            self.failure = error
+            raise
+
+
+class Shuffle(keras.callbacks.Callback):
+    """Shuffles the training batches before each epoch, as a function of seed and epoch.
+
+    `PyDataset.on_epoch_end` is no place for it: Keras calls that once more when it builds a model.
+
+    Args:
+        batches: The training `Batches`.
+        seed: The run's seed.
+    """
+
+    def __init__(self, batches, seed):
+        super().__init__()
+        self.batches = batches
+        self.seed = seed
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Shuffles."""
+        self.batches.shuffle(self.seed, epoch)
