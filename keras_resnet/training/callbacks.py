@@ -1,10 +1,9 @@
-"""Beside `model.fit`: progress, the record of each epoch, and how a run stops early."""
+"""Callbacks of `model.fit`: progress, the record of each epoch, and early stops."""
 
 import contextlib
 import math
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ class StopOnDivergence(keras.callbacks.Callback):
     """Ends the run with a `TrainingError` at the first step whose loss is not a finite number.
 
     Keras reports the mean loss of the epoch so far, which turns infinite or NaN with the first
-    such step. It stands before `CheckpointCallback`, which would save the broken weights.
+    such step. This callback stands before `CheckpointCallback`, which would save the weights.
     """
 
     advice = (
@@ -38,11 +37,11 @@ class StopOnDivergence(keras.callbacks.Callback):
         self.last_finite = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Remembers the epoch, for the message."""
+        """Keeps the epoch, for the message."""
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        """Looks at the loss."""
+        """Checks the loss."""
         loss = float(logs["loss"])
         if math.isfinite(loss):
             self.last_finite = loss
@@ -56,11 +55,11 @@ class StopOnDivergence(keras.callbacks.Callback):
         )
 
     def on_epoch_end(self, epoch, logs=None):
-        """Looks at the measured loss: the last step's own is from before its update."""
+        """Checks the evaluation loss: the last step's loss is from before its update."""
         loss = float(logs.get("val_loss", 0))
         if not math.isfinite(loss):
             raise TrainingError(
-                f"after epoch {epoch + 1}, step {self.params['steps']}, the loss measured is "
+                f"after epoch {epoch + 1}, step {self.params['steps']}, the evaluation loss is "
                 f"{loss}; the last finite mean loss in training was {self.last_finite:.4g}. "
                 f"{self.advice}"
             )
@@ -68,13 +67,13 @@ class StopOnDivergence(keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def catching_stop_signals():
-    """Turns the first Ctrl-C or SIGTERM into a request, so that a run can stop between two steps.
+    """Turns the first Ctrl-C or SIGTERM into a request, so that a run stops between two steps.
 
-    A second one acts as it always does. Outside the main thread, where Python allows no handlers,
-    signals keep their meaning.
+    A second signal has its usual effect. Outside the main thread, where Python allows no
+    handlers, signals keep their meaning.
 
     Yields:
-        A list; it holds the signal's number once one has come.
+        A list, to which the signal's number is added.
     """
     received = []
     if threading.current_thread() is not threading.main_thread():
@@ -99,45 +98,44 @@ def catching_stop_signals():
 
 
 class StopOnRequest(keras.callbacks.Callback):
-    """Raises `Interrupted` at the end of the step during which a stop signal came.
+    """Raises `Interrupted` at the end of the step in which a stop signal came.
 
     Args:
-        received: What `catching_stop_signals` yields.
-        patience: Seconds to go on all the same. A worker that is not the chief gives it time to
-            save: the chief's last step needs all of them.
+        received: The list of `catching_stop_signals`.
+        delay: Seconds to go on after the signal. A worker that is not the chief gives the chief
+            time to save, since the chief's last step needs all workers.
     """
 
-    def __init__(self, received, patience=0):
+    def __init__(self, received, delay=0.0):
         super().__init__()
         self.received = received
-        self.patience = patience
+        self.delay = delay
         self.since = None
         self.epoch = 0
 
-    def _is_time(self):
+    def _stop_if_due(self, where):
         if self.received and self.since is None:
             self.since = time.monotonic()
-        return self.since is not None and time.monotonic() - self.since >= self.patience
+        if self.since is not None and time.monotonic() - self.since >= self.delay:
+            raise Interrupted(where)
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Remembers the epoch, for the message."""
+        """Keeps the epoch, for the message."""
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        """Stops if it was asked for."""
-        if self._is_time():
-            raise Interrupted(f"in epoch {self.epoch + 1}, after step {batch + 1}")
+        """Stops if requested."""
+        self._stop_if_due(f"in epoch {self.epoch + 1}, after step {batch + 1}")
 
     def on_test_batch_end(self, batch, logs=None):
-        """Stops if it was asked for."""
-        if self._is_time():
-            raise Interrupted(f"while epoch {self.epoch + 1} was being measured")
+        """Stops if requested."""
+        self._stop_if_due(f"during the evaluation of epoch {self.epoch + 1}")
 
 
 class EpochTimer(keras.callbacks.Callback):
     """Adds an epoch's duration, its training speed and its learning rate to the epoch's logs.
 
-    It stands before the callbacks that use these figures.
+    It stands before the callbacks that use these values.
 
     Args:
         images: Number of training images.
@@ -154,7 +152,7 @@ class EpochTimer(keras.callbacks.Callback):
         self.trained = None
 
     def on_test_begin(self, logs=None):
-        """Validation begins: training, which the speed counts alone, is over."""
+        """Stops the clock of the training speed, which leaves the evaluation out."""
         if self.trained is None:
             self.trained = time.perf_counter()
 
@@ -169,10 +167,10 @@ class EpochTimer(keras.callbacks.Callback):
 
 
 class History(keras.callbacks.Callback):
-    """Keeps a row of figures for each epoch.
+    """Adds a row to the history for each epoch.
 
     Args:
-        history: The rows of the epochs before; it grows in place.
+        history: The rows of the epochs before, a list; rows are appended to it.
     """
 
     def __init__(self, history):
@@ -180,7 +178,7 @@ class History(keras.callbacks.Callback):
         self.history = history
 
     def on_epoch_end(self, epoch, logs=None):
-        """Keeps the epoch's."""
+        """Adds the epoch's row."""
         self.history.append(self._row(epoch, logs))
 
     def _row(self, epoch, logs):
@@ -190,23 +188,20 @@ class History(keras.callbacks.Callback):
 class CheckpointCallback(History):
     """Writes the checkpoint, `history.csv` and the TensorBoard events at the end of each epoch.
 
-    The checkpoint is one file that holds weights, optimizer, epoch count and history, so that a
-    process that is killed between two files leaves nothing that contradicts itself.
+    The checkpoint is one file with weights, optimizer and history: a process that is killed
+    between two files would leave files that contradict each other.
 
     Args:
-        history: The rows of the epochs before; it grows in place.
+        history: See `History`.
         run_dir: The run folder.
-        metadata: What every model file of the run says about itself.
+        metadata: The metadata of each model file of the run.
     """
 
     def __init__(self, history, run_dir, metadata):
         super().__init__(history)
         self.run_dir = Path(run_dir)
         self.metadata = metadata
-        self.events = {
-            name: EventWriter(self.run_dir / "tensorboard" / name)
-            for name in ("train", "validation")
-        }
+        self.writers = {}
 
     def on_epoch_end(self, epoch, logs=None):
         """Saves the epoch."""
@@ -216,7 +211,7 @@ class CheckpointCallback(History):
         with replacing(checkpoints / "last.keras") as new:
             metadata = {**self.metadata, "history": [*self.history, row]}
             write_model(self.model, new, metadata)
-            # Before the new file becomes last.keras: killed in between, the epoch is done again.
+            # Before the rename of last.keras: if the process is killed here, the epoch is repeated.
             if is_best:
                 with replacing(checkpoints / "best.keras") as copy:
                     shutil.copyfile(new, copy)
@@ -225,50 +220,24 @@ class CheckpointCallback(History):
         self._write_events(row)
 
     def _write_events(self, row):
-        scalars = {"train": {}, "validation": {}}
+        # Keras's own TensorBoard callback imports TensorFlow on every backend.
+        from tensorboard.summary import Writer
+
         for name, value in row.items():
-            if name != "epoch":
-                side = "validation" if name.startswith("val_") else "train"
-                scalars[side][f"epoch_{name.removeprefix('val_')}"] = value
-        for side, values in scalars.items():
-            if values:
-                self.events[side].add(row["epoch"], values)
+            if name == "epoch":
+                continue
+            side = "validation" if name.startswith("val_") else "train"
+            if side not in self.writers:
+                self.writers[side] = Writer(str(self.run_dir / "tensorboard" / side))
+            tag = f"epoch_{name.removeprefix('val_')}"
+            self.writers[side].add_scalar(tag, value, row["epoch"])
+        for writer in self.writers.values():
+            writer.flush()
 
-
-class EventWriter:
-    """Writes scalars that TensorBoard shows, without TensorFlow: on every Keras backend.
-
-    Keras's own callback of this kind imports TensorFlow whatever the backend.
-
-    Args:
-        folder: Where the event file goes; it is made with the first scalar.
-    """
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.path = None
-
-    def add(self, step, scalars):
-        """Appends `scalars`, a dict of name to number, at `step`."""
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-
-        if self.path is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            now = f"{time.time():.6f}"
-            self.path = self.folder / f"events.out.tfevents.{now}.{socket.gethostname()}"
-            self._append(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
-        values = [
-            summary_pb2.Summary.Value(tag=name, simple_value=value)
-            for name, value in scalars.items()
-        ]
-        summary = summary_pb2.Summary(value=values)
-        self._append(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-
-    def _append(self, event):
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        with open(self.path, "ab") as file:
-            RecordWriter(file).write(event.SerializeToString())
+    def on_train_end(self, logs=None):
+        """Closes the event files."""
+        for writer in self.writers.values():
+            writer.close()
 
 
 class Progress(keras.callbacks.Callback):
@@ -278,7 +247,7 @@ class Progress(keras.callbacks.Callback):
         images: Number of training images.
         batch_size: Images a step.
         epochs: Number of epochs of the whole run.
-        stream: Where to write; standard output by default.
+        stream: The stream to write to; standard output by default.
     """
 
     def __init__(self, images, batch_size, epochs, stream=None):
@@ -296,7 +265,7 @@ class Progress(keras.callbacks.Callback):
         self.bar = self.shown.enter_context(bar(self.images, description, stream=self.stream))
 
     def on_train_batch_end(self, batch, logs=None):
-        """Moves the bar by a batch; the epoch's last may be of another size."""
+        """Moves the bar by a batch; the last one of an epoch may have another size."""
         if not self.bar.disable:
             shown = {name: f"{float(logs[name]):.4f}" for name in ("loss", "accuracy")}
             self.bar.set_postfix(shown, refresh=False)
@@ -304,7 +273,7 @@ class Progress(keras.callbacks.Callback):
             self.bar.update(min(self.images if last else self.batch_size, self.images - self.bar.n))
 
     def on_test_begin(self, logs=None):
-        """Takes the bar away."""
+        """Removes the bar."""
         self.close()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -326,5 +295,5 @@ class Progress(keras.callbacks.Callback):
         )
 
     def close(self):
-        """Takes the bar away if there is one; also after a run that failed."""
+        """Removes the bar, if there is one."""
         self.shown.close()
