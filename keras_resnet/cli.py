@@ -1,7 +1,7 @@
-"""`keras-resnet`: parses, calls, prints. No logic, and nothing heavy imported before it is needed.
+"""`keras-resnet`: parses the command line, calls the package, prints. Keras is imported late.
 
-Exit status: 0 done, 1 a run failed, 2 bad input (of `predict`, also if other images could be
-named), 75 another worker was lost, 130 interrupted.
+Exit status: 0 success, 1 a run or an export failed, 2 bad input (for `predict`, also one bad image
+among others), 75 another worker was lost, 130 interrupted.
 """
 
 import argparse
@@ -100,7 +100,7 @@ _MODEL_ARGUMENT = {
     },
     "--trust": {
         "action": "store_true",
-        "help": "load a SavedModel, which is code, and open other files without trying them in "
+        "help": "load a SavedModel, which is code, and open other files without testing them in "
         "another process first",
     },
     **_FOREIGN_OPTION,
@@ -124,30 +124,30 @@ _EXPORT_OPTIONS = {
     "--no-preprocessing": {
         "dest": "preprocessing",
         "action": "store_false",
-        "help": "files that take the network's floats and give logits, in place of raw images "
-        "and probabilities",
+        "help": "export the network alone, from floats to logits, instead of raw images to "
+        "probabilities",
     },
     "--force": {
         "action": "store_true",
-        "help": "publish what fails its proof, with the failures recorded",
+        "help": "publish files that fail their verification, too, with the failures recorded",
     },
 }
 
 _VERIFY_OPTIONS = {
-    "folder": {"metavar": "DIR", "help": "what `export` wrote"},
-    "--trust": {"action": "store_true", "help": "run a SavedModel, too, which is code"},
+    "folder": {"metavar": "DIR", "help": "an export folder"},
+    "--trust": {"action": "store_true", "help": "run SavedModels, too, which are code"},
     **_DATA_OPTIONS,
 }
 
 _BENCHMARK_OPTIONS = {
-    "folder": {"metavar": "DIR", "help": "what `export` wrote"},
+    "folder": {"metavar": "DIR", "help": "an export folder"},
     "--rounds": {
         "type": positive(int),
         "metavar": "N",
         "default": 5,
-        "help": "turns that each takes (default: 5)",
+        "help": "measurements of each file, in turns (default: 5)",
     },
-    "--trust": {"action": "store_true", "help": "run a SavedModel, too, which is code"},
+    "--trust": {"action": "store_true", "help": "run SavedModels, too, which are code"},
     "--out": {"metavar": "DIR", "help": "where benchmark.json and benchmark.png go (default: DIR)"},
 }
 
@@ -157,13 +157,13 @@ _PREDICT_OPTIONS = {
         "type": positive(int),
         "default": 3,
         "metavar": "K",
-        "help": "labels an image (default: 3)",
+        "help": "labels per image (default: 3)",
     },
     "--invert": {
         "choices": ("auto", "yes", "no"),
         "default": "auto",
-        "help": "swap light and dark; auto (default) does where the model takes grey images that "
-        "are light on dark, as those of Fashion-MNIST, and the image's border is light",
+        "help": "swap light and dark; auto (default) does so if the model was trained on grey "
+        "images that are light on dark, such as Fashion-MNIST, and the image's border is light",
     },
 }
 
@@ -179,26 +179,26 @@ _CONVERT_OPTIONS = {
     "--num-classes": {
         "type": positive(int),
         "metavar": "N",
-        "help": "what the head must have (default: what it has)",
+        "help": "number of classes that the head must have (default: any)",
     },
     **config.options(config.TrainConfig, "variant", "stem"),
     "--layout": {
         "metavar": "NAME",
-        "help": "whose names the tensors have, a row of weights.LAYOUTS (default: found out)",
+        "help": "layout of the tensors' names, a row of weights.LAYOUTS (default: detected)",
     },
     "--skip-head": {
         "action": "store_true",
-        "help": "leave the checkpoint's head out, for a new, untrained one of --num-classes",
+        "help": "replace the checkpoint's head by a new, untrained one with --num-classes outputs",
     },
     "--normalize": {
         "metavar": "NAME",
-        "help": "make a model of raw images, resized and normalised inside, for `predict` and "
-        f"`evaluate`: {_NORMALIZATIONS}; default: the network alone",
+        "help": "build a model of raw images, with resize and normalization inside, for `predict` "
+        f"and `evaluate`: {_NORMALIZATIONS}; default: the network alone",
     },
     "--image-size": {
         "type": positive(int),
         "metavar": "PIXELS",
-        "help": "height and width that the network takes (default: any; 224 with --normalize)",
+        "help": "height and width of the network's input (default: any; 224 with --normalize)",
     },
 }
 
@@ -348,7 +348,7 @@ def _convert(args):
 
 
 def _say(line):
-    # Who has stopped reading still wants the files.
+    # A closed stdout must not abort the export.
     with contextlib.suppress(BrokenPipeError):
         print(line, flush=True)
 
@@ -377,7 +377,7 @@ def _verify(args):
     found = verify(args.folder, trust=args.trust, **_given(args, _DATA_OPTIONS))
     print(json.dumps(found) if args.json else format_verification(found))
     if not found["passed"]:
-        raise ExportError(f"{args.folder}: it is not what was exported")
+        raise ExportError(f"{args.folder}: the files differ from what was exported")
 
 
 def _benchmark(args):
@@ -414,32 +414,32 @@ _COMMANDS = {
     ),
     "evaluate": Command(
         _evaluate,
-        "measure a trained model",
-        "Measure a trained model: on the part of its own data set that was held out in training, "
-        "or on\nanother set, whole or on its test split.",
+        "evaluate a trained model",
+        "Evaluate a trained model on the held-out part of its own data set, or on another data "
+        "set: on its\ntest split, or as a whole.",
         {**_MODEL_ARGUMENT, **_EVALUATION_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "predict": Command(
         _predict,
-        "name what is on images",
-        "Name what is on images of any size, colour or grey. Files that cannot be read are named "
-        "on standard\nerror, the others are answered, and the exit status is 2.",
+        "classify images",
+        "Classify images of any size, in colour or grey. Files that cannot be read are reported on "
+        "standard\nerror, the others are classified, and the exit status is 2.",
         {**_MODEL_ARGUMENT, **_PREDICT_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "convert": Command(
         _convert,
-        "make a model of a published checkpoint",
-        "Turn a checkpoint into a .keras file and print what was found in it.",
+        "convert a published checkpoint to a .keras file",
+        "Convert a checkpoint to a .keras file and print the network and the layout found in it.",
         {**_CONVERT_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "export": Command(
         _export,
-        "write SavedModel, TFLite and ONNX files, proven",
-        "Write a model as SavedModel, TFLite and ONNX. Each file is loaded by its own runtime and "
-        "compared\nwith the Keras model on all test images; one that fails is not written.",
+        "export to SavedModel, TFLite and ONNX, with verification",
+        "Export a model to SavedModel, TFLite and ONNX. Each file is run by its own runtime and "
+        "compared\nwith the Keras model on all test images; a file that fails is not written.",
         {**_EXPORT_OPTIONS, **_JSON_OPTION},
         "\n".join(
             [
@@ -450,23 +450,23 @@ _COMMANDS = {
     ),
     "verify": Command(
         _verify,
-        "check an export folder again",
-        "Check an export folder, anywhere: checksums first, then every file's answers.",
+        "verify an export folder again",
+        "Verify an export folder on any machine: checksums first, then each file's predictions.",
         {**_VERIFY_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "benchmark": Command(
         _benchmark,
-        "measure the files of an export folder",
+        "benchmark the files of an export folder",
         "Measure latency, throughput, load time, memory and size of each file of an export folder, "
-        "beside\nthe Keras model and, where PyTorch is installed, the textbook's network in it.",
+        "of\nthe Keras model and, where PyTorch is installed, of the same network in PyTorch.",
         {**_BENCHMARK_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "summary": Command(
         _summary,
-        "walk an input's shape through a network",
-        "Print each module of a network with its output shape and parameters.",
+        "print a network's modules, shapes and parameters",
+        "Print each module of a network with its output shape and number of parameters.",
         _SUMMARY_OPTIONS,
         None,
     ),
@@ -496,9 +496,9 @@ def _parser():
 
 
 def _import_keras():
-    """Imports Keras without the lines about the machine that TensorFlow puts before any answer.
+    """Imports Keras without TensorFlow's log lines about the machine.
 
-    Most come from C++ before its log is set up, and no setting reaches them (TensorFlow 2.21).
+    Most are written by C++ before its log is set up; no option turns them off (TensorFlow 2.21).
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
@@ -508,7 +508,7 @@ def _import_keras():
             if keras.backend.backend() == "tensorflow":
                 import tensorflow as tf
 
-                tf.config.list_physical_devices()  # the first look says what drivers are missing
+                tf.config.list_physical_devices()  # the first call logs missing drivers
     except (ImportError, ValueError) as error:
         backend = os.environ.get("KERAS_BACKEND", "not set")
         raise InputError(
@@ -525,7 +525,7 @@ def main(arguments=None):
     """Runs the command line.
 
     Args:
-        arguments: What stands behind the command's name; `sys.argv[1:]` by default.
+        arguments: The words after the program's name; `sys.argv[1:]` by default.
 
     Returns:
         The exit status.
@@ -533,7 +533,7 @@ def main(arguments=None):
     words = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(words, argparse.Namespace(words=words))
     with contextlib.suppress(AttributeError, ValueError):
-        # A terminal without "×" or "–" shows "?" instead of losing the answer.
+        # A terminal without "×" or "–" shows "?" in place of a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
         if getattr(args, "local_workers", None):
@@ -547,11 +547,11 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except OSError as error:
-        if error.filename is None:  # no file's: our own output could not be written
-            # Python would try again at the exit.
+        if error.filename is None:  # stdout could not be written to
+            # Python would try again at exit.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader has gone, as in `… | head`
+        if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, as `head` does
             return 1
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or one_line(error)}", 2)
@@ -572,7 +572,7 @@ def export_to(format):
     )
     parser.add_argument("--out", default="exported", help="default: exported")
     own, _ = parser.parse_known_args()
-    # Of an option that is given twice the last counts.
+    # argparse takes the last value of an option that is given twice.
     status = main(["export", "--out", own.out, *sys.argv[1:], "--to", format])
     return status, Path(own.out).expanduser()
 
