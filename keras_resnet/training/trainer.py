@@ -18,7 +18,8 @@ from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.datasets.base import cut_batches
 from keras_resnet.datasets.images import ImageFiles, border_level, content_marks
 from keras_resnet.distribution import rendezvous, strategies
-from keras_resnet.evaluation.inference import Predictor, measure
+from keras_resnet.evaluation.inference import Predictor
+from keras_resnet.evaluation.metrics import evaluate
 from keras_resnet.evaluation.report import write_history, write_report
 from keras_resnet.models import build_resnet, count_parameters, last_map_size
 from keras_resnet.preprocessing import find_normalization, with_preprocessing
@@ -511,8 +512,11 @@ def _finish(plan, model, config, history):
         return Run(plan.run_dir, final, history, None)
     archive.save_model(final, plan.run_dir / "model.keras", plan.metadata)
     predictor = Predictor(final, plan.metadata)
-    evaluation = measure(
-        predictor, plan.evaluation, plan.dataset.class_names, min(256, plan.recipe.batch_size)
+    evaluation = evaluate(
+        predictor,
+        plan.evaluation,
+        plan.dataset.class_names,
+        batch_size=min(256, plan.recipe.batch_size),
     )
     report = write_report(plan.run_dir, config, history, evaluation, plan.evaluation)
     return Run(plan.run_dir, final, history, report)
