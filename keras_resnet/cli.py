@@ -25,7 +25,7 @@ from keras_resnet.utils.errors import (
     WorkerLost,
     one_line,
 )
-from keras_resnet.utils.quiet import stderr_kept_back
+from keras_resnet.utils.quiet import suppress_stderr
 
 MOST = {int: 1_000_000, float: sys.float_info.max}
 
@@ -607,7 +607,7 @@ def _import_keras():
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        with stderr_kept_back():
+        with suppress_stderr():
             import keras
 
             if keras.backend.backend() == "tensorflow":
