@@ -1,10 +1,10 @@
-"""ResNet-18 on the backend and device that Keras has: its logits, and the time of a training step.
+"""ResNet-18 on Keras's backend and device: error of the logits, and time of a training step.
 
     KERAS_BACKEND=jax python benchmarks/backends.py [--image-size 96] [--batch-size 128]
 
-The logits are compared with those of the textbook's network in PyTorch, in float64 on the
-processor, once as the backend computes by default and once in full float32: on a GPU, JAX and
-PyTorch round the factors of a float32 convolution to TensorFloat-32 unless they are told not to.
+The logits are compared with those of the network of Dive into Deep Learning (d2l) in PyTorch, in
+float64 on the CPU, once with the backend's default precision and once in full float32: on a GPU,
+JAX and PyTorch compute float32 convolutions in TensorFloat-32 by default.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from keras_resnet.training.precision import POLICIES
 
 
 def logits_differences(image_size):
-    """Returns max|ours − theirs| / max|theirs| by default, and in full float32."""
+    """Returns max|ours − theirs| / max|theirs| in the default precision, and in full float32."""
     torch.manual_seed(0)
     theirs = ResNet18().eval()
     randomize_batch_norm(theirs)
@@ -39,20 +39,20 @@ def logits_differences(image_size):
         found = keras.ops.convert_to_numpy(ours(images.astype("float32"), training=False))
         return np.abs(found - expected).max() / np.abs(expected).max()
 
-    by_default = difference()
+    default = difference()
     if keras.backend.backend() == "jax":
         import jax
 
         with jax.default_matmul_precision("highest"):
-            return by_default, difference()
+            return default, difference()
     if keras.backend.backend() == "torch":
         with torch.backends.cudnn.flags(allow_tf32=False):
-            return by_default, difference()
-    return by_default, by_default
+            return default, difference()
+    return default, default
 
 
 def step_seconds(image_size, batch_size, precision, steps=20):
-    """Returns the median time of a training step, images and labels given as arrays."""
+    """Returns the median seconds of a training step on arrays of images and labels."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (batch_size, image_size, image_size, 1)).astype("float32")
     labels = random.integers(0, 10, batch_size)
@@ -72,14 +72,14 @@ def step_seconds(image_size, batch_size, precision, steps=20):
 
 
 def main():
-    """Prints a line for each figure."""
+    """Measures and prints a line for each result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=96, help="pixels (default: 96)")
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
     arguments = parser.parse_args()
     print(f"keras {keras.__version__} on {keras.backend.backend()}")
-    by_default, full = logits_differences(arguments.image_size)
-    print(f"logits from PyTorch's in float64: {by_default:.1e}, in full float32 {full:.1e}")
+    default, full = logits_differences(arguments.image_size)
+    print(f"error of the logits: {default:.1e}, in full float32 {full:.1e}")
     for precision in POLICIES:
         seconds = step_seconds(arguments.image_size, arguments.batch_size, precision)
         print(

@@ -1,10 +1,10 @@
-"""How far the family is from torchvision, timm, Hugging Face and keras.applications: one table.
+"""Differences from torchvision, timm, Hugging Face and keras.applications, as one table.
 
     python benchmarks/parity.py [--networks "torchvision resnet50" …] [--quick]
 
-All weights and BatchNorm statistics are random, and the same in both. A cell is the largest
-relative difference, max|ours − theirs| / max|theirs| of one tensor, in float32 / float64; the
-bounds are those of `tests/test_family_parity.py`, and `tests/parity.py` says how each is measured.
+Both networks have the same random weights and BatchNorm statistics. A cell is the largest relative
+difference, max|ours − theirs| / max|theirs| of one tensor, in float32 / float64.
+`tests/parity.py` computes the differences, and `tests/test_family_parity.py` holds the bounds.
 """
 
 import argparse
@@ -39,12 +39,12 @@ COLUMNS = (
     Column("statistics", "BatchNorm statistics"),
     Column("losses", "20 losses"),
 )
-# 20 steps take a minute of the deep ones.
+# 20 steps of a deep network take a minute.
 TRAINED = {f"torchvision resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 
 
-def measure(network, dtype, quick):
-    """Returns the differences of a network, by column, and its number of parameters."""
+def compare(network, dtype, quick):
+    """Returns the differences of a network by column, and its number of parameters."""
     pair = parity.build_pair(network, dtype, SEED)
     found = {"logits": 0.0, "stages": 0.0}
     for size, count in parity.IMAGES[: 1 if quick else None]:
@@ -59,15 +59,15 @@ def measure(network, dtype, quick):
 
 
 def table_row(network, quick):
-    """Returns the table's row of a network."""
-    single, parameters = measure(network, "float32", quick)
-    double, _ = measure(network, "float64", quick)
+    """Returns the row of a network."""
+    single, parameters = compare(network, "float32", quick)
+    double, _ = compare(network, "float64", quick)
     options = ", ".join(name for name, value in network.options if value)
     return {
         "network": f"{network.name} ({options})" if options else network.name,
         "source": network.source,
         "parameters": parameters,
-        **{what: f"{short(value)} / {short(double[what])}" for what, value in single.items()},
+        **{name: f"{short(value)} / {short(double[name])}" for name, value in single.items()},
     }
 
 
@@ -90,8 +90,8 @@ def main():
     parser.add_argument("--networks", nargs="+", choices=names, metavar="NAME", default=names)
     parser.add_argument("--quick", action="store_true", help="one image size, no training")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # or both libraries' threads wait for each other
-    tf.get_logger().setLevel("ERROR")  # of the graphs that each grouped convolution makes
+    torch.set_num_threads(1)  # otherwise the threads of both libraries wait for each other
+    tf.get_logger().setLevel("ERROR")  # no warnings of retraced graphs
     rows = []
     for network in parity.NETWORKS:
         if str(network) in args.networks:

@@ -1,8 +1,8 @@
-"""Seconds that a process takes to start: `import keras_resnet`, and the command line.
+"""Start-up time of `import keras_resnet` and of the command line.
 
     python benchmarks/startup.py [--rounds 5]
 
-The processes run in turns, since the machine's speed drifts. Each figure is a median.
+The machine's speed drifts, so the programs run in turns. Each result is a median.
 """
 
 import argparse

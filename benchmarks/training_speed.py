@@ -1,10 +1,10 @@
-"""Training steps a second: ours beside the textbook's network in PyTorch, in turns in one run.
+"""Training speed beside the network of Dive into Deep Learning (d2l) in PyTorch, in turns.
 
     python benchmarks/training_speed.py [--image-size 96] [--batch-size 128] [--rounds 5]
 
 The machine's speed drifts, so the two take turns (A B A B …), and the ratio is the median of the
-ratios of neighbours. Both train ResNet-18 on random images with Adam: ours by Keras's compiled
-step on TensorFlow, PyTorch eagerly in channels-last layout.
+ratios within the rounds. Both train ResNet-18 on random images with Adam: ours with Keras's
+compiled step on TensorFlow, PyTorch eagerly in the channels-last memory format.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def keras_step(images, labels, precision):
 
 
 def torch_step(images, labels, precision):
-    """Returns a function that makes one training step of the textbook's network."""
+    """Returns a function that makes one training step of the d2l network in PyTorch."""
     model = ResNet18().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last)
@@ -65,12 +65,12 @@ def seconds(step, steps):
 
 
 def main():
-    """Measures and prints one row a precision."""
+    """Measures and prints one row for each precision."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="steps a turn")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
     args = parser.parse_args()
     random = np.random.default_rng(0)
     shape = (args.batch_size, args.image_size, args.image_size, 1)

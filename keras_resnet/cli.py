@@ -26,7 +26,7 @@ from keras_resnet.utils.errors import (
     WorkerLost,
     one_line,
 )
-from keras_resnet.utils.quiet import stderr_kept_back
+from keras_resnet.utils.quiet import suppress_stderr
 
 _NORMALIZATIONS = "none, imagenet, inception, caffe, 1/255 or 0-255; see `train --help`"
 _FOREIGN_OPTION = {
@@ -502,7 +502,7 @@ def _import_keras():
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        with stderr_kept_back():
+        with suppress_stderr():
             import keras
 
             if keras.backend.backend() == "tensorflow":

@@ -16,7 +16,7 @@ import keras
 from keras_resnet.distribution import rendezvous
 from keras_resnet.distribution.cluster import Cluster, find_cluster
 from keras_resnet.utils.errors import InputError, look_up, one_line
-from keras_resnet.utils.quiet import stderr_kept_back
+from keras_resnet.utils.quiet import suppress_stderr
 
 TIMEOUT = 300.0
 """Seconds that a worker waits for the others to come."""
@@ -177,7 +177,7 @@ def _start_multiworker(cluster):
     collective_all_reduce_strategy.CollectiveAllReduceExtended._check_health_interval = 10
     os.environ["TF_CONFIG"] = json.dumps(cluster.tf_config)
     try:
-        with stderr_kept_back():
+        with suppress_stderr():
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except (RuntimeError, tf.errors.OpError) as error:
         advice = ""

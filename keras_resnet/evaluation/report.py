@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs to read: `history.csv`, `report.json`, `report.md`."""
+"""The files of a run folder that people and programs read: history.csv, report.json, report.md."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import shlex
 import statistics
 from pathlib import Path
 
-from keras_resnet.evaluation import metrics as figures
+from keras_resnet.evaluation import plots
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.tables import (
@@ -18,24 +18,23 @@ from keras_resnet.utils.tables import (
     printable,
 )
 
+_EPOCH_COLUMNS = (
+    Column("epoch", "Epoch"),
+    Column("loss", "Loss", ".4f"),
+    Column("accuracy", "Accuracy", ".4f"),
+    Column("val_loss", "Held-out loss", ".4f"),
+    Column("val_accuracy", "Held-out accuracy", ".4f"),
+    Column("learning_rate", "Learning rate", ".3g"),
+    Column("seconds", "Seconds", ".1f"),
+    Column("images_per_second", "Images/s", ",.0f"),
+)
+
+HISTORY_COLUMNS = tuple(column.key for column in _EPOCH_COLUMNS)
+"""The columns of `history.csv`: `epoch` is an int, the others are floats and may be empty."""
+
 # ----------------------------------------------------------------------------------------------
 # history.csv
 # ----------------------------------------------------------------------------------------------
-
-# What turns a cell back into its value. Only `epoch` may not be empty.
-_HISTORY_TYPES = {
-    "epoch": int,
-    "loss": float,
-    "accuracy": float,
-    "val_loss": float,
-    "val_accuracy": float,
-    "learning_rate": float,
-    "seconds": float,
-    "images_per_second": float,
-}
-
-HISTORY_COLUMNS = tuple(_HISTORY_TYPES)
-"""The columns of `history.csv`, in their order."""
 
 
 def write_history(path, rows):
@@ -43,11 +42,11 @@ def write_history(path, rows):
 
     Args:
         path: The file.
-        rows: Mappings with keys of `HISTORY_COLUMNS`. None or absent is an empty cell; `epoch`
-            must be there and grow from row to row.
+        rows: Mappings with keys of `HISTORY_COLUMNS`. None or an absent key is an empty cell;
+            `epoch` is required and must increase from row to row.
 
     Raises:
-        InputError: A row has an unknown key, or `epoch` is missing or does not grow.
+        InputError: A row has an unknown key, or `epoch` is missing or does not increase.
 
     Example:
         >>> import tempfile
@@ -63,21 +62,25 @@ def write_history(path, rows):
     for row in rows:
         unknown = sorted(set(row) - set(HISTORY_COLUMNS))
         if unknown:
-            raise InputError(f"a history row has the columns {_COLUMNS}, got also {unknown}")
-        epoch = _next_epoch(row.get("epoch"), epoch)
-        writer.writerow([_to_cell(column, row.get(column)) for column in HISTORY_COLUMNS])
+            raise InputError(
+                f"a history row has the columns {','.join(HISTORY_COLUMNS)}, got also {unknown}"
+            )
+        epoch = _check_epoch(row.get("epoch"), epoch)
+        values = ((column, row.get(column)) for column in HISTORY_COLUMNS)
+        # A NumPy number would be written with fewer digits than its float has.
+        writer.writerow([None if v is None else _history_type(c)(v) for c, v in values])
     files.write_text(path, text.getvalue())
 
 
 def read_history(path):
-    """Reads what `write_history` wrote.
+    """Reads a file that `write_history` wrote.
 
     Args:
         path: The file.
 
     Returns:
         A list of dicts, each with every key of `HISTORY_COLUMNS`: `epoch` an int, the others
-        floats, or None where the cell is empty.
+        floats, or None for an empty cell.
 
     Raises:
         InputError: The file cannot be read, or a line breaks a rule; it names file and line.
@@ -87,50 +90,39 @@ def read_history(path):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a history ({error})") from error
     reader = csv.reader(io.StringIO(text))
-    rows = []
+    rows, epoch = [], None
     try:
-        _check_header(next(reader, []))
+        header, columns = ",".join(next(reader, [])), ",".join(HISTORY_COLUMNS)
+        if header != columns:
+            raise InputError(f"the header must be {columns}, got {header!r}")
         for cells in reader:
-            rows.append(_from_cells(cells))
-            _next_epoch(rows[-1]["epoch"], rows[-2]["epoch"] if len(rows) > 1 else None)
+            rows.append(_parse_row(cells))
+            epoch = _check_epoch(rows[-1]["epoch"], epoch)
     except (InputError, csv.Error) as error:
         raise InputError(f"{path}, line {max(reader.line_num, 1)}: {error}") from error
     return rows
 
 
-_COLUMNS = ",".join(HISTORY_COLUMNS)
+def _history_type(column):
+    return int if column == "epoch" else float
 
 
-def _to_cell(column, value):
-    # Converted first: the repr of a NumPy number is not what `float` reads.
-    return "" if value is None else repr(_HISTORY_TYPES[column](value))
-
-
-def _check_header(cells):
-    if tuple(cells) != HISTORY_COLUMNS:
-        raise InputError(f"the header must be {_COLUMNS}, got {','.join(cells)!r}")
-
-
-def _from_cells(cells):
+def _parse_row(cells):
     if len(cells) != len(HISTORY_COLUMNS):
         raise InputError(f"a row must have {len(HISTORY_COLUMNS)} cells, got {len(cells)}")
-    named = zip(HISTORY_COLUMNS, cells, strict=True)
-    return {column: _from_cell(column, cell) for column, cell in named}
+    row = {}
+    for column, cell in zip(HISTORY_COLUMNS, cells, strict=True):
+        kind = _history_type(column)
+        try:
+            row[column] = None if cell == "" and column != "epoch" else kind(cell)
+        except ValueError:
+            raise InputError(f"`{column}` must be {kind.__name__}, got {cell!r}") from None
+    return row
 
 
-def _from_cell(column, cell):
-    kind = _HISTORY_TYPES[column]
-    if cell == "" and column != "epoch":
-        return None
-    try:
-        return kind(cell)
-    except ValueError:
-        raise InputError(f"`{column}` must be {kind.__name__}, got {cell!r}") from None
-
-
-def _next_epoch(epoch, before):
-    if epoch is None or (before is not None and epoch <= before):
-        rule = "be there" if before is None else f"be greater than the {before} before it"
+def _check_epoch(epoch, previous):
+    if epoch is None or (previous is not None and epoch <= previous):
+        rule = "be there" if previous is None else f"be greater than the {previous} before it"
         raise InputError(f"`epoch` must {rule}, got {epoch}")
     return epoch
 
@@ -141,23 +133,22 @@ def _next_epoch(epoch, before):
 
 MAX_EPOCH_ROWS = 60
 MAX_CLASS_ROWS = 100
-"""How long the tables of `report.md` may be; the files beside it hold everything."""
+"""The longest tables of `report.md`; history.csv and report.json hold all rows."""
 
 
 def write_report(run_dir, config, history, evaluation, split):
-    """Writes `report.json`, `report.md` and the four pictures beside it.
+    """Writes `report.json`, `report.md` and its four plots.
 
     Args:
-        run_dir: The run folder; it is made where it is missing.
-        config: What the run was: settings, model, num_parameters, weights, dataset, recipe, seed,
-            precision, strategy, replicas, backend, versions, git_commit, machine, command. What is
-            missing or None is left out.
+        run_dir: The run folder; it is made if it is missing.
+        config: The contents of config.json. Keys that are missing or None are left out of the
+            report.
         history: One mapping for each epoch; see `HISTORY_COLUMNS`. It may be empty.
-        evaluation: The `evaluation.Evaluation` of the trained model.
+        evaluation: The `Evaluation` of the trained model.
         split: The `Split` that was evaluated.
 
     Returns:
-        What `report.json` holds.
+        The contents of `report.json`.
 
     Raises:
         InputError: `evaluation` is of another split.
@@ -165,18 +156,24 @@ def write_report(run_dir, config, history, evaluation, split):
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     report = build_report(config, history, evaluation)
-    pictures = _draw_pictures(run_dir, report, history, evaluation, split)
+    if has_curves := bool(_present(history, "loss")):
+        plots.plot_learning_curves(
+            history, run_dir / "learning_curves.png", split_name=report["evaluation_split"]
+        )
+    plots.plot_confusion_matrix(evaluation, run_dir / "confusion_matrix.png")
+    plots.plot_confused_pairs(evaluation, split, run_dir / "confused_pairs.png")
+    plots.plot_predictions(evaluation, split, run_dir / "predictions.png")
     files.write_json(run_dir / "report.json", report)
-    # Last, so that what it points at is there.
-    files.write_text(run_dir / "report.md", format_report(run_dir, report, history, pictures))
+    # Last: the files that it links to must exist.
+    files.write_text(run_dir / "report.md", format_report(run_dir, report, history, has_curves))
     return report
 
 
 def build_report(config, history, evaluation):
-    """Returns the figures of a run as plain JSON values.
+    """Returns the metrics of a run as plain JSON values.
 
-    The speed of training is the median over the epochs, since the first one may include
-    compilation; the time is the sum over all epochs, those before an interruption included.
+    The training speed is the median over the epochs, since the first epoch may include
+    compilation; the time is the sum over all epochs, including those before an interruption.
 
     Args:
         config: As for `write_report`.
@@ -192,7 +189,7 @@ def build_report(config, history, evaluation):
     speeds = _present(history, "images_per_second")
     seconds = _present(history, "seconds")
     report = {
-        "evaluation_split": _get(config, "dataset", "evaluation_split") or "test",
+        "evaluation_split": _get(config, "dataset.evaluation_split") or "test",
         **result,
         "epochs": len(history),
         "wall_seconds": sum(seconds) if seconds else None,
@@ -207,40 +204,44 @@ def build_report(config, history, evaluation):
     return _json_value(report)
 
 
-def format_report(run_dir, report, history, pictures):
+def format_report(run_dir, report, history, has_curves=True):
     """Returns the text of `report.md`.
 
     Args:
-        run_dir: The run folder, as the commands under "How to go on" name it.
-        report: What `build_report` returned.
+        run_dir: The run folder, for the commands under "How to go on".
+        report: The result of `build_report`.
         history: As for `write_report`.
-        pictures: The names of the pictures that lie beside the file.
+        has_curves: Whether learning_curves.png exists.
 
     Returns:
         Markdown.
     """
-    parts = [
-        _title(report),
-        _result(report),
-        _command(report),
-        _section("Epochs", _epochs(history), _picture(pictures, "learning_curves.png")),
-        _section("Classes", _classes(report), _picture(pictures, "confusion_matrix.png")),
-        _section("What is confused", _confused(report), _picture(pictures, "confused_pairs.png")),
-        _section("Predictions", _picture(pictures, "predictions.png")),
-        _section("How it was made", _setup(report)),
-        _section("How to go on", _commands(run_dir)),
-    ]
+    curves = "![Loss, accuracy and learning rate by epoch](learning_curves.png)"
+    sections = {
+        "Epochs": [_epochs(history), curves if has_curves else ""],
+        "Classes": [_classes(report), "![Confusion matrix](confusion_matrix.png)"],
+        "What is confused": [
+            _confused(report),
+            "![Images of the most confused pairs of classes](confused_pairs.png)",
+        ],
+        "Predictions": ["![Images with their predictions](predictions.png)"],
+        "How it was made": [_setup(report)],
+        "How to go on": [_next_commands(run_dir)],
+    }
+    parts = [_title(report), _result(report), _commands(report)]
+    for title, texts in sections.items():
+        if any(texts):
+            parts += [f"## {title}", *texts]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def format_run(run_dir, report):
-    """Returns the lines that end a run on the terminal: the result, and where to look.
+    """Returns the lines that end a run on the terminal: the result, and the paths of the files.
 
     Args:
         run_dir: The run folder.
-        report: What `build_report` returned.
+        report: The result of `build_report`.
     """
-    speeds = report["images_per_second"]
     split = report["evaluation_split"]
     facts = {
         f"{split} accuracy": f"{report['accuracy']:.4f} ± {report['accuracy_standard_error']:.4f}",
@@ -248,7 +249,7 @@ def format_run(run_dir, report):
         f"{split} loss": f"{report['loss']:.4f}",
         "epochs": str(report["epochs"]),
         "training": format_duration(report["wall_seconds"]),
-        "speed": f"{speeds['training']:.0f} images/s",
+        "speed": f"{report['images_per_second']['training']:.0f} images/s",
         "model": str(Path(run_dir) / "model.keras"),
         "report": str(Path(run_dir) / "report.md"),
     }
@@ -257,10 +258,10 @@ def format_run(run_dir, report):
 
 
 def format_evaluation(evaluation):
-    """Returns an evaluation as text: a row a class, then the accuracy over all.
+    """Returns an evaluation as text: one row for each class, then the overall accuracy.
 
     Args:
-        evaluation: An `evaluation.Evaluation`.
+        evaluation: An `Evaluation`.
     """
     columns = [
         Column("name", "class"),
@@ -275,201 +276,45 @@ def format_evaluation(evaluation):
     )
 
 
-_ALT_TEXTS = {
-    "learning_curves.png": "Loss, accuracy and learning rate by epoch",
-    "confusion_matrix.png": "Confusion matrix",
-    "confused_pairs.png": "Images of the most confused pairs of classes",
-    "predictions.png": "Images with what was predicted for them",
-}
-
-
-def _draw_pictures(run_dir, report, history, evaluation, split):
-    name = report["evaluation_split"]
-    draw = {
-        "learning_curves.png": lambda p: figures.plot_learning_curves(history, p, split_name=name),
-        "confusion_matrix.png": lambda p: figures.plot_confusion_matrix(evaluation, p),
-        "confused_pairs.png": lambda p: figures.plot_confused_pairs(evaluation, split, p),
-        "predictions.png": lambda p: figures.plot_predictions(evaluation, split, p),
-    }
-    if not _present(history, "loss"):
-        del draw["learning_curves.png"]
-    for file_name, plot in draw.items():
-        plot(run_dir / file_name)
-    return tuple(draw)
-
-
-def _picture(pictures, name):
-    return f"![{_ALT_TEXTS[name]}]({name})" if name in pictures else ""
-
-
-def _section(title, *parts):
-    body = "\n\n".join(part for part in parts if part)
-    return f"## {title}\n\n{body}" if body else ""
-
-
 def _title(report):
-    model = _get(report, "config", "model") or "A model"
-    dataset = _get(report, "config", "dataset", "name")
-    return f"# {_text(model)}" + (f" on {_text(dataset)}" if dataset else "")
+    model, dataset = _get(report, "config.model"), _get(report, "config.dataset.name")
+    return f"# {_text(model or 'A model')}" + (f" on {_text(dataset)}" if dataset else "")
 
 
 def _result(report):
-    error, images = report["accuracy_standard_error"], report["num_images"]
+    error, epochs = report["accuracy_standard_error"], report["epochs"]
+    top_5, training = report["top_5_accuracy"], _pace(report, "wall_seconds", "training")
     lines = [
-        f"**Accuracy {report['accuracy']:.2%} ± {error:.2%}** on the {images:,} images of the "
-        f"{_text(report['evaluation_split'])} split.\n",
-        "- ± is one binomial standard error: other images of the same kind, as many, would move "
-        "the accuracy by about so much. It does not hold what another seed would change.",
+        f"**Accuracy {report['accuracy']:.2%} ± {error:.2%}** on the {report['num_images']:,} "
+        f"images of the {_text(report['evaluation_split'])} split.\n",
+        "- ± is one binomial standard error: the accuracy on another sample of as many images "
+        "would differ by about this much. It does not include the effect of another seed.",
         f"- Cross-entropy: {report['loss']:.4f}.",
-        _top_5(report),
-        _training(report),
+        "" if top_5 is None else f"- Top-5 accuracy: {top_5:.2%}.",
+        f"- Training: {epochs} epoch{'s' * (epochs != 1)}, {training}." if training else "",
         f"- Evaluation: {_pace(report, 'evaluation_seconds', 'evaluation')}.",
     ]
     return "\n".join(line for line in lines if line)
 
 
-def _top_5(report):
-    share = report["top_5_accuracy"]
-    return "" if share is None else f"- Top-5 accuracy: {share:.2%}."
-
-
-def _training(report):
-    pace = _pace(report, "wall_seconds", "training")
-    plural = "" if report["epochs"] == 1 else "s"
-    return f"- Training: {report['epochs']} epoch{plural}, {pace}." if pace else ""
-
-
 def _pace(report, seconds, speed):
     seconds, speed = report[seconds], report["images_per_second"][speed]
     parts = [
-        format_duration(seconds) if seconds is not None else "",
-        f"{speed:,.0f} images/s" if speed is not None else "",
+        "" if seconds is None else format_duration(seconds),
+        "" if speed is None else f"{speed:,.0f} images/s",
     ]
     return ", ".join(part for part in parts if part)
 
 
-def _command(report):
+def _commands(report):
     config = report.get("config") or {}
-    parts = [("The command was", config.get("command"))]
+    commands = [("The command was", config.get("command"))]
     for each in config.get("continued") or ():
-        parts.append((f"Continued after epoch {each['after_epoch']} by", each["command"]))
-    return "\n\n".join(f"{text}\n\n{_code(command)}" for text, command in parts if command)
+        commands.append((f"Continued after epoch {each['after_epoch']} by", each["command"]))
+    return "\n\n".join(f"{text}\n\n{_code(command)}" for text, command in commands if command)
 
 
-_EPOCH_COLUMNS = (
-    Column("epoch", "Epoch"),
-    Column("loss", "Loss", ".4f"),
-    Column("accuracy", "Accuracy", ".4f"),
-    Column("val_loss", "Held-out loss", ".4f"),
-    Column("val_accuracy", "Held-out accuracy", ".4f"),
-    Column("learning_rate", "Learning rate", ".3g"),
-    Column("seconds", "Seconds", ".1f"),
-    Column("images_per_second", "Images/s", ",.0f"),
-)
-
-
-def _epochs(history):
-    if not history:
-        return ""
-    # Every n-th row, counted from the last, which is the one that must not be missing.
-    step = math.ceil(len(history) / MAX_EPOCH_ROWS)
-    rows = history[::-step][::-1]
-    note = (
-        "Loss and accuracy are means over the epoch, taken while the weights changed and with "
-        "augmentation, so they can be worse than the held-out figures measured at its end."
-    )
-    if step > 1:
-        note += f" One row in {step} is shown; `history.csv` holds all {len(history)}."
-    return f"{format_table(rows, _EPOCH_COLUMNS, markdown=True)}\n\n{note}"
-
-
-_CLASS_COLUMNS = (
-    Column("name", "Class"),
-    Column("precision", "Precision", ".3f"),
-    Column("recall", "Recall", ".3f"),
-    Column("f1", "F1", ".3f"),
-    Column("support", "Images", ","),
-)
-
-
-def _classes(report):
-    rows = report["per_class"]
-    note = "– stands where nothing can be measured: the class was never predicted or has no images."
-    if len(rows) > MAX_CLASS_ROWS:
-        note += f" The {MAX_CLASS_ROWS} of {len(rows)} classes with the lowest F1 are shown; "
-        note += "`report.json` holds all."
-        rows = sorted(rows, key=lambda row: math.inf if row["f1"] is None else row["f1"])
-    table = format_table(rows[:MAX_CLASS_ROWS], _CLASS_COLUMNS, markdown=True)
-    return f"{table}\n\n{note}"
-
-
-_CONFUSED_COLUMNS = (
-    Column("true", "True"),
-    Column("predicted", "Predicted"),
-    Column("count", "Images", ","),
-)
-
-
-def _confused(report):
-    rows = report["most_confused"]
-    return format_table(rows, _CONFUSED_COLUMNS, markdown=True) if rows else "Nothing."
-
-
-# (what a reader sees, where `config` keeps it, how to write it)
-_SETUP = (
-    ("Model", ("model",), str),
-    ("Parameters", ("num_parameters",), "{:,}".format),
-    ("Trained of them", ("num_trained_parameters",), "{:,}".format),
-    ("Started from", ("settings", "weights"), str),
-    ("", ("weights", "sha256"), "sha256 {}".format),
-    ("Frozen", ("settings", "freeze"), ", ".join),
-    ("Data set", ("dataset", "name"), str),
-    ("Found", ("dataset", "source"), str),
-    ("Images", ("dataset", "splits"), lambda splits: _pairs(splits, "{} {:,}")),
-    ("Image shape", ("dataset", "image_shape"), lambda shape: " × ".join(map(str, shape))),
-    ("Fingerprint", ("dataset", "fingerprint"), str),
-    ("Recipe", ("recipe", "name"), str),
-    ("", ("recipe", "description"), str),
-    ("Epochs", ("recipe", "epochs"), str),
-    ("Batch size", ("recipe", "batch_size"), str),
-    ("Image size", ("recipe", "image_size"), str),
-    ("Normalization", ("settings", "normalize"), str),
-    ("Variant", ("recipe", "variant"), str),
-    ("Stem", ("recipe", "stem"), str),
-    ("Optimizer", ("recipe", "optimizer"), str),
-    ("Learning rate", ("recipe", "learning_rate"), str),
-    ("Schedule", ("recipe", "schedule"), str),
-    (
-        "Augmentation",
-        ("recipe", "augmentation"),
-        lambda names: ", ".join(map(str, names)) or "none",
-    ),
-    ("Seed", ("seed",), str),
-    ("Precision", ("precision",), str),
-    ("", ("precision_reason",), str),
-    ("Strategy", ("strategy",), str),
-    ("", ("strategy_reason",), str),
-    ("Replicas", ("replicas",), str),
-    ("Synchronised BatchNorm", ("settings", "sync_batchnorm"), str),
-    ("Backend", ("backend",), str),
-    ("Versions", ("versions",), lambda versions: _pairs(versions, "{} {}")),
-    ("Git commit", ("git_commit",), str),
-    ("Machine", ("machine",), lambda machine: _pairs(machine, "{}: {}")),
-)
-
-
-def _setup(report):
-    found = ((title, _get(report, "config", *keys), write) for title, keys, write in _SETUP)
-    rows = [
-        {"setting": title, "value": write(value)}
-        for title, value, write in found
-        if value is not None
-    ]
-    columns = Column("setting", "Setting"), Column("value", "Value")
-    return format_table(rows, columns, markdown=True) if rows else ""
-
-
-def _commands(run_dir):
+def _next_commands(run_dir):
     run = shlex.quote(str(run_dir))
     return _code(
         f"keras-resnet evaluate {run}\n"
@@ -478,8 +323,93 @@ def _commands(run_dir):
     )
 
 
+def _epochs(history):
+    if not history:
+        return ""
+    # Every n-th row, counted backwards so that the last epoch is included.
+    step = math.ceil(len(history) / MAX_EPOCH_ROWS)
+    note = (
+        "Loss and accuracy are means over the epoch, computed while the weights changed and with "
+        "augmentation, so they can be worse than the held-out values at its end."
+    )
+    if step > 1:
+        note += f" One row in {step} is shown; `history.csv` holds all {len(history)}."
+    rows = history[::-step][::-1]
+    return f"{format_table(rows, _EPOCH_COLUMNS, markdown=True)}\n\n{note}"
+
+
+def _classes(report):
+    columns = (
+        Column("name", "Class"),
+        Column("precision", "Precision", ".3f"),
+        Column("recall", "Recall", ".3f"),
+        Column("f1", "F1", ".3f"),
+        Column("support", "Images", ","),
+    )
+    rows = report["per_class"]
+    note = "– marks an undefined value: the class was never predicted or has no images."
+    if len(rows) > MAX_CLASS_ROWS:
+        note += f" The {MAX_CLASS_ROWS} of {len(rows)} classes with the lowest F1 are shown; "
+        note += "`report.json` holds all."
+        rows = sorted(rows, key=lambda row: math.inf if row["f1"] is None else row["f1"])
+    return f"{format_table(rows[:MAX_CLASS_ROWS], columns, markdown=True)}\n\n{note}"
+
+
+def _confused(report):
+    columns = (
+        Column("true", "True"),
+        Column("predicted", "Predicted"),
+        Column("count", "Images", ","),
+    )
+    rows = report["most_confused"]
+    return format_table(rows, columns, markdown=True) if rows else "Nothing."
+
+
+def _pairs(template):
+    return lambda mapping: ", ".join(template.format(*item) for item in mapping.items())
+
+
+# (the row's title, its path in `config`, how to format its value); recipe and settings follow.
+_FACTS = (
+    ("Model", "model", str),
+    ("Parameters", "num_parameters", "{:,}".format),
+    ("Trained of them", "num_trained_parameters", "{:,}".format),
+    ("Checkpoint", "weights.sha256", "sha256 {}".format),
+    ("Data set", "dataset.name", str),
+    ("Source", "dataset.source", str),
+    ("Images", "dataset.splits", _pairs("{} {:,}")),
+    ("Image shape", "dataset.image_shape", lambda shape: " × ".join(map(str, shape))),
+    ("Fingerprint", "dataset.fingerprint", str),
+    ("Computed in", "precision", str),
+    ("Reason for the precision", "precision_reason", str),
+    ("Strategy", "strategy", str),
+    ("Reason for the strategy", "strategy_reason", str),
+    ("Replicas", "replicas", str),
+    ("Backend", "backend", str),
+    ("Versions", "versions", _pairs("{} {}")),
+    ("Git commit", "git_commit", str),
+    ("Machine", "machine", _pairs("{}: {}")),
+)
+
+
+def _setup(report):
+    found = {
+        title: write(value)
+        for title, path, write in _FACTS
+        if (value := _get(report, f"config.{path}")) is not None
+    }
+    recipe, settings = (_get(report, f"config.{name}") or {} for name in ("recipe", "settings"))
+    # The recipe holds the values of the settings that override it.
+    for name, value in {"recipe": recipe.get("name"), **settings, **recipe}.items():
+        if name not in ("name", "model") and value not in (None, False, []):
+            values = value if isinstance(value, list) else [value]
+            found[name.replace("_", " ").capitalize()] = ", ".join(map(str, values))
+    rows = [{"": title, "value": value} for title, value in found.items()]
+    return format_table(rows, ["", Column("value", "Value")], markdown=True) if rows else ""
+
+
 def _code(text):
-    # Indented, not fenced: no text can close the block.
+    # Indented and not fenced: no text can close the block.
     return "\n".join("    " + printable(line) for line in text.splitlines())
 
 
@@ -487,27 +417,24 @@ def _text(value):
     return escape_markdown(printable(str(value)))
 
 
-def _pairs(mapping, template):
-    return ", ".join(template.format(key, value) for key, value in mapping.items())
-
-
 def _present(history, key):
     values = (row.get(key) for row in history)
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def _get(mapping, *keys):
-    for key in keys:
+def _get(mapping, path):
+    """Returns the value at a path such as "dataset.name"; None if there is none."""
+    for key in path.split("."):
         mapping = (mapping or {}).get(key)
     return mapping
 
 
 def _json_value(value):
-    """Returns `value` as what JSON can hold: NaN and infinity, which it cannot, become None."""
+    """Returns `value` as JSON values: NaN and infinity, which JSON does not have, become None."""
     if isinstance(value, dict):
         return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item) for item in value]
-    # NumPy's scalars have `item`, which gives Python's.
+    # NumPy's scalars have `item`, which returns Python's.
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_resnet.evaluation.inference import (
     Predictor,
-    load_measured,
+    load_data,
     resize_to_model,
     resolve_model_path,
     to_probabilities,
@@ -119,7 +119,7 @@ def export(
     artifacts = choose_artifacts(to, precision)
     source = _open_source(model, folder, normalize)
     folder = folders.check_target(source.folder)
-    data, split, options = load_measured(source.predictor, dataset, data_options)
+    data, split, options = load_data(source.predictor, dataset, **data_options)
     size = split.images.shape[1:3]
     if None in size:
         raise InputError(

@@ -19,7 +19,7 @@ from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
 from keras_resnet.untrusted.checksums import seal_onnx
 from keras_resnet.utils.errors import InputError, one_line
-from keras_resnet.utils.quiet import stderr_kept_back
+from keras_resnet.utils.quiet import suppress_stderr
 
 OPSET = 17
 
@@ -64,7 +64,7 @@ def convert(module, precision, images=()):
         InputError: If the network needs an operator that ONNX does not have.
     """
     specs = module.serve.input_signature
-    with stderr_kept_back():
+    with suppress_stderr():
         try:
             proto, _ = tf2onnx.convert.from_function(
                 module.serve, input_signature=specs, opset=OPSET

@@ -12,7 +12,7 @@ from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
 from keras_resnet.untrusted.checksums import seal_tflite
 from keras_resnet.utils.errors import InputError, one_line
-from keras_resnet.utils.quiet import stderr_kept_back
+from keras_resnet.utils.quiet import suppress_stderr
 
 
 def _dynamic(converter, images):
@@ -63,7 +63,7 @@ def convert(module, precision, images=()):
         precision: A row of `formats.PRECISIONS`.
         images: For "int8": what is run through the network to find each tensor's range.
     """
-    with stderr_kept_back():
+    with suppress_stderr():
         converter = tf.lite.TFLiteConverter.from_saved_model(module.save())
         # The default would also take TensorFlow's own operators, which a phone does not have.
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]

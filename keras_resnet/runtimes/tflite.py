@@ -8,7 +8,7 @@ from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 from keras_resnet.untrusted import checksums
 from keras_resnet.utils.errors import InputError
-from keras_resnet.utils.quiet import stderr_kept_back
+from keras_resnet.utils.quiet import suppress_stderr
 from keras_resnet.utils.tables import printable
 
 _ROLES = {
@@ -103,7 +103,7 @@ class TFLiteRuntime(Runtime):
         interpreter = self._interpreter
         if self._batch != images.shape:
             # LiteRT says on standard error that it has a delegate.
-            with stderr_kept_back():
+            with suppress_stderr():
                 if tuple(self._in["shape"]) != images.shape or self._batch:
                     interpreter.resize_tensor_input(self._in["index"], images.shape)
                 interpreter.allocate_tensors()

@@ -20,7 +20,8 @@ from keras_resnet import archive, config
 from keras_resnet.datasets import Dataset
 from keras_resnet.datasets.base import cut_batches
 from keras_resnet.distribution import strategies
-from keras_resnet.evaluation.inference import Predictor, measure
+from keras_resnet.evaluation.inference import Predictor
+from keras_resnet.evaluation.metrics import evaluate
 from keras_resnet.evaluation.report import write_history, write_report
 from keras_resnet.models import SPECS, build_resnet, count_parameters, last_map_size
 from keras_resnet.preprocessing import find_normalization, with_preprocessing
@@ -444,7 +445,7 @@ class Trainer:
         archive.save_model(final, self.run_dir / "model.keras", self.metadata)
         predictor = Predictor(final, self.metadata)
         split, size = self.evaluation_split, min(256, self.recipe.batch_size)
-        evaluation = measure(predictor, split, self.dataset.class_names, size)
+        evaluation = evaluate(predictor, split, self.dataset.class_names, batch_size=size)
         return write_report(self.run_dir, self.record, self.history, evaluation, split)
 
     def save_interrupted(self):

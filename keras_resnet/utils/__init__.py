@@ -1,1 +1,1 @@
-"""Files, tables of text, errors and progress: helpers of all other rooms."""
+"""Files, tables of text, errors and progress: helpers for all other packages."""

@@ -1,8 +1,8 @@
-"""The errors that a user can cause, apart from those that a bug causes.
+"""The errors that a user can cause, and checks of arguments.
 
-The command line turns an `InputError` into one line and exit status 2, a `WorkerLost` into one and
-75 (EX_TEMPFAIL of sysexits.h), another `TrainingError` or an `ExportError` into one and 1. Anything
-else is a bug and keeps its traceback.
+The command line prints each of these errors in one line. Its exit status is 2 for an `InputError`,
+75 (EX_TEMPFAIL of sysexits.h) for a `WorkerLost`, and 1 for another `TrainingError` or an
+`ExportError`. Any other exception is a bug and keeps its traceback.
 """
 
 
@@ -11,27 +11,27 @@ class InputError(ValueError):
 
 
 class ImageError(InputError):
-    """One image cannot be read, or is too small for the network; the others can be named."""
+    """One image cannot be read, or is too small for the network; others can be classified."""
 
 
 class TrainingError(RuntimeError):
-    """A run that began could not be finished; the message says what is left on disk."""
+    """A run could not be finished; the message says which files it left."""
 
 
 class Interrupted(TrainingError):
-    """A run was asked to stop, by Ctrl-C or SIGTERM; the message says where it stopped."""
+    """A run was stopped by Ctrl-C or SIGTERM; the message says after which epoch."""
 
 
 class WorkerLost(TrainingError):
-    """Another worker of a run has ended or cannot be reached; the same command may go on."""
+    """Another worker ended or cannot be reached; the same command may continue the run."""
 
 
 class ExportError(RuntimeError):
-    """An artifact is not the network it was made of; the message says which, and nothing is left.
+    """An exported file differs from its network; the message names it, and nothing is written.
 
     Args:
         message: One line.
-        failures: What failed and by how much, one `verification.Failure` each.
+        failures: One `verification.Failure` for each tolerance that was exceeded.
     """
 
     def __init__(self, message, failures=()):
@@ -43,9 +43,9 @@ def check_count(name, value, least=1):
     """Raises an `InputError` unless `value` is a whole number of at least `least`.
 
     Args:
-        name: What the caller calls the value.
-        value: Anything.
-        least: The smallest number allowed.
+        name: The argument's name.
+        value: Its value.
+        least: The smallest allowed number.
 
     Example:
         >>> check_count("epochs", 5)
@@ -62,8 +62,8 @@ def check_share(name, value):
     """Raises an `InputError` unless `value` is a number of at least 0 and below 1.
 
     Args:
-        name: What the caller calls the value.
-        value: Anything.
+        name: The argument's name.
+        value: Its value.
 
     Example:
         >>> check_share("drop_rate", 0.2)
@@ -82,10 +82,10 @@ def look_up(table, key, argument):
     Args:
         table: The table, a dict.
         key: The row's name.
-        argument: What the caller calls the key, for the error.
+        argument: The argument's name, for the error.
 
     Raises:
-        InputError: If there is no such row; it lists those there are.
+        InputError: There is no such row; the message lists the rows.
     """
     try:
         return table[key]
@@ -94,5 +94,5 @@ def look_up(table, key, argument):
 
 
 def one_line(error):
-    """Returns the first line of an error's message, or its type's name if it has none."""
+    """Returns the first line of an error's message, or its type's name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

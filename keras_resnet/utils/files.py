@@ -1,4 +1,4 @@
-"""Files that are never half-written: written beside the target, then renamed onto it."""
+"""Writes files whole or not at all: beside the target, then renamed."""
 
 import contextlib
 import json
@@ -13,22 +13,22 @@ except ImportError:  # Windows
 
 from keras_resnet.utils.errors import InputError
 
-# What `replacing` puts between a file's name and its suffix.
+# The names of the temporary files of `replacing`.
 _PARTIAL = ".*." + "[0-9a-f]" * 8 + ".partial*"
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path beside `path`; on success renames it onto `path`.
+    """Yields a temporary path beside `path`, and renames it to `path` at the end of the block.
 
-    A process that is killed leaves the old file or the new one. An exception inside the block
-    removes the temporary file and leaves the target as it was.
+    A killed process leaves either the old or the new file. An exception inside the block removes
+    the temporary file and leaves the target unchanged.
 
     Args:
         path: The file to write. Its folder must exist.
 
     Yields:
-        A `pathlib.Path` in the same folder with the same suffix, for the block to write.
+        A `pathlib.Path` in the same folder with the same suffix, which the block writes.
 
     Example:
         >>> import tempfile
@@ -39,11 +39,11 @@ def replacing(path):
         ('whole', ['note.txt'])
     """
     path = Path(path)
-    # The suffix stays last: Keras and Matplotlib choose the format by it.
+    # The suffix stays at the end: Keras and Matplotlib choose the format by it.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         yield temporary
-        # Without this a power cut can leave the new name on an empty file.
+        # Otherwise a power cut can leave an empty file under the new name.
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -52,7 +52,7 @@ def replacing(path):
 
 
 def remove_partials(folder):
-    """Removes what killed writers left in `folder` (files that `replacing` had not renamed yet).
+    """Removes the temporary files that killed processes left in `folder`; see `replacing`.
 
     Args:
         folder: The folder; it may be missing.
@@ -63,28 +63,28 @@ def remove_partials(folder):
 
 @contextlib.contextmanager
 def locked(folder, message):
-    """Holds a lock on a folder, which ends with the process however that ends.
+    """Holds a lock on a folder, which the system releases when the process ends.
 
-    Where the system or the file system has no such locks, it does nothing.
+    It does nothing if the system or the file system does not support locks.
 
     Args:
         folder: The folder.
-        message: What it means that another process has the lock.
+        message: The error's text if another process holds the lock.
 
     Yields:
-        A descriptor of the folder, or None where nothing could be locked.
+        A descriptor of the folder, or None if locks are not supported.
 
     Raises:
-        InputError: If another process holds it.
+        InputError: Another process holds the lock.
 
     Example:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
-        >>> with locked(folder, "someone is here"), locked(folder, "someone is here"):
+        >>> with locked(folder, "it is in use"), locked(folder, "it is in use"):
         ...     pass
         Traceback (most recent call last):
         ...
-        keras_resnet.utils.errors.InputError: /...: someone is here
+        keras_resnet.utils.errors.InputError: /...: it is in use
     """
     if fcntl is None:
         yield None
@@ -95,7 +95,7 @@ def locked(folder, message):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: {message}") from None
-        except OSError:  # some network file systems lock no folders
+        except OSError:  # some network file systems do not lock folders
             yield None
             return
         yield descriptor
@@ -104,10 +104,10 @@ def locked(folder, message):
 
 
 def expand_user(path):
-    """Returns `path` with a leading ~ replaced by a home folder, as a `pathlib.Path`.
+    """Returns `path` as a `pathlib.Path`, with a leading ~ replaced by a home folder.
 
     Raises:
-        InputError: If there is no such user.
+        InputError: There is no such user.
     """
     try:
         return Path(path).expanduser()

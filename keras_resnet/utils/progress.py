@@ -1,4 +1,4 @@
-"""What is said on standard error: progress bars, which only a terminal shows, and notes."""
+"""Messages on standard error: progress bars, which only a terminal shows, and notes."""
 
 import contextlib
 import sys
@@ -6,13 +6,13 @@ import sys
 
 @contextlib.contextmanager
 def bar(total, description, unit=" images", stream=None):
-    """Shows a bar with speed and time left while the block runs, if `stream` is a terminal.
+    """Shows a bar with speed and remaining time during the block, if `stream` is a terminal.
 
     Args:
-        total: Where the bar ends.
-        description: What stands before it.
-        unit: What is counted.
-        stream: Where to show it; standard error by default, so that output stays clean.
+        total: The number of steps.
+        description: The text before the bar.
+        unit: The unit of a step.
+        stream: The stream to write to; standard error by default, so that output stays clean.
 
     Yields:
         A `tqdm` bar, with `update(steps)` and `set_postfix`.
@@ -24,7 +24,7 @@ def bar(total, description, unit=" images", stream=None):
     from tqdm import tqdm
 
     stream = stream or sys.stderr
-    # `leave=False`: the line that tells the result takes the bar's place.
+    # `leave=False`: the line with the result replaces the bar.
     with tqdm(
         total=total,
         desc=description,
@@ -37,7 +37,7 @@ def bar(total, description, unit=" images", stream=None):
 
 
 def note(line):
-    """Prints a line on standard error that whoever reads the result should know.
+    """Prints a line on standard error that concerns the reader of the result.
 
     Args:
         line: Text; line breaks become spaces.

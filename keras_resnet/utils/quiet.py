@@ -1,4 +1,4 @@
-"""Standard error kept back where a library writes notes for its developers to it."""
+"""Suppresses the messages that a library writes to standard error for its own developers."""
 
 import contextlib
 import os
@@ -7,11 +7,11 @@ import warnings
 
 
 @contextlib.contextmanager
-def stderr_kept_back():
-    """Drops what is written to standard error in the block, from C++ too, and Python's warnings."""
+def suppress_stderr():
+    """Drops everything written to standard error in the block, from C++ too, and warnings."""
     try:
         own = os.dup(2)
-    except OSError:  # standard error is closed: nothing to keep back
+    except OSError:  # standard error is closed
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)

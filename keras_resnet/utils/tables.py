@@ -1,4 +1,4 @@
-"""Tables as text: the command line prints them, and `report.md` holds them."""
+"""Tables as text, for the terminal and for Markdown."""
 
 import dataclasses
 import numbers
@@ -6,9 +6,9 @@ import re
 import unicodedata
 
 MISSING = "–"
-"""What a cell shows whose value is None or absent."""
+"""The text of a cell whose value is None or absent."""
 
-# An underscore inside a word is no emphasis in Markdown: "fashion_mnist" stays readable as source.
+# An underscore inside a word is not emphasis in Markdown: "fashion_mnist" stays as it is.
 _MARKDOWN_SPECIAL = re.compile(r"[\\`*<\[|]|(?<![^\W_])_|_(?![^\W_])")
 
 
@@ -17,10 +17,10 @@ class Column:
     """One column of a table.
 
     Attributes:
-        key: Where a row (a mapping) keeps the value.
-        title: The heading; None takes `key`.
-        spec: How `format` writes the value: "" (as `str`), ".4f", ".1%", ",". Strings are left
-            as they are.
+        key: The key of the value in a row, which is a mapping.
+        title: The heading; `key` by default.
+        spec: The format specification: "" (as `str`), ".4f", ".1%", ",". Strings are not
+            formatted.
     """
 
     key: str
@@ -29,30 +29,30 @@ class Column:
 
     @property
     def heading(self):
-        """The text at the head of the column."""
+        """The text in the first line of the column."""
         return self.key if self.title is None else self.title
 
     def cell(self, row):
-        """Returns the text of this column in `row`."""
+        """Returns the text of the cell in `row`."""
         value = row.get(self.key)
         if value is None:
             return MISSING
         return printable(value if isinstance(value, str) else format(value, self.spec))
 
     def is_numeric(self, rows):
-        """Whether all values present are numbers, so that the column is set to the right."""
+        """Returns whether all present values are numbers, which are aligned to the right."""
         present = [row[self.key] for row in rows if row.get(self.key) is not None]
         return bool(present) and all(isinstance(value, numbers.Number) for value in present)
 
 
 def format_table(rows, columns, *, markdown=False):
-    """Returns `rows` as a table with aligned columns, numbers to the right and text to the left.
+    """Returns a table with aligned columns: numbers to the right, text to the left.
 
     Args:
-        rows: Mappings from a column's key to its value. None or absent shows as "–".
+        rows: Mappings from a column's key to its value. A missing value or None is shown as "–".
         columns: `Column`s; a string `"key"` stands for `Column("key")`.
-        markdown: Whether to write a Markdown table, with the special characters of its cells
-            escaped, in place of plain text for a terminal.
+        markdown: Whether to write a Markdown table, with special characters escaped, instead of
+            plain text for a terminal.
 
     Returns:
         The lines, without a newline at the end.
@@ -71,7 +71,7 @@ def format_table(rows, columns, *, markdown=False):
     numeric = [column.is_numeric(rows) for column in columns]
     lines = [[prepare(printable(column.heading)) for column in columns]]
     lines += [[prepare(column.cell(row)) for column in columns] for row in rows]
-    # Markdown asks for three dashes under each heading.
+    # Markdown needs three dashes under each heading.
     widths = [max(3, *map(display_width, cells)) for cells in zip(*lines, strict=True)]
     padded = [list(map(_pad, line, widths, numeric)) for line in lines]
     rule = [_rule(width, right, markdown) for width, right in zip(widths, numeric, strict=True)]
@@ -79,7 +79,7 @@ def format_table(rows, columns, *, markdown=False):
 
 
 def escape_markdown(text):
-    r"""Returns `text` such that Markdown shows it as it is, in a table too.
+    r"""Returns `text` with the special characters of Markdown and its tables escaped.
 
     Example:
         >>> print(escape_markdown("fashion_mnist|a*b"))
@@ -89,11 +89,11 @@ def escape_markdown(text):
 
 
 def printable(text):
-    r"""Returns `text` with "?" for control characters, so that no name can steer a terminal.
+    r"""Returns `text` with "?" for control characters, so that a name cannot control a terminal.
 
-    Those are the categories of control characters, surrogates, and separators of lines and
-    paragraphs, and the marks that reverse the direction of text. Joiners (Persian, emoji), wide
-    spaces and characters newer than Python's tables are part of names in their scripts.
+    Replaced are control characters, surrogates, line and paragraph separators, and the marks that
+    reverse the direction of text. Joiners (Persian, emoji), wide spaces and characters that
+    Python's tables do not know are kept: names in some scripts need them.
 
     Example:
         >>> printable("a\x1b[31mb"), printable("\u0645\u06cc\u200c\u0634\u0648\u062f")
@@ -103,13 +103,13 @@ def printable(text):
 
 
 def _is_control(character):
-    # U+202A…U+202E and U+2066…U+2069 could show a name as another one.
+    # U+202A…U+202E and U+2066…U+2069 can make a name look like another one.
     reverses = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
     return reverses or unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"}
 
 
 def display_width(text):
-    """Returns how many columns `text` takes on a terminal: wide characters two, marks none.
+    """Returns the width of `text` on a terminal: two columns for wide characters, none for marks.
 
     Example:
         >>> display_width("Shirt"), display_width("衬衫")
@@ -124,7 +124,7 @@ def display_width(text):
 
 
 def format_duration(seconds):
-    """Returns a length of time as a person would say it.
+    """Returns a duration for people to read.
 
     Example:
         >>> format_duration(4.21), format_duration(249), format_duration(7500)

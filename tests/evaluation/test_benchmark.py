@@ -184,7 +184,7 @@ def test_memory_is_that_of_the_runtime_alone(report):
     assert memory["model.tflite"] < 150e6 < 300e6 < memory["saved_model"]
 
 
-def test_report_and_picture_are_written(report, run_dir):
+def test_report_and_plot_are_written(report, run_dir):
     folder = run_dir / "export"
     assert json.loads((folder / "benchmark.json").read_text()) == report
     with Image.open(folder / "benchmark.png") as picture:
@@ -213,7 +213,7 @@ def test_warns_of_a_busy_machine(report):
 
 
 @pytest.mark.slow
-def test_without_pytorch_keras_is_the_measure(light, tmp_path):
+def test_without_pytorch_keras_is_the_baseline(light, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     report = benchmark(light, rounds=1, threads=1, torch=False, out=out)
@@ -431,9 +431,9 @@ def test_workers_end_with_their_parent(light, stop):
     assert not alive
 
 
-def test_picture_of_many_points_has_room_for_labels(report, tmp_path):
+def test_plot_of_many_rows(report, tmp_path):
     rows = [
-        {**report["rows"][1], "name": f"{index}.tflite", "format": kind, "precision": "float16$"}
+        {**report["rows"][1], "name": f"${index}$.tflite", "format": kind, "accuracy": None}
         for index, kind in enumerate(["tflite", "onnx", "keras", "saved_model", "torch"] * 3)
     ]
     path = Path(tmp_path) / "many.png"

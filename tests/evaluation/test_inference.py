@@ -1,4 +1,4 @@
-"""Trained models asked again: from files, about files."""
+"""Predictions and evaluation of trained models that were loaded from files."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def bag(fashion_folder):
     return sorted((fashion_folder / "Bag").iterdir())[0]
 
 
-def test_a_run_and_its_model_file_answer_alike(trained_run, fashion):
+def test_a_run_and_its_model_file_predict_the_same(trained_run, fashion):
     images = fashion.splits["test"].images[:7]
     by_run, by_file = load(trained_run), load(trained_run / "model.keras")
     probabilities = by_run(images)
@@ -42,14 +42,14 @@ def test_a_run_and_its_model_file_answer_alike(trained_run, fashion):
     assert by_run.class_names == ("Bag", "Sandal", "Sneaker", "Trouser")
 
 
-def test_evaluating_a_run_gives_its_report_again(trained_run):
+def test_evaluating_a_run_reproduces_its_report(trained_run):
     report = json.loads((trained_run / "report.json").read_text())
     evaluation = evaluate_file(trained_run)
     assert evaluation.accuracy == report["accuracy"]
     assert evaluation.confusion.tolist() == report["confusion_matrix"]
 
 
-def test_evaluating_on_other_data_decodes_them_as_the_model_takes_them(
+def test_other_data_are_decoded_at_the_input_shape_of_the_model(
     trained_run, fashion_folder, tmp_path
 ):
     for name in ("Bag", "Sandal", "Sneaker", "Trouser"):
@@ -77,7 +77,7 @@ def test_data_of_other_classes_are_refused(trained_run, fashion_folder, tmp_path
         evaluate_file(trained_run, f"folder:{copy}")
 
 
-def test_a_model_without_a_card_needs_a_data_set(trained_run, tmp_path, fashion_folder):
+def test_a_model_without_metadata_needs_a_data_set(trained_run, tmp_path, fashion_folder):
     path = tmp_path / "plain.keras"
     load(trained_run).model.save(path)
     assert load(path).class_names[:2] == ("class 0", "class 1")
@@ -106,7 +106,7 @@ def test_predict_converts_what_it_is_given(trained_run, bag, tmp_path, change, t
     assert found["probability"] == pytest.approx(expected["probability"], abs=tolerance)
 
 
-def test_predict_inverts_as_told(trained_run, bag, tmp_path):
+def test_predict_inverts_on_request(trained_run, bag, tmp_path):
     light = tmp_path / "light.png"
     ImageOps.invert(Image.open(bag)).save(light)
     inverted = {
@@ -132,7 +132,7 @@ def test_top_counts_labels(trained_run, bag):
 
 
 # ----------------------------------------------------------------------------------------------
-# Which images are measured
+# The images that a model is evaluated on
 # ----------------------------------------------------------------------------------------------
 
 
@@ -167,12 +167,12 @@ def trained_on(photographs, tmp_path):
     )
 
 
-def measured(model, dataset=None, **options):
-    _, split = load_data(load(model), dataset and f"folder:{dataset}", **options)
+def evaluated_files(model, dataset=None, **options):
+    _, split, _ = load_data(load(model), dataset and f"folder:{dataset}", **options)
     return {path.parent.name + path.name for path in split.images.sources}
 
 
-def test_a_foreign_folder_is_measured_whole(photographs, tmp_path, capsys):
+def test_another_folder_is_evaluated_as_a_whole(photographs, tmp_path, capsys):
     model = save_any_size(tmp_path / "model.keras")
     assert len(evaluate_file(model, f"folder:{photographs}")) == 40
     assert len(evaluate_file(model, f"folder:{photographs}", validation_split=0.5)) == 20
@@ -200,9 +200,9 @@ def link(folder):
 def test_the_training_folder_under_any_path_is_split_as_in_training(
     spell, trained_on, photographs, capsys
 ):
-    held_out = measured(trained_on)
+    held_out = evaluated_files(trained_on)
     assert len(held_out) == 8
-    assert measured(trained_on, spell(photographs)) == held_out
+    assert evaluated_files(trained_on, spell(photographs)) == held_out
     assert capsys.readouterr().err == ""
 
 
@@ -211,44 +211,44 @@ def test_another_split_of_the_training_set_is_refused(options, trained_on, photo
     copy = shutil.copytree(photographs, tmp_path / "copy")
     for dataset in (None, photographs, copy):
         with pytest.raises(InputError, match="the model was trained on this set, with --valid"):
-            measured(trained_on, dataset, **options)
-    assert measured(trained_on, validation_split=0.1) < measured(trained_on)
+            evaluated_files(trained_on, dataset, **options)
+    assert evaluated_files(trained_on, validation_split=0.1) < evaluated_files(trained_on)
 
 
 def test_training_images_in_another_folder_are_counted(trained_on, photographs, tmp_path, capsys):
-    held_out = measured(trained_on)
+    held_out = evaluated_files(trained_on)
     other = shutil.copytree(photographs, tmp_path / "other")
     Image.new("RGB", (8, 8), "white").save(other / "cat" / "new.png")
-    assert len(measured(trained_on, other)) == 41
+    assert len(evaluated_files(trained_on, other)) == 41
     (line,) = capsys.readouterr().err.splitlines()
     assert "32 of the 41 images measured are files that the model was trained on" in line
     # Where the training folder itself has grown, another part of it is held out.
     Image.new("RGB", (8, 8), "white").save(photographs / "cat" / "0new.png")
-    count = len(measured(trained_on) - held_out - {"cat0new.png"})
+    count = len(evaluated_files(trained_on) - held_out - {"cat0new.png"})
     assert f"{count} of the 8 images measured" in capsys.readouterr().err
 
 
-def test_a_file_that_was_exported_knows_the_set_but_not_its_files(
+def test_metadata_without_the_training_files_still_name_the_training_set(
     trained_on, photographs, tmp_path, capsys
 ):
     predictor = load(trained_on)
     metadata = {name: part for name, part in predictor.metadata.items() if name != "trained_on"}
     archive.save_model(predictor.model, tmp_path / "other.keras", metadata)
-    measured(tmp_path / "other.keras")
+    evaluated_files(tmp_path / "other.keras")
     assert capsys.readouterr().err == ""
     Image.new("RGB", (8, 8), "white").save(photographs / "cat" / "0new.png")
-    measured(tmp_path / "other.keras")
+    evaluated_files(tmp_path / "other.keras")
     assert "the set has changed since the training" in capsys.readouterr().err
 
 
-def test_a_run_says_what_it_was_trained_on(trained_run, fashion_folder):
+def test_metadata_of_a_run_name_its_training_files(trained_run, fashion_folder):
     metadata = load(trained_run).metadata
     data = load_dataset(f"folder:{fashion_folder}")
     assert metadata["data"]["fingerprint"] == data.fingerprint
     assert metadata["trained_on"] == content_marks(data.splits["train"].images)
 
 
-def test_images_of_many_sizes_are_measured_one_by_one(photographs, tmp_path):
+def test_images_of_many_sizes_are_evaluated_one_by_one(photographs, tmp_path):
     model = save_any_size(tmp_path / "model.keras")
     for i, path in enumerate(sorted((photographs / "cat").iterdir())):
         Image.new("RGB", (8 + i, 5), (i, 9 * i, 0)).save(path)
@@ -347,7 +347,7 @@ def text(path):
     return path
 
 
-def bad_card(path):
+def bad_metadata(path):
     archive.save_model(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), path, [1])
     return path
 
@@ -375,7 +375,7 @@ def no_image_model(path):
         (code, "cannot be loaded"),
         (truncated, "not a .keras file"),
         (text, "not a .keras file"),
-        (bad_card, "must be a JSON object"),
+        (bad_metadata, "must be a JSON object"),
         (wrong_weights, "damaged"),
         (no_image_model, "must take images"),
         (lambda path: path, "no such model file"),
@@ -392,7 +392,7 @@ def test_files_that_are_refused(tmp_path, make, reason):
 
 
 # ----------------------------------------------------------------------------------------------
-# Archives that would harm
+# Hostile archives
 # ----------------------------------------------------------------------------------------------
 
 
@@ -475,7 +475,7 @@ def claims_large_tensors(path):
         "tensors",
     ],
 )
-def test_archives_that_would_harm_are_refused(tmp_path, make, reason):
+def test_hostile_archives_are_refused(tmp_path, make, reason):
     path = make(tmp_path / "model.keras")
     with pytest.raises(InputError, match=reason) as error:
         archive.load_model(path)
@@ -590,14 +590,14 @@ def test_models_of_another_kind_are_refused(tmp_path, save):
         {"class_names": "abc"},
     ],
 )
-def test_cards_that_do_not_fit_are_refused(tmp_path, metadata):
+def test_metadata_that_do_not_match_are_refused(tmp_path, metadata):
     archive.save_model(small_model(keras.Input((4, 4, 1))), tmp_path / "model.keras", metadata)
     with pytest.raises(InputError, match="the model has 3 outputs, and its metadata"):
         load(tmp_path / "model.keras")
 
 
 @pytest.mark.parametrize("data", [["x"], {"dataset": 5}, {"dataset": None}, {"other": 1}])
-def test_cards_that_name_no_data_are_as_good_as_none(tmp_path, data):
+def test_metadata_without_a_data_set_need_one(tmp_path, data):
     path = tmp_path / "model.keras"
     archive.save_model(small_model(keras.Input((4, 4, 1))), path, {"data": data})
     with pytest.raises(InputError, match="name --dataset"):
@@ -613,7 +613,7 @@ def test_a_softmax_is_not_applied_twice():
     np.testing.assert_allclose(Predictor(with_softmax)(images), expected, atol=1e-6)
 
 
-def test_a_model_that_answers_nan_is_refused():
+def test_a_model_that_outputs_nan_is_refused():
     model = small_model(keras.Input((4, 4, 1)), kernel=keras.initializers.Constant(np.nan))
     with pytest.raises(InputError, match="not finite"):
         Predictor(model)(np.ones((1, 4, 4, 1), "uint8"))
@@ -634,7 +634,7 @@ def test_unreadable_images_are_named(trained_run, tmp_path):
             predict_files(trained_run, [path])
 
 
-def test_a_card_travels_with_the_model(tmp_path):
+def test_metadata_are_saved_with_the_model(tmp_path):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     path = tmp_path / "model.keras"
     archive.save_model(model, path, {"class_names": ["ä", "b"]})

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import subprocess
@@ -8,11 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from matplotlib.image import imread
 
 from keras_resnet.datasets.base import Split
-from keras_resnet.evaluation import metrics as ev
-from keras_resnet.evaluation.metrics import Evaluation, evaluate
+from keras_resnet.evaluation.metrics import SMALLEST_PROBABILITY, Evaluation, evaluate
 from keras_resnet.utils.errors import InputError
 
 
@@ -39,11 +38,8 @@ def evaluations(draw):
     return Evaluation(labels, probabilities, tuple("abcdef"[:classes]), 1.0)
 
 
-# ---------------------------------------------------------------------------------- the figures
-
-
 @given(evaluations())
-def test_figures_equal_a_naive_count(e):
+def test_metrics_equal_a_naive_count(e):
     predictions = [max(range(len(row)), key=lambda i: (row[i], -i)) for row in e.probabilities]
     assert e.predictions.tolist() == predictions
     pairs = list(zip(e.labels.tolist(), predictions, strict=True))
@@ -95,7 +91,7 @@ def test_most_confused_returns_at_most_n():
 
 def test_loss_is_the_mean_cross_entropy_and_finite_where_the_truth_had_no_chance():
     sure = Evaluation(np.array([0, 1]), np.array([[1, 0], [1, 0]], "float32"), ("a", "b"), 1.0)
-    assert sure.loss == pytest.approx(-math.log(ev.SMALLEST_PROBABILITY) / 2)
+    assert sure.loss == pytest.approx(-math.log(SMALLEST_PROBABILITY) / 2)
     half = Evaluation(np.array([0]), np.array([[0.25, 0.75]], "float32"), ("a", "b"), 1.0)
     assert half.loss == pytest.approx(math.log(4))
     perfect = Evaluation(np.array([0]), np.array([[1.0, 0.0]], "float32"), ("a", "b"), 1.0)
@@ -129,14 +125,16 @@ def test_top_5_of_five_classes_says_nothing_and_is_none():
     assert make_evaluation([0], [1], 5).to_dict()["top_5_accuracy"] is None
 
 
-# ------------------------------------------------------------------------------------- evaluate
+# ----------------------------------------------------------------------------------------------
+# evaluate
+# ----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30)
 @given(st.integers(1, 23), st.integers(1, 30))
 def test_every_image_is_predicted_once_in_order_whatever_the_batch_size(count, batch_size):
     split = Split(np.arange(count, dtype="uint8").reshape(-1, 1, 1, 1), np.zeros(count, "int64"))
-    seen, steps = [], []
+    seen = []
 
     def predict(images):
         assert len(images) <= batch_size
@@ -144,22 +142,48 @@ def test_every_image_is_predicted_once_in_order_whatever_the_batch_size(count, b
         share = images.reshape(-1, 1) / 255
         return np.hstack([share, 1 - share])
 
-    result = evaluate(
-        predict,
-        split,
-        ["a", "b"],
-        batch_size=batch_size,
-        progress=lambda done, total: steps.append((done, total)),
-    )
+    result = evaluate(predict, split, ["a", "b"], batch_size=batch_size)
     assert seen == list(range(count))
     np.testing.assert_allclose(result.probabilities[:, 0], np.arange(count) / 255, rtol=1e-6)
     assert result.probabilities.dtype == "float32"
     assert result.class_names == ("a", "b")
     assert result.seconds > 0
-    assert [total for _, total in steps] == [count] * math.ceil(count / batch_size)
-    assert [done for done, _ in steps] == [
-        min(count, batch_size * (i + 1)) for i in range(len(steps))
-    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "batches"),
+    [((4, 4, 1), [5]), ((2240, 2240, 1), [2, 2, 1]), ((3584, 7168, 1), [1] * 5)],
+)
+def test_large_images_are_predicted_in_smaller_batches(shape, batches):
+    class Files:
+        """Images of `shape` that stay on disk."""
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, indices):
+            return indices
+
+    Files.shape = (5, *shape)
+    sizes = []
+
+    def predict(images):
+        sizes.append(len(images))
+        return np.full((len(images), 2), 0.5)
+
+    evaluate(predict, Split(Files(), np.zeros(5, "int64")), ["a", "b"])
+    assert sizes == batches
+
+
+def test_a_terminal_shows_how_many_images_are_done(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        evaluate(lambda images: np.full((len(images), 2), 0.5), make_split([0, 1, 0]), ["a", "b"])
+        assert ("evaluation" in stream.getvalue() and "/3" in stream.getvalue()) == shown
 
 
 @pytest.mark.parametrize(
@@ -210,137 +234,3 @@ def test_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# ------------------------------------------------------------------------------------- pictures
-
-EPOCH = {"epoch": 1, "loss": 0.7, "accuracy": 0.6, "val_loss": 0.8, "val_accuracy": 0.5}
-
-
-def painted(path, colour):
-    """How many pixels of the PNG have about the colour "#rrggbb"."""
-    wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return int((np.abs(imread(path)[..., :3] - wanted).max(axis=-1) < 0.02).sum())
-
-
-@pytest.mark.parametrize("epochs", [1, 3, 60])
-def test_learning_curves_show_the_held_out_curve_where_there_is_one(tmp_path, epochs):
-    history = [{**EPOCH, "epoch": i + 1, "loss": 1 / (i + 1)} for i in range(epochs)]
-    ev.plot_learning_curves(history, tmp_path / "with.png")
-    assert painted(tmp_path / "with.png", ev.BLUE) > 20
-    assert painted(tmp_path / "with.png", ev.RED) > 20
-    assert painted(tmp_path / "with.png", ev.GREEN) == 0
-    bare = [{key: row[key] for key in ("epoch", "loss", "accuracy")} for row in history]
-    ev.plot_learning_curves(bare, tmp_path / "without.png")
-    assert painted(tmp_path / "without.png", ev.BLUE) > 20
-    assert painted(tmp_path / "without.png", ev.RED) == 0
-
-
-def test_learning_curves_leave_out_what_is_not_finite(tmp_path):
-    history = [
-        {**EPOCH, "val_loss": math.nan, "val_accuracy": None},
-        {**EPOCH, "epoch": 2, "loss": math.inf, "val_loss": math.nan, "val_accuracy": None},
-    ]
-    ev.plot_learning_curves(history, tmp_path / "curves.png")
-    assert painted(tmp_path / "curves.png", ev.RED) == 0
-    with pytest.raises(InputError, match="finite loss"):
-        ev.plot_learning_curves([{"epoch": 1, "loss": math.nan}], tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-
-
-@pytest.mark.parametrize("classes", [2, 26, 101])
-def test_confusion_matrix_numbers_its_cells_while_they_can_be_read(tmp_path, classes, monkeypatch):
-    written = []
-    real = ev._write_counts
-    monkeypatch.setattr(ev, "_write_counts", lambda *a: (written.append(True), real(*a)))
-    labels = np.arange(classes * 2) % classes
-    ev.plot_confusion_matrix(make_evaluation(labels, labels, classes), tmp_path / "matrix.png")
-    height, width, _ = imread(tmp_path / "matrix.png").shape
-    assert 300 < height < 2600
-    assert 300 < width < 2600
-    assert written == ([True] if classes <= ev.MAX_NUMBERED_CLASSES else [])
-
-
-@pytest.mark.parametrize("shape", [(5, 5, 1), (4, 7, 3)])
-def test_confused_pairs_ask_the_split_only_for_what_they_show(tmp_path, shape):
-    class Files:
-        """Images that stay on disk: only `images[indices]` works."""
-
-        def __init__(self, array):
-            self.array, self.shape, self.asked = array, array.shape, []
-
-        def __len__(self):
-            return len(self.array)
-
-        def __getitem__(self, indices):
-            self.asked.extend(np.asarray(indices).tolist())
-            return self.array[indices]
-
-    labels = [0, 0, 0, 1, 1, 2]
-    split = make_split(labels, shape)
-    files = Files(split.images)
-    e = make_evaluation(labels, [1, 1, 0, 1, 0, 2], 3)
-    ev.plot_confused_pairs(e, Split(files, split.labels), tmp_path / "pairs.png")
-    assert sorted(files.asked) == [0, 1, 4]
-    assert imread(tmp_path / "pairs.png").ndim == 3
-
-
-def test_confused_pairs_without_errors_is_a_notice(tmp_path):
-    e = make_evaluation([0, 1], [0, 1], 2)
-    ev.plot_confused_pairs(e, make_split([0, 1]), tmp_path / "pairs.png")
-    assert imread(tmp_path / "pairs.png").shape[0] < 200
-
-
-def test_predictions_mark_the_wrong_ones_and_only_them(tmp_path):
-    labels = [0] * 30
-    split = make_split(labels)
-    right = make_evaluation(labels, labels, 2)
-    ev.plot_predictions(right, split, tmp_path / "right.png", rows=2, columns=3)
-    assert painted(tmp_path / "right.png", ev.RED) == 0
-    some = make_evaluation(labels, [1] * 10 + [0] * 20, 2)
-    ev.plot_predictions(some, split, tmp_path / "some.png", rows=2, columns=3)
-    assert painted(tmp_path / "some.png", ev.RED) > 500
-
-
-@given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 24), st.integers(0, 5))
-def test_sample_is_a_third_wrong_where_there_are_enough_and_fills_the_grid(n, wrong, count, seed):
-    wrong = min(wrong, n)
-    e = make_evaluation([0] * n, [1] * wrong + [0] * (n - wrong), 2)
-    shown = ev._sample(e, count, np.random.default_rng(seed))
-    assert len(shown) == len(set(shown)) == min(count, n)
-    shown_wrong = (shown < wrong).sum()
-    if n - wrong >= count:
-        assert shown_wrong == min(wrong, count // 3)
-    assert ev._sample(e, count, np.random.default_rng(seed)).tolist() == shown.tolist()
-
-
-def test_pictures_of_another_split_are_refused(tmp_path):
-    e = make_evaluation([0, 1], [0, 1], 2)
-    for plot in (ev.plot_confused_pairs, ev.plot_predictions):
-        with pytest.raises(InputError, match="same images in the same order"):
-            plot(e, make_split([1, 0]), tmp_path / "x.png")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_any_class_name_is_drawn_without_a_word(tmp_path, recwarn):
-    labels = [0, 1]
-    e = make_evaluation(labels, [1, 0], 2)
-    # Matplotlib fails on this one where it takes it as a formula.
-    odd = Evaluation(e.labels, e.probabilities, (r"$\nonsense{$", "🐈 x" * 90), 1.0)
-    ev.plot_confusion_matrix(odd, tmp_path / "matrix.png")
-    ev.plot_confused_pairs(odd, make_split(labels), tmp_path / "pairs.png")
-    ev.plot_predictions(odd, make_split(labels), tmp_path / "grid.png")
-    assert len(list(tmp_path.iterdir())) == 3
-    assert not recwarn.list  # of letters that the font lacks
-
-
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [
-        ("two\nlines", "two?lines"),
-        ("abcdefghijkl", "abcdefghijkl"),
-        ("abcdefghijklm", "abcdef…ijklm"),
-    ],
-)
-def test_label_is_one_short_line_with_both_ends(name, label):
-    assert ev._label(name, 12) == label

@@ -76,7 +76,7 @@ def test_the_manifest_says_what_is_there(exported, trained_run):
 def test_all_files_answer_as_the_keras_model_does(exported, trained_run):
     folder, _ = exported
     source = inference.load(trained_run)
-    _, split = inference.load_data(source)
+    _, split, _ = inference.load_data(source)
     images = split.images[np.arange(20)]
     expected = source(images)
     for row in read_manifest(folder)["artifacts"]:

@@ -1,4 +1,7 @@
-"""Exported files side by side with Keras and with the textbook's PyTorch, measured in one run."""
+"""`keras-resnet benchmark`: speed and size of exported files, of Keras and of PyTorch, in one run.
+
+The programs behind the numbers of the README are in `benchmarks/`, at the top of the repository.
+"""
 
 from keras_resnet.evaluation.benchmark.results import format_benchmark, plot_benchmark
 from keras_resnet.evaluation.benchmark.run import benchmark

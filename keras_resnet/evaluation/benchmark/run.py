@@ -1,4 +1,4 @@
-"""The measurement: all contestants in turns, each in a process of its own."""
+"""The measurement of a benchmark: all candidates in turns, each in a process of its own."""
 
 import contextlib
 import datetime
@@ -23,36 +23,36 @@ TURN_SECONDS = 0.25
 LEAST_CALLS = {1: 10, 8: 3, 32: 3}
 # Half of the pause between two turns.
 SETTLE_SECONDS = 0.03
-# How many of the reference images each contestant is asked about.
+# The number of reference images that each candidate predicts.
 MAX_CHECKED = 256
 
 
 def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=False, timeout=300):
-    """Measures the files of an export, in turns in one run, and writes what came out.
+    """Measures the files of an export, in turns in one run, and writes the results.
 
-    Beside them runs the Keras model they were made from, if it is still there, and the textbook's
-    network in PyTorch with the same weights, if PyTorch is installed and has such a network. Each
-    contestant lives in a process of its own, which is idle while another is measured; all must
-    answer the export's reference images, so that none can win by being wrong.
+    The Keras model that was exported takes part if it still exists, and the network of Dive into
+    Deep Learning (d2l) in PyTorch with the same weights, if PyTorch is installed and the model is
+    such a network. Each candidate runs in a process of its own, which is idle while another one is
+    measured. All predict the export's reference images, so that a fast but wrong file is seen.
 
     Args:
         folder: An export's folder, with its manifest.json.
-        rounds: How often each contestant has its turn; a figure is the median over the rounds.
-        threads: How many threads "all threads" are; by default those of the machine.
+        rounds: Number of turns of each candidate; a result is the median over the rounds.
+        threads: The largest number of threads; by default the machine's number of cores.
         out: The folder for benchmark.json and benchmark.png, by default `folder`.
         torch: Whether PyTorch may take part.
-        trust: Whether a SavedModel may, which is code.
-        timeout: Seconds that one turn may take.
+        trust: Whether a SavedModel, which is code, may take part.
+        timeout: Time limit of one turn, in seconds.
 
     Returns:
-        The report, a dict as benchmark.json holds it: "model", "machine", "threads", "rounds",
-        "idle_load" (how busy the processor was between the turns),
-        "baseline" (whose latency divided by a row's is its "speed_up"), "rows", one dict a
-        contestant, and "left_out". A row whose contestant failed has "failed", the reason.
+        The contents of benchmark.json, a dict: "model", "machine", "threads", "rounds",
+        "idle_load" (the processor load between the turns), "baseline" (the row whose latency
+        divided by another row's is the "speed_up" of that row), "rows", one dict for each
+        candidate, and "left_out". The row of a candidate that failed has "failed", the reason.
 
     Raises:
-        InputError: If an argument is out of range, the folder is no export, one of its files is
-            not as the manifest says, or none of them runs.
+        InputError: An argument is out of range, the folder is not an export, a file differs from
+            the manifest, or no candidate runs.
     """
     check_count("rounds", rounds)
     threads = cores() if threads is None else threads
@@ -62,20 +62,29 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
     out = Path(out or folder)
     if not out.is_dir():
         raise InputError(f"{out}: there is no such folder")
-    settings = sorted({1, threads})
+    thread_counts = sorted({1, threads})
+    images, expected = _read_reference(folder, manifest)
     with tempfile.TemporaryDirectory() as scratch:
-        reference = _read_reference(folder, manifest, scratch)
-        contestants, left_out = find_all(folder, manifest, scratch, torch, trust)
-        measured, idle_load = _measure(contestants, reference, settings, rounds, timeout)
-    rows = [_row(each, measured[each.name]) for each in contestants]
+        # The workers map this file: only the pages that they read count as their memory.
+        images_path = str(Path(scratch) / "images.npy")
+        np.save(images_path, images)
+        candidates, left_out = find_all(folder, manifest, scratch, torch, trust)
+        measured, idle_load = _measure(
+            candidates, images_path, expected, thread_counts, rounds, timeout
+        )
+    rows = [_row(each, measured[each.name]) for each in candidates]
     if all("failed" in row for row in rows):
         raise InputError(f"{folder}: nothing could be measured: {rows[0]['failed']}")
+    surroundings = describe_surroundings()
     report = {
-        **_describe(manifest),
-        "threads": settings,
+        "benchmark_version": 1,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": manifest["model"],
+        **{name: surroundings[name] for name in ("machine", "versions", "git_commit")},
+        "threads": thread_counts,
         "rounds": rounds,
         "idle_load": idle_load,
-        "images_checked": len(reference.probabilities),
+        "images_checked": len(expected),
         **results.add_speed_ups(rows, str(threads)),
         "left_out": left_out,
     }
@@ -84,53 +93,21 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
     return report
 
 
-def _describe(manifest):
-    surroundings = describe_surroundings()
-    return {
-        "benchmark_version": 1,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "model": manifest["model"],
-        **{name: surroundings[name] for name in ("machine", "versions", "git_commit")},
-    }
-
-
-class _Reference:
-    """The images that all are asked about, and Keras's answers.
-
-    The images lie in a file of their own, which workers map into memory: what they read of it is
-    all that counts as theirs.
-    """
-
-    def __init__(self, images, probabilities, scratch):
-        self.path = str(Path(scratch) / "images.npy")
-        self.probabilities = probabilities
-        np.save(self.path, images)
-
-    def compare(self, answer):
-        """Returns the share of equal labels, and the largest difference of a probability."""
-        if answer.shape != self.probabilities.shape or not np.isfinite(answer).all():
-            raise WorkerError(f"answers of shape {answer.shape}, or not finite")
-        same = answer.argmax(axis=1) == self.probabilities.argmax(axis=1)
-        return {
-            "agreement": float(same.mean()),
-            "max_difference": float(np.abs(answer - self.probabilities).max()),
-        }
-
-
-def _read_reference(folder, manifest, scratch):
+def _read_reference(folder, manifest):
+    """Returns the export's reference images, and Keras's probabilities for them."""
     listed = manifest["reference"]
     path = folder / listed["file"]
     if digest(path) != (listed["bytes"], listed["sha256"]):
         raise InputError(f"{path}: not the file that the manifest lists: export the model again")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images, probabilities = (arrays[n][:MAX_CHECKED] for n in ("images", "probabilities"))
+            images, expected = (arrays[n][:MAX_CHECKED] for n in ("images", "probabilities"))
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise InputError(f"{path}: damaged: {error}") from error
-    fits = images.ndim == 4 and probabilities.ndim == 2 and len(images) == len(probabilities) > 0
+    fits = images.ndim == 4 and expected.ndim == 2 and len(images) == len(expected) > 0
     if images.dtype != "uint8" or not fits:
         raise InputError(f"{path}: must hold uint8 images and as many rows of probabilities")
-    return _Reference(images, probabilities, scratch)
+    return images, expected
 
 
 # ----------------------------------------------------------------------------------------------
@@ -138,87 +115,80 @@ def _read_reference(folder, manifest, scratch):
 # ----------------------------------------------------------------------------------------------
 
 
-def _measure(contestants, reference, settings, rounds, timeout):
-    """Returns what was found, by contestants' names, and how busy all was between the turns.
-    The settings of threads are measured one after the other, since most runtimes fix theirs when
-    they start: half as many processes are in memory at a time.
+def _measure(candidates, images_path, expected, thread_counts, rounds, timeout):
+    """Returns the measurements by candidate's name, and the idle load.
+
+    Most runtimes fix their number of threads when they start. So each number of threads has
+    processes of its own, one number after the other, which halves the processes in memory.
     """
-    found = {each.name: {"calls": {}} for each in contestants}
-    steps = len(contestants) * sum(
-        2 + rounds * (len(BATCHES) if threads == settings[-1] else 1) for threads in settings
+    found = {each.name: {"calls": {}} for each in candidates}
+    idle = _IdleLoad()
+    turns = sum(
+        2 + rounds * (len(BATCHES) if threads == thread_counts[-1] else 1)
+        for threads in thread_counts
     )
-    with bar(steps, "benchmark", unit=" turns") as shown:
-        turns = _Turns(found, shown)
-        for threads in settings:
-            whole = threads == settings[-1]
+
+    def for_each(turn, *arguments):
+        """Gives each candidate its turn; one that has failed gets no more."""
+        for candidate in candidates:
+            own = found[candidate.name]
+            if "failed" not in own:
+                try:
+                    turn(candidate, own, *arguments)
+                except WorkerError as error:
+                    own["failed"] = str(error)
+                    if "worker" in own:
+                        own["worker"].end()
+                idle.sample()
+            shown.update(1)
+
+    with bar(len(candidates) * turns, "benchmark", unit=" turns") as shown:
+        for threads in thread_counts:
             with contextlib.ExitStack() as stack:
-                alive = [each for each in contestants if "failed" not in found[each.name]]
-                for each in alive:
-                    turns.take(each, _start, stack, reference, threads, timeout)
+                for_each(_start, stack, images_path, threads, timeout)
                 for _ in range(rounds):
-                    for batch in BATCHES if whole else (1,):
-                        for each in alive:
-                            turns.take(each, _time, batch, threads)
-                for each in alive:
-                    turns.take(each, _compare, reference)
-    return found, turns.pauses.share()
+                    for batch in BATCHES if threads == thread_counts[-1] else (1,):
+                        for_each(_time, batch, threads)
+                for_each(_compare, expected)
+    return found, idle.fraction()
 
 
-class _Turns:
-    """Gives one contestant after the other its turn; one that failed gets no more."""
-
-    def __init__(self, found, shown):
-        self.found, self.shown, self.pauses = found, shown, _Pauses()
-
-    def take(self, contestant, turn, *arguments):
-        own = self.found[contestant.name]
-        if "failed" not in own:
-            try:
-                turn(contestant, own, *arguments)
-            except WorkerError as error:
-                own["failed"] = str(error)
-                if "worker" in own:
-                    own["worker"].end()
-        self.pauses.take()
-        self.shown.update(1)
-
-
-class _Pauses:
-    """Lets threads that spin come to rest between two turns, and looks whether all is quiet."""
+class _IdleLoad:
+    """The processor load between the turns, while all candidates should be idle."""
 
     def __init__(self):
-        self.busy = self.whole = 0
+        self.busy = self.total = 0
 
-    def take(self):
+    def sample(self):
+        """Waits until spinning threads have come to rest, then measures the load."""
         time.sleep(SETTLE_SECONDS)
         before = _processor_times()
         time.sleep(SETTLE_SECONDS)
         after = _processor_times()
         if before and after:
             self.busy += after[0] - before[0]
-            self.whole += after[1] - before[1]
+            self.total += after[1] - before[1]
 
-    def share(self):
-        return self.busy / self.whole if self.whole else None
+    def fraction(self):
+        return self.busy / self.total if self.total else None
 
 
 def _processor_times():
-    """Returns how long all cores have worked, and worked or not; None where Linux is missing."""
+    """Returns the busy and the total time of all cores; None where there is no /proc/stat."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
-            user, nice, system, idle, *others = map(int, file.readline().split()[1:9])
+            user, nice, system, idle, iowait, *others = map(int, file.readline().split()[1:9])
     except (OSError, ValueError):
         return None
-    waiting, *others = others  # for disks: not working
     busy = user + nice + system + sum(others)
-    return busy, busy + idle + waiting
+    return busy, busy + idle + iowait
 
 
-def _start(contestant, own, stack, reference, threads, timeout):
-    """Loads the network, and takes the memory that one image at a time needs."""
+def _start(contestant, own, stack, images_path, threads, timeout):
+    """Loads the network, and measures the memory of predicting one image at a time."""
     own["worker"] = stack.enter_context(Worker(contestant.runtime, threads, timeout))
     own["loaded"] = own["worker"].ask(
-        "load", path=str(contestant.path), images=reference.path, options=contestant.options
+        "load", path=str(contestant.path), images=images_path, options=contestant.options
     )
     own["worker"].ask("measure", batch=1, seconds=0, least=1)
     own["memory"] = own["worker"].ask("peak_memory")["bytes"]
@@ -232,21 +202,28 @@ def _time(contestant, own, batch, threads):
         own["calls"].setdefault((threads, batch), []).append(answer["calls"])
 
 
-def _compare(contestant, own, reference):
+def _compare(contestant, own, expected):
+    """Computes the fraction of equal labels, and the largest difference of a probability."""
     answer = own["worker"].ask("answer", batch=contestant.batch or max(BATCHES))
-    own["answers"] = reference.compare(np.array(answer["probabilities"]))
+    found = np.array(answer["probabilities"])
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        raise WorkerError(f"answers of shape {found.shape}, or not finite")
+    own["answers"] = {
+        "agreement": float(np.mean(found.argmax(axis=1) == expected.argmax(axis=1))),
+        "max_difference": float(np.abs(found - expected).max()),
+    }
 
 
-def _row(contestant, own):
+def _row(candidate, own):
     row = {
-        name: getattr(contestant, name)
+        name: getattr(candidate, name)
         for name in ("name", "format", "precision", "batch", "bytes", "accuracy")
     }
     if "failed" in own:
         return {**row, "failed": own["failed"]}
     most = max(threads for threads, _ in own["calls"])
-    if contestant.runtime == "torch" and own["answers"]["agreement"] < 1:
-        row["accuracy"] = None  # not the same network, then
+    if candidate.runtime == "torch" and own["answers"]["agreement"] < 1:
+        row["accuracy"] = None  # it does not compute the same as the Keras model
     return {
         **row,
         "runtime": own["loaded"]["runtime"],
@@ -255,19 +232,19 @@ def _row(contestant, own):
         **own["answers"],
         "latency_ms": {
             str(threads): {
-                "median": _median(calls, lambda turn: statistics.median(turn) * 1e3),
-                "p95": _median(calls, lambda turn: float(np.percentile(turn, 95)) * 1e3),
+                "median": _median(turns, lambda calls: statistics.median(calls) * 1e3),
+                "p95": _median(turns, lambda calls: float(np.percentile(calls, 95)) * 1e3),
             }
-            for (threads, batch), calls in own["calls"].items()
+            for (threads, batch), turns in own["calls"].items()
             if batch == 1
         },
         "images_per_second": {
-            str(batch): _median(calls, lambda turn, batch=batch: batch * len(turn) / sum(turn))
-            for (threads, batch), calls in own["calls"].items()
+            str(batch): _median(turns, lambda calls, batch=batch: batch * len(calls) / sum(calls))
+            for (threads, batch), turns in own["calls"].items()
             if threads == most
         },
     }
 
 
-def _median(turns, figure):
-    return statistics.median(figure(turn) for turn in turns)
+def _median(turns, statistic):
+    return statistics.median(statistic(calls) for calls in turns)

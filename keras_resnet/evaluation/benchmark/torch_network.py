@@ -1,6 +1,6 @@
-"""The textbook's residual network in PyTorch, with the preprocessing that ours holds inside.
+"""The residual network of Dive into Deep Learning (d2l) in PyTorch, with preprocessing.
 
-Only the worker of a benchmark imports it, where PyTorch is installed.
+Only a benchmark's worker imports this module, if PyTorch is installed.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Residual(nn.Module):
-    """Two 3×3 convolutions around which the input, or a 1×1 convolution of it, is added."""
+    """Two 3×3 convolutions, and a shortcut: the input, or a 1×1 convolution of it."""
 
     def __init__(self, in_channels, channels, strides, use_1x1conv):
         super().__init__()
@@ -26,11 +26,11 @@ class Residual(nn.Module):
 
 
 def build(channels, stages, num_classes):
-    """Returns the network, its modules called as in the layout "d2l_named".
+    """Builds the network with the module names of the layout "d2l_named".
 
     Args:
         channels: Channels of the images.
-        stages: For each stage, for each block, (filters, strides, use_1x1conv).
+        stages: A list of stages, each a list of blocks (filters, strides, use_1x1conv).
         num_classes: Number of logits.
 
     Returns:
@@ -55,18 +55,18 @@ def build(channels, stages, num_classes):
 
 
 def load(path, channels, stages, num_classes, image_size, mean, std, channels_last):
-    """Loads a state dict into the network, name by name; none may be missing or left over.
+    """Loads a state dict into the network; no tensor may be missing or left over.
 
     Args:
         path: An .npz file of the state dict.
         channels: See `build`.
         stages: See `build`.
         num_classes: See `build`.
-        image_size: Height and width that the network takes; images are resized to that.
-        mean: What is taken off then, on the scale [0, 1]; a number, or one for each channel.
-        std: What it is divided by then.
-        channels_last: Whether weights and images lie in memory with their channels last, which
-            PyTorch's CPU convolutions are faster with, or as PyTorch puts them.
+        image_size: Height and width of the network's input, in pixels; images are resized to it.
+        mean: Mean to subtract from pixels in 0 … 1; a number, or one for each channel.
+        std: Standard deviation to divide by; a number, or one for each channel.
+        channels_last: Whether weights and images use PyTorch's channels-last memory format, which
+            is faster on CPUs than its default.
 
     Returns:
         A function: uint8 images, (batch, height, width, channels), to probabilities, both NumPy
