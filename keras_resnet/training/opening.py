@@ -15,7 +15,7 @@ from keras_resnet.training import fine_tuning, run_folder
 from keras_resnet.training.precision import choose_precision
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import InputError, look_up
-from keras_resnet.weights.conversion import Source
+from keras_resnet.weights.sources import Source
 
 DEFAULTS = {
     "model": "resnet18",

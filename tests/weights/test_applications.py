@@ -170,10 +170,10 @@ def test_names_are_kept_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("missing.h5", None, "no such file"),
-        ("x" * 300 + ".h5", None, "no such file"),
+        ("missing.h5", None, "no such checkpoint file"),
+        ("x" * 300 + ".h5", None, "no such checkpoint file"),
         ("garbage.h5", b"no h5 at all", "cannot be read as weights of keras.applications"),
-        ("empty.h5", b"", "cannot be read as weights of keras.applications"),
+        ("empty.h5", b"", "is empty"),
         ("garbage.keras", b"no zip at all", "not a .keras file"),
         ("weights.npz", b"", "must end in .keras or .h5, got .npz"),
         ("weights", b"", "must end in .keras or .h5, got no suffix"),
@@ -199,7 +199,7 @@ def test_weights_that_keras_3_saved_need_their_model(tmp_path):
 
 def test_a_model_without_weights_is_refused():
     inputs = keras.Input((4,))
-    assert "the model given: holds no weights" in message(
+    assert "the model given: holds no tensors" in message(
         keras.Model(inputs, layers.ReLU()(inputs))
     )
 
