@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python benchmarks/backends.py [--image-size 96] [--batch-size 128]
 
-The logits are compared with those of the textbook's network in PyTorch, in float64 on the
+The logits are compared with those of the d2l network in PyTorch, in float64 on the
 processor, once as the backend computes by default and once in full float32: on a GPU, JAX and
 PyTorch round the factors of a float32 convolution to TensorFloat-32 unless they are told not to.
 """

@@ -1,4 +1,4 @@
-"""Training steps a second: ours beside the textbook's network in PyTorch, in turns in one run.
+"""Training steps a second: Keras beside d2l's PyTorch network, in turns in one run.
 
     python benchmarks/training_speed.py [--image-size 96] [--batch-size 128] [--rounds 5]
 
@@ -39,7 +39,7 @@ def keras_step(images, labels, precision):
 
 
 def torch_step(images, labels, precision):
-    """Returns a function that makes one training step of the textbook's network."""
+    """Returns a function that makes one training step of the d2l network."""
     model = ResNet18().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last)

@@ -54,7 +54,7 @@ RECIPES = {
         schedule="cosine",
     ),
     "seed": Recipe(
-        "the textbook's: images of 96 pixels, Adam at 0.001, five epochs",
+        "Dive into Deep Learning (d2l): images of 96 pixels, Adam at 0.001, five epochs",
         epochs=5,
         batch_size=256,
         image_size=96,

@@ -23,7 +23,7 @@ def test_recipes_name_rows_that_exist(recipe):
     assert set(recipe.augmentation) <= set(preprocessing.AUGMENTATIONS)
 
 
-def test_seed_is_the_textbooks():
+def test_seed_is_that_of_d2l():
     seed = RECIPES["seed"]
     assert (seed.image_size, seed.batch_size, seed.epochs) == (96, 256, 5)
     assert (seed.optimizer, seed.learning_rate, seed.schedule) == ("adam", 1e-3, "constant")

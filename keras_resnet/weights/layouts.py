@@ -184,7 +184,7 @@ _HUGGINGFACE = Layout(
     also=("v1",),  # downsample_in_bottleneck=True
 )
 
-_CHAPTER = Layout(
+_D2L = Layout(
     "Dive into Deep Learning (d2l): an nn.Sequential of five stages",
     variant="d2l",
     block="{stage}.{block0}.",
@@ -270,12 +270,12 @@ LAYOUTS = {
         names={ours: name.removeprefix("resnet.") for ours, name in _HUGGINGFACE.names.items()},
         marker=r"embedder\.embedder\..*",
     ),
-    "d2l": _CHAPTER,
+    "d2l": _D2L,
     "d2l_named": dataclasses.replace(
-        _CHAPTER,
+        _D2L,
         description="Dive into Deep Learning (d2l): stages called resnet_block1 …",
         block="resnet_block{stage}.{block0}.",
-        names={**_CHAPTER.names, "stem_conv": "0", "stem_bn": "1", "logits": "fc.1"},
+        names={**_D2L.names, "stem_conv": "0", "stem_bn": "1", "logits": "fc.1"},
         marker=r"resnet_block1\..*",
     ),
     "keras_v1": _KERAS_V1,

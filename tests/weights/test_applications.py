@@ -352,6 +352,17 @@ def test_a_small_file_that_claims_much_is_refused_unread(tmp_path, create, form,
     assert "its tensors claim over 4 times the file's size" in message(path)
 
 
+def test_one_data_set_under_many_names_is_refused_unread(tmp_path, monkeypatch):
+    path = write_h5(tmp_path / "w.h5", {"layer0": np.ones(10**4, "float32")})
+    with h5py.File(path, "a") as file:
+        names = [f"layer{n}" for n in range(50)]
+        file.attrs["layer_names"] = [name.encode() for name in names]
+        for name in names[1:]:
+            file[name] = file["layer0"]
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", None)
+    assert "its tensors claim over 4 times the file's size" in message(path)
+
+
 def test_a_keras_file_that_unpacks_to_much_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.keras", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("config.json", b" " * 10**7)
