@@ -1,4 +1,4 @@
-"""Residual networks in Keras 3, from the textbook block to a verified file on a phone."""
+"""Residual networks in Keras 3, from the block of Dive into Deep Learning (d2l) to a phone."""
 
 import importlib
 import sys

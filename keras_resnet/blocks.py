@@ -1,7 +1,7 @@
 """The residual layers, and the parts they are made of. Pure Keras 3: any backend.
 
 A residual layer is two paths of layers that start at the same input and are summed:
-``relu(branch(x) + shortcut(x))``. `_Residual` says that once; a block only lists its paths.
+``relu(branch(x) + shortcut(x))``. `_Residual` implements this; a block only lists its paths.
 
 Layouts are channels last throughout, whatever `keras.config.image_data_format()` says.
 """
@@ -13,7 +13,7 @@ from keras_resnet.utils.errors import InputError, check_count, check_share
 
 PACKAGE = "keras_resnet"
 
-# PyTorch's BatchNorm2d defaults: eps=1e-5, and momentum=0.1, which Keras counts the other way.
+# PyTorch's BatchNorm2d defaults: eps=1e-5, and momentum=0.1, which is 0.9 for Keras.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
 
 # PyTorch's default for Conv2d and Linear, kaiming_uniform(a=sqrt(5)): uniform, var 1 / (3 fan_in).
@@ -34,7 +34,7 @@ class PaddedConv2D(keras.layers.Conv2D):
         filters: Number of output channels.
         kernel_size: Height and width of the kernel, odd.
         strides: Step in pixels, along both axes.
-        **kwargs: What `keras.layers.Conv2D` takes, but for `padding` and `data_format`.
+        **kwargs: Arguments of `keras.layers.Conv2D`, except `padding` and `data_format`.
 
     Input shape:
         (batch, height, width, channels).
@@ -72,10 +72,10 @@ class PaddedConv2D(keras.layers.Conv2D):
         return super().compute_output_shape(self._pad(input_shape))
 
     def convolution_op(self, inputs, kernel):
-        """Convolves, with the part of `kernel` that meets the image rather than its padding.
+        """Convolves, with the part of `kernel` that covers the image and not only its padding.
 
-        Over a single pixel, which the last stage sees of images of 28 or 32 pixels, that is the
-        middle of the kernel alone: the same numbers for a ninth of the weights read.
+        Images of 28 or 32 pixels have a single pixel in the last stage, where this part is the
+        middle of the kernel: the same result, with a ninth of the weights read.
         """
         if self.padding == "same":
             middle = (
@@ -104,7 +104,7 @@ def batch_norm(**kwargs):
     """Returns a BatchNormalization with PyTorch's constants, over the last axis.
 
     Args:
-        **kwargs: What `keras.layers.BatchNormalization` takes.
+        **kwargs: Arguments of `keras.layers.BatchNormalization`.
     """
     return keras.layers.BatchNormalization(**{**BATCH_NORM, **kwargs})
 
@@ -114,24 +114,24 @@ def has_bias(use_bias, normalized):
 
     Args:
         use_bias: True, False, or "unnormalized".
-        normalized: Whether a BatchNormalization follows the convolution, which takes any bias
-            off again.
+        normalized: Whether a BatchNormalization follows the convolution, which subtracts any
+            bias again.
     """
     return not normalized if use_bias == "unnormalized" else use_bias
 
 
 class _Composite(keras.layers.Layer):
-    """A layer made of layers, each of which is saved frozen if it is frozen.
+    """A layer made of layers, which saves which of them are frozen.
 
     Keras saves for a layer whether it is trainable, and nothing about the layers inside. Setting
     `trainable` passes it on to the layers that exist at that time; those made later start
-    trainable. So a subclass makes its layers with `_inherited`, and the config names the frozen
-    layers where they are not all of them or none.
+    trainable. So a subclass makes its layers with `_inherited`, and the config lists the frozen
+    layers if some, but not all, are frozen.
     """
 
     @property
     def _inherited(self):
-        """The arguments that every layer inside has from this one."""
+        """The arguments that every layer inside takes from this one."""
         return {"dtype": self.dtype_policy, "trainable": self.trainable}
 
     @property
@@ -160,7 +160,7 @@ class _Composite(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class SqueezeExcitation(_Composite):
-    """Weighs the channels of an image by what the whole image holds.
+    """Weights the channels of an image by the means of all channels.
 
     The mean of each channel goes through two fully connected layers, the first with fewer units;
     a sigmoid of the second's output multiplies the channel.
@@ -168,7 +168,7 @@ class SqueezeExcitation(_Composite):
     Args:
         reduction: How many times fewer units the first layer has than there are channels; it has
             at least 8.
-        **kwargs: What `keras.layers.Layer` takes.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
         (batch, height, width, channels).
@@ -218,9 +218,9 @@ class SqueezeExcitation(_Composite):
 class EdgePadding2D(keras.layers.Layer):
     """Repeats the outermost pixels once on all four sides.
 
-    Under a 3×3 max pooling that is what padding with -inf is, as PyTorch's pooling does, also for
-    negative pixels: a repeated pixel is never larger than the one beside it. And it keeps
-    infinities out of a graph that may be quantised.
+    Before a 3×3 max pooling this has the same result as padding with -inf, which PyTorch's pooling
+    does, also for negative pixels: a repeated pixel is never larger than the one beside it. And it
+    keeps infinities out of a graph that may be quantised.
 
     Input shape:
         (batch, height, width, channels).
@@ -248,10 +248,11 @@ class _Residual(_Composite):
     """``relu(branch(x) + shortcut(x))``, where a path is a list of layers, each fed by the last.
 
     A subclass makes its layers in `__init__` and lists them in `branch` and `shortcut`.
-    Both paths must give the same shape: adding would otherwise broadcast in silence.
+    Both paths must give the same shape: the addition would otherwise broadcast silently.
 
-    With pre-activation the ReLU of the sum is gone; `entry` comes first, and the branch starts at
-    its end, as does a shortcut that `shortcut_projects`. The identity starts at the input.
+    With pre-activation there is no ReLU after the sum. `entry` comes first, and its output is the
+    input of the branch, and of a shortcut that `shortcut_projects`. An identity shortcut starts at
+    the block's input.
     """
 
     mismatch_advice = ""
@@ -324,9 +325,9 @@ def _walk(path, x):
 # The order of convolution, normalisation and activation: He et al. 2016b, figure 1 (a) and (b).
 _ORDER = {False: ("conv", "bn", "relu"), True: ("bn", "relu", "conv")}
 
-# What reduces the shortcut instead of the stride of its 1×1 convolution.
+# Layers that reduce the shortcut's size, instead of the stride of its 1×1 convolution.
 SHORTCUT_POOLS = {
-    # He et al. 2019 (Bag of Tricks), figure 2 (c): no pixel is thrown away.
+    # He et al. 2019 (Bag of Tricks), figure 2 (c): no pixel is dropped.
     "average": lambda strides, **kwargs: keras.layers.AveragePooling2D(
         2, strides, padding="same", data_format="channels_last", **kwargs
     ),
@@ -338,9 +339,9 @@ SHORTCUT_POOLS = {
 
 
 class _ConvResidual(_Residual):
-    """What the convolutional blocks share: arguments, parts, both paths, serialisation.
+    """The common part of the convolutional blocks: arguments, layers, paths, serialisation.
 
-    A subclass says which convolutions its branch has, and whether it is pre-activated.
+    A subclass defines the convolutions of its branch, and whether it is pre-activated.
     """
 
     expansion = 1  # output channels per filter
@@ -424,7 +425,7 @@ class _ConvResidual(_Residual):
         if self.se_reduction is not None:
             self.se = SqueezeExcitation(self.se_reduction, name="se", **self._inherited)
         if self.stochastic_depth:
-            # One draw an image, and the scale that keeps the expected sum.
+            # One draw per image, and the scale that keeps the expected sum.
             self.drop_path = keras.layers.Dropout(
                 self.stochastic_depth, (None, 1, 1, 1), name="drop_path", **self._inherited
             )
@@ -451,7 +452,7 @@ class _ConvResidual(_Residual):
             strides,
             groups=groups,
             use_bias=has_bias(self.use_bias, normalized),
-            # One initializer object draws the same numbers each time: every layer needs a copy.
+            # An initializer object draws the same numbers each time: every layer needs a copy.
             kernel_initializer="zeros" if zero else self.kernel_initializer.clone(),
             name=name,
             **self._inherited,
@@ -484,7 +485,7 @@ class _ConvResidual(_Residual):
 
     @property
     def entry(self):
-        """The layers that come before both paths; a pre-activated block's first two."""
+        """The layers before both paths: the first two of a pre-activated block, else none."""
         return self._layers_in_order[:2] if self.pre_activation else []
 
     @property
@@ -495,7 +496,7 @@ class _ConvResidual(_Residual):
 
     @property
     def shortcut(self):
-        """The layers that the input goes through on its way around the branch; often none."""
+        """The layers of the path around the branch; often none."""
         layers = (self.shortcut_reduce, self.shortcut_conv, self.shortcut_bn)
         return [layer for layer in layers if layer is not None]
 
@@ -533,7 +534,8 @@ class ResidualBlock(_ConvResidual):
     ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``. The shortcut is the input itself, or
     a 1×1 convolution of it where the number of channels or the size changes.
 
-    The defaults are the textbook's block: biases everywhere, no normalisation on the shortcut.
+    The defaults are the block of Dive into Deep Learning (d2l): biases everywhere, no normalisation
+    on the shortcut.
 
     Args:
         filters: Number of output channels.
@@ -544,14 +546,14 @@ class ResidualBlock(_ConvResidual):
         use_bias: Whether convolutions have biases; "unnormalized": only those that no
             BatchNormalization follows.
         shortcut_norm: Whether a BatchNormalization follows the 1×1 convolution.
-        shortcut_pool: What reduces the shortcut where `strides` is not 1: None, the 1×1's own
-            stride; "average", a 2×2 average pooling before it (ResNet-D); "subsample", every
-            second pixel, with or without a 1×1.
+        shortcut_pool: The operation that reduces the shortcut where `strides` is not 1: None, the
+            stride of the 1×1; "average", a 2×2 average pooling before it (ResNet-D); "subsample",
+            every second pixel, with or without a 1×1.
         zero_init_residual: Whether the branch starts at zero, so that the block starts as the
             identity followed by ReLU (Goyal et al. 2017, section 5.1): the last normalisation's
             gamma; pre-activated, the last convolution's kernel.
         stride_on_1x1: Whether a bottleneck's stride is that of its first 1×1 convolution, as in
-            2016, and not of its 3×3. Nothing to the basic block.
+            2016, and not of its 3×3. The basic block ignores it.
         groups: Number of groups of a bottleneck's 3×3 convolution (ResNeXt: Xie et al. 2017);
             1 for the basic block.
         width_per_group: Channels of a group in a bottleneck of 64 filters (128: Wide ResNet); 64
@@ -560,8 +562,8 @@ class ResidualBlock(_ConvResidual):
         stochastic_depth: The probability that training drops the branch, image by image (Huang
             et al., Deep Networks with Stochastic Depth, 2016).
         norm_epsilon: The `epsilon` of every BatchNormalization.
-        kernel_initializer: How convolution kernels start; the default is PyTorch's.
-        **kwargs: What `keras.layers.Layer` takes (`name`, `dtype`, `trainable`).
+        kernel_initializer: The initializer of convolution kernels; the default is PyTorch's.
+        **kwargs: Arguments of `keras.layers.Layer` (`name`, `dtype`, `trainable`).
 
     Input shape:
         (batch, height, width, channels); batch, height and width may be unknown.
@@ -612,9 +614,9 @@ class BottleneckBlock(_ConvResidual):
         (batch, ceil(height / strides), ceil(width / strides), 4 * filters).
 
     Source:
-        He et al., Deep Residual Learning for Image Recognition, 2016, figure 5. The stride stands
-        on the 3×3 convolution, as in every set of weights published since ("v1.5");
-        `stride_on_1x1` brings back the paper's. For groups: Xie et al., Aggregated Residual
+        He et al., Deep Residual Learning for Image Recognition, 2016, figure 5. The 3×3 convolution
+        has the stride, as in every set of weights published since ("v1.5"); in the paper the first
+        1×1 has it, as with `stride_on_1x1`. For groups: Xie et al., Aggregated Residual
         Transformations, 2017, figure 3 (c).
 
     Example:
@@ -684,7 +686,7 @@ class DenseResidualBlock(_Residual):
     Args:
         units: Number of features, of the input as of the output.
         use_bias: Whether both fully connected layers have biases.
-        **kwargs: What `keras.layers.Layer` takes (`name`, `dtype`, `trainable`).
+        **kwargs: Arguments of `keras.layers.Layer` (`name`, `dtype`, `trainable`).
 
     Input shape:
         (batch, units).

@@ -25,7 +25,7 @@ from keras_resnet.blocks import (
 )
 from keras_resnet.utils.errors import InputError, check_count, check_share, look_up
 
-# name -> the block as it is, and pre-activated.
+# name -> the block without and with pre-activation.
 BLOCKS = {
     "basic": (ResidualBlock, PreActResidualBlock),
     "bottleneck": (BottleneckBlock, PreActBottleneckBlock),
@@ -34,7 +34,7 @@ BLOCKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Depth and width of a network: He et al. 2016a, table 1, and what others added.
+    """Depth and width of a network: He et al. 2016a, table 1, and later extensions.
 
     Attributes:
         blocks: Number of residual blocks in each stage.
@@ -44,7 +44,7 @@ class Spec:
         width_per_group: See `BottleneckBlock`.
         shortcut_pool: See `ResidualBlock`.
         se_reduction: See `ResidualBlock`.
-        stem: The row of `STEMS` that it has unless another is asked for.
+        stem: The default stem, a row of `STEMS`.
     """
 
     blocks: tuple[int, ...]
@@ -60,7 +60,7 @@ class Spec:
         lists = all(isinstance(v, (tuple, list)) for v in (self.blocks, self.filters))
         if not lists or len(self.blocks) != len(self.filters) or not self.blocks:
             raise InputError(
-                "`blocks` and `filters` need one number a stage each, and at least one stage, "
+                "`blocks` and `filters` need one number each per stage, and at least one stage, "
                 f"got {self.blocks} and {self.filters}"
             )
         for count in (*self.blocks, *self.filters):
@@ -69,7 +69,7 @@ class Spec:
 
     @property
     def block_args(self):
-        """What every block of the network takes."""
+        """The arguments of every block of the network."""
         names = ("groups", "width_per_group", "shortcut_pool", "se_reduction")
         return {name: getattr(self, name) for name in names}
 
@@ -108,20 +108,20 @@ SPECS = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A form of the network: what its blocks take, and what changes around them.
+    """A form of the network: arguments of its blocks, and changes around them.
 
     Attributes:
-        use_bias: See `ResidualBlock`; the stem's too.
+        use_bias: See `ResidualBlock`; also for the stem.
         shortcut_norm: See `ResidualBlock`.
-        kernel_initializer: How convolution kernels start; the stem's too.
+        kernel_initializer: The initializer of convolution kernels; also for the stem.
         norm_epsilon: The `epsilon` of every BatchNormalization.
         stride_on_1x1: See `ResidualBlock`.
-        shortcut_pool: See `ResidualBlock`; the spec's own goes before.
-        pre_activation: Whether normalisation and ReLU come before each convolution: the stem has
-            none then, and one more of each follows the last stage.
+        shortcut_pool: See `ResidualBlock`; that of the spec takes precedence.
+        pre_activation: Whether normalisation and ReLU come before each convolution. If so, the
+            stem has none, and one more of each follows the last stage.
         halving_block: Which block of a stage halves height and width: 0, the first, of every
             stage but the first; -1, the last, of every stage but the last.
-        pool_padding: What surrounds the stem's pooling: "zeros" or "edge"; see `EdgePadding2D`.
+        pool_padding: The padding of the stem's pooling: "zeros" or "edge"; see `EdgePadding2D`.
     """
 
     use_bias: bool | str
@@ -136,7 +136,7 @@ class Variant:
 
     @property
     def block_args(self):
-        """What every block of the network takes."""
+        """The arguments of every block of the network."""
         names = ("use_bias", "shortcut_norm", "kernel_initializer", "norm_epsilon", "stride_on_1x1")
         return {name: getattr(self, name) for name in names}
 
@@ -148,16 +148,17 @@ _HE_NORMAL = {
 }
 
 VARIANTS = {
-    # The textbook's: biases everywhere, a bare 1x1 convolution as shortcut, PyTorch's own init.
+    # Dive into Deep Learning (d2l): biases everywhere, a bare 1×1 convolution as shortcut, the
+    # default initialisation of PyTorch.
     "d2l": Variant(True, False, TORCH_UNIFORM),
-    # What published weights have.
+    # The form of most published weights.
     "torchvision": Variant(False, True, _HE_NORMAL),
     # He et al. 2016a.
     "v1": Variant(False, True, _HE_NORMAL, stride_on_1x1=True),
     # He et al. 2016b.
     "v2": Variant(False, False, _HE_NORMAL, pre_activation=True, pool_padding="edge"),
-    # The forms of keras.applications: ResNet50 …, and ResNet50V2 …. In training its statistics
-    # move more slowly, with momentum 0.99; ours keep PyTorch's 0.9. Nothing else differs.
+    # The forms of keras.applications: ResNet50 …, and ResNet50V2 …. The only difference is the
+    # momentum of the moving statistics: 0.99 there, PyTorch's 0.9 here.
     "keras_v1": Variant(True, True, "glorot_uniform", 1.001e-5, stride_on_1x1=True),
     "keras_v2": Variant(
         "unnormalized",
@@ -173,10 +174,10 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Stem:
-    """What comes before the first stage.
+    """The layers before the first stage.
 
     Attributes:
-        convolutions: (kernel size, strides, share of the first stage's filters) of each.
+        convolutions: (kernel size, strides, filters relative to those of the first stage) of each.
         pool: Whether a 3×3 max pooling at stride 2 follows.
     """
 
@@ -199,7 +200,7 @@ _POOL_PADDINGS = {
     "edge": lambda name: EdgePadding2D(name=name),
 }
 
-# `pooling` -> what makes one number a channel, without and with the classifier.
+# `pooling` -> the layer that makes one number per channel, without and with the classifier.
 _POOLINGS = {
     "avg": keras.layers.GlobalAveragePooling2D,
     "max": keras.layers.GlobalMaxPooling2D,
@@ -216,14 +217,14 @@ def _check_input_shape(shape):
 
 
 def _features(shape):
-    """Begins a network: its input, in the precision of its weights (Keras's own is float32)."""
+    """Returns the input of a network, in the precision of its weights (Keras takes float32)."""
     return keras.Input(shape, dtype=keras.config.dtype_policy().variable_dtype, name="features")
 
 
 def _logits(x, num_classes):
-    """Ends a network: logits in float32 (in float64 under that policy), whatever it computes in.
+    """Returns logits in float32 (in float64 under that policy), whatever the compute dtype.
 
-    A softmax over half-precision logits loses the differences that training still needs.
+    A softmax over half-precision logits loses differences that training needs.
     """
     exact = "float64" if keras.config.dtype_policy().variable_dtype == "float64" else "float32"
     return keras.layers.Dense(
@@ -243,7 +244,7 @@ def _stem(x, filters, stem, variant):
     last = len(stem.convolutions)
     for index, (kernel_size, strides, share) in enumerate(stem.convolutions, start=1):
         number = index if last > 1 else ""
-        # Pre-activated, the first block normalises what the stem gives.
+        # With pre-activation, the first block normalises the stem's output.
         normalized = index < last or not variant.pre_activation
         x = PaddedConv2D(
             round(filters * share),
@@ -287,7 +288,7 @@ def residual_stage(
         block: The class of the blocks.
         halving_block: Index of the block that halves height and width: 0, the first, or -1, the
             last (as keras.applications has it in ResNetV2).
-        stochastic_depth: The blocks' `stochastic_depth`: a number, or a list of one a block.
+        stochastic_depth: The blocks' `stochastic_depth`: a number, or a list of one per block.
         name: The stage's name; its blocks are called ``{name}_block1``, ``{name}_block2``, …
         **block_args: Further arguments of `block`.
 
@@ -315,7 +316,8 @@ def residual_stage(
         rates = [rates] * num_blocks
     if len(rates) != num_blocks:
         raise InputError(
-            f"`stochastic_depth` needs one number a block, got {len(rates)} for {num_blocks} blocks"
+            f"`stochastic_depth` needs one number per block, got {len(rates)} for {num_blocks} "
+            "blocks"
         )
     subsamples = block_args.get("shortcut_pool") == "subsample"
     for index, rate in enumerate(rates):
@@ -333,9 +335,9 @@ def residual_stage(
 
 
 def _stages(x, spec, variant, stochastic_depth, **block_args):
-    """Applies every stage; returns what each gives."""
+    """Applies every stage; returns the output of each."""
     total, outputs = sum(spec.blocks), []
-    # Huang et al. 2016, equation 4: from nothing at the input to the whole at the last block.
+    # Huang et al. 2016, equation 4: from zero at the input to the full rate at the last block.
     rates = [stochastic_depth * (block + 1) / total for block in range(total)]
     block_args = {**variant.block_args, **spec.block_args, **block_args}
     block_args["shortcut_pool"] = spec.shortcut_pool or variant.shortcut_pool
@@ -390,16 +392,16 @@ def build_resnet(
     Args:
         spec: The name of a row of `SPECS`, or a `Spec` of your own.
         input_shape: (height, width, channels); height and width may be None.
-        num_classes: Number of logits; without meaning if not `include_top`.
-        variant: The form of the network, a row of `VARIANTS`: "d2l" (the textbook's: biases, bare
-            1×1 shortcut), "torchvision" (no biases, BatchNorm on the shortcut), "v1" (as
-            "torchvision", a bottleneck's stride on its first 1×1), "v2" (pre-activation), or
+        num_classes: Number of logits; ignored if not `include_top`.
+        variant: The form of the network, a row of `VARIANTS`: "d2l" (Dive into Deep Learning:
+            biases, a bare 1×1 shortcut), "torchvision" (no biases, BatchNorm on the shortcut), "v1"
+            (as "torchvision", a bottleneck's stride on its first 1×1), "v2" (pre-activation), or
             "keras_v1" and "keras_v2" (those of keras.applications).
         stem: A row of `STEMS`: "imagenet" (7×7 at stride 2, max pooling), "small" (3×3 at
             stride 1, no pooling) or "deep" (three 3×3, max pooling); by default the spec's own.
-        include_top: Whether the network ends in logits. If not, it ends in what the last stage
-            gives, or in one number a channel where `pooling` is given.
-        pooling: "avg" or "max", over height and width; the logits' own is "avg".
+        include_top: Whether the network ends in logits. If not, it ends in the output of the last
+            stage, or in one number per channel where `pooling` is given.
+        pooling: "avg" or "max", over height and width; before logits, "avg" by default.
         return_features: Whether to return each stage's output, too, for a detector or a
             segmenter.
         zero_init_residual: Whether every block's branch starts at zero.
@@ -410,9 +412,9 @@ def build_resnet(
     Returns:
         A `keras.Model`: float images, (batch, height, width, channels), to logits, (batch,
         num_classes). With `return_features`, to a dict: "stage1", "stage2", … (batch, height / 4,
-        width / 4, channels) and so on by halves, and "output", the result without the option. A
-        stage's output is the next stage's input: a sum before normalization where the blocks are
-        pre-activated.
+        width / 4, channels), each half the size of the one before, and "output", the result
+        without the option. A stage's output is the next stage's input: a sum before normalization
+        where the blocks are pre-activated.
 
     Raises:
         InputError: If an argument names no row of its table or is out of range.
@@ -458,7 +460,7 @@ def build_resnet18(input_shape=(224, 224, 1), num_classes=10, **kwargs):
     Args:
         input_shape: (height, width, channels); height and width may be None.
         num_classes: Number of logits.
-        **kwargs: What `build_resnet` takes.
+        **kwargs: Arguments of `build_resnet`.
 
     Returns:
         A `keras.Model`: float images, (batch, height, width, channels), to logits, (batch,
@@ -529,10 +531,10 @@ def build_dense_resnet(input_features=12, hidden_features=24, output_features=8,
     """Builds the residual network of fully connected layers.
 
     A Dense layer to `hidden_features`, `num_blocks` times `DenseResidualBlock`, a Dense layer to
-    `output_features`. The textbook's version, with residual branches drawn like any other layer,
-    puts out numbers of 1e24 at ten blocks. Here the second layer of each branch starts at zero:
-    at initialisation the stack passes on the first layer's output, however many blocks there
-    are, and training moves the branches away from zero as far as they are of use.
+    `output_features`. The version of Dive into Deep Learning (d2l), whose residual branches are
+    initialised like any other layer, outputs numbers of 1e24 at ten blocks. Here the second layer
+    of each branch starts at zero: at initialisation the blocks pass on the first layer's output,
+    however many there are, and training moves the branches away from zero.
 
     Args:
         input_features: Number of features of the input.
@@ -589,7 +591,7 @@ def last_map_size(spec, stem, image_size):
 
 
 def build_named(name, input_shape=None, num_classes=None, variant=None, stem=None):
-    """Builds what the command line names: a row of `SPECS`, or "dense_resnet".
+    """Builds a network by its name on the command line: a row of `SPECS`, or "dense_resnet".
 
     Args:
         name: The name.
@@ -603,7 +605,7 @@ def build_named(name, input_shape=None, num_classes=None, variant=None, stem=Non
         The model, and its input shape without the batch.
 
     Raises:
-        InputError: If there is no such network, or an argument is not one of its kind.
+        InputError: If there is no such network, or it does not take an argument.
 
     Example:
         >>> model, shape = build_named("dense_resnet")
@@ -626,9 +628,7 @@ def build_named(name, input_shape=None, num_classes=None, variant=None, stem=Non
 
 
 def count_parameters(model):
-    """Returns the number of trainable parameters; moving statistics are not among them.
-
-    That is what PyTorch counts as parameters, too.
+    """Returns the number of trainable parameters, without moving statistics, as PyTorch counts.
 
     Args:
         model: A built Keras model or layer.
@@ -647,10 +647,10 @@ def module_of(layer):
 
 
 def summarize_shapes(model, input_shape):
-    """Walks an input of `input_shape` through `model` and notes each module's output.
+    """Returns the output shape and the number of parameters of each module of a model.
 
     Layers of one stage, ``stage1_block1``, ``stage1_block2``, are one module, as are those of the
-    stem: the walk has a row for each step that a textbook figure has.
+    stem: the walk has a row for each step of the usual figures.
 
     Args:
         model: A functional Keras model.

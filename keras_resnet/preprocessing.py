@@ -1,7 +1,7 @@
-"""From a raw uint8 image to what a network takes, as layers inside the graph.
+"""From a raw uint8 image to the input of a network, as layers inside the graph.
 
 Training, evaluation and every exported file hold the same layers, so that no caller has to
-repeat a resize or a normalisation, and none can get it wrong. Pure Keras 3: any backend.
+repeat a resize or a normalisation. Pure Keras 3: any backend.
 """
 
 import keras
@@ -16,17 +16,17 @@ LUMA = (0.299, 0.587, 0.114)
 # name -> arguments of `ImagePreprocessing`: on the scale [0, 1], of red, green and blue.
 NORMALIZATIONS = {
     "none": {"mean": 0.0, "std": 1.0},
-    # What PyTorch's published weights were trained with: ImageNet's own mean and deviation.
+    # PyTorch's published weights: mean and standard deviation of ImageNet.
     "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     # To -1 … 1: ResNet50V2 … of keras.applications ("tf" there), and some of timm's.
     "inception": {"mean": 0.5, "std": 0.5},
-    # ResNet50 … of keras.applications: 0 … 255 less the mean, and blue first.
+    # ResNet50 … of keras.applications: 0 … 255 minus the mean, and blue first.
     "caffe": {
         "mean": (123.68 / 255, 116.779 / 255, 103.939 / 255),
         "std": 1 / 255,
         "reverse_channels": True,
     },
-    # What other people's networks take: 0 … 1, or 0 … 255 if they scale the images themselves.
+    # Many other networks: 0 … 1, or 0 … 255 if they scale the images themselves.
     "1/255": {"mean": 0.0, "std": 1.0},
     "0-255": {"mean": 0.0, "std": 1 / 255},
 }
@@ -37,7 +37,7 @@ def find_normalization(name, channels):
 
     Args:
         name: A row of `NORMALIZATIONS`.
-        channels: Channels of the images; grey ones get the average over the colours.
+        channels: Channels of the images; for 1 the result is the average over the colours.
 
     Raises:
         InputError: If there is no such row.
@@ -59,19 +59,19 @@ class ImagePreprocessing(keras.layers.Layer):
     """Resizes raw images, converts between grey and colour, scales to [0, 1] and normalises.
 
     It works in float32 whatever the policy (bfloat16 would round the 256 grey levels once they
-    are scaled) and hands over in the policy's compute dtype.
+    are scaled) and outputs the policy's compute dtype.
 
-    Keras's own `Resizing` layer would do the resizing, but up to Keras 3.15 it makes the
-    BatchNormalization layers behind it believe that they are training.
+    Keras's own `Resizing` layer is not used: up to Keras 3.15 it switches the BatchNormalization
+    layers behind it to training mode.
 
     Args:
         image_size: Height and width of the result, in pixels.
         channels: Number of channels of the result, 1 or 3. Grey becomes colour by repetition,
             colour becomes grey by its luma (ITU-R BT.601).
-        mean: What is taken off, on the scale [0, 1]; a number, or one for each channel.
-        std: What it is divided by then; a number, or one for each channel.
+        mean: The mean to subtract, on the scale [0, 1]; a number, or one for each channel.
+        std: The standard deviation to divide by; a number, or one for each channel.
         reverse_channels: Whether the result's channels are in the other order: blue, green, red.
-        **kwargs: What `keras.layers.Layer` takes.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
         (batch, height, width, 1 or 3), uint8 or any number in 0 … 255; batch, height and width
@@ -121,7 +121,7 @@ class ImagePreprocessing(keras.layers.Layer):
         return (input_shape[0], self.image_size, self.image_size, self.channels)
 
     def call(self, images):
-        """Returns `images` as the network takes them."""
+        """Returns the input of the network."""
         exact = "float64" if self.variable_dtype == "float64" else "float32"
         x = ops.cast(images, exact)
         if x.shape[-1] > self.channels:
@@ -144,7 +144,7 @@ class ImagePreprocessing(keras.layers.Layer):
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
-# Each row makes a layer that changes training images at random.
+# name -> a function that makes a layer, which changes training images at random.
 AUGMENTATIONS = {
     "flip": lambda: keras.layers.RandomFlip("horizontal", data_format="channels_last"),
     "shift": lambda: keras.layers.RandomTranslation(
@@ -160,12 +160,12 @@ AUGMENTATIONS = {
 class Augmentation(keras.layers.Layer):
     """Changes images at random in training; otherwise returns them as they are.
 
-    Keras's random layers are called only when training is asked for: like `Resizing`, they would
-    otherwise switch the layers behind them to training as well.
+    Keras's random layers are called only in training: like `Resizing`, they would otherwise switch
+    the layers behind them to training mode.
 
     Args:
-        names: Rows of `AUGMENTATIONS`, applied in this order: "flip", "shift", "erase".
-        **kwargs: What `keras.layers.Layer` takes.
+        names: Rows of `AUGMENTATIONS`, "flip", "shift", "erase", applied in the order given.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
         (batch, height, width, channels), scaled to [0, 1].
@@ -246,11 +246,11 @@ def with_preprocessing(
 
 
 def with_normalization(network, name):
-    """Puts a normalization before a network that takes floats: then it takes raw images.
+    """Puts a normalization before a network that takes floats, so that it takes raw images.
 
     Args:
         network: A Keras model of (batch, height, width, 1 or 3), floats.
-        name: A row of `NORMALIZATIONS`: how the images were normalised that it was trained on.
+        name: A row of `NORMALIZATIONS`: the normalization of its training images.
 
     Returns:
         A Keras model of the same input shape, "image", uint8, and the same outputs.

@@ -49,7 +49,7 @@ def policy():
 @pytest.mark.parametrize(
     ("block", "shape", "expected"),
     [
-        # The textbook prints these two, channels first: (4, 3, 6, 6) and (4, 6, 3, 3).
+        # d2l prints these two, channels first: (4, 3, 6, 6) and (4, 6, 3, 3).
         (ResidualBlock(3), (4, 6, 6, 3), (4, 6, 6, 3)),
         (ResidualBlock(6, strides=2, use_1x1conv=True), (4, 6, 6, 3), (4, 3, 3, 6)),
         (ResidualBlock(6, use_1x1conv=True), (4, 6, 6, 3), (4, 6, 6, 6)),
@@ -125,7 +125,7 @@ def test_blocks_are_channels_last_whatever_the_configuration(strides):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("zero", ["the last gamma, as it starts", "every convolution's weights"])
 def test_block_with_a_zero_branch_is_the_identity_on_what_a_relu_gives(zero, training):
-    """Answers the textbook's exercise 4: a block contains the identity if x comes out of a ReLU.
+    """Answers exercise 4 of d2l: a block contains the identity if x comes out of a ReLU.
 
     With its branch at zero the block computes relu(0 + x). That is x, exactly, where x >= 0, as
     any output of a ReLU is, and so the input of every block in the network: it follows the stem's

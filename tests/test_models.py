@@ -1,4 +1,4 @@
-"""The networks: the textbook's shapes, parameter counts, names, errors, and the dense network."""
+"""The networks: the shapes of d2l, parameter counts, names, errors, and the dense network."""
 
 import keras
 import numpy as np
@@ -47,7 +47,7 @@ def resnet18():
 @pytest.mark.parametrize(
     ("size", "sizes"), [(224, (56, 56, 28, 14, 7)), (96, (24, 24, 12, 6, 3)), (28, (7, 7, 4, 2, 1))]
 )
-def test_walk_through_resnet18_has_the_shapes_that_the_textbook_prints(resnet18, size, sizes):
+def test_walk_through_resnet18_has_the_shapes_that_d2l_prints(resnet18, size, sizes):
     modules = ("stem", "stage1", "stage2", "stage3", "stage4")
     walk = [
         (module, (1, side, side, filters))
@@ -212,13 +212,13 @@ def test_specs_are_data():
         "resnet18": (2, 2, 2, 2),
         "resnet34": (3, 4, 6, 3),
     }
-    with pytest.raises(InputError, match="one number a stage"):
+    with pytest.raises(InputError, match="one number each per stage"):
         Spec((2, 2), (64,))
     with pytest.raises(InputError, match="`block` must be one of basic, bottleneck, got 'wide'"):
         Spec((2,), (64,), "wide")
     with pytest.raises(InputError, match="at least one stage"):
         Spec((), ())
-    with pytest.raises(InputError, match=r"one number a stage each.*got 2 and"):
+    with pytest.raises(InputError, match=r"one number each per stage.*got 2 and"):
         Spec(2)
     with pytest.raises(InputError, match="must be a whole number of at least 1, got 0"):
         Spec((1, 1), (8, 0))
@@ -361,7 +361,7 @@ def test_a_stage_takes_one_rate_a_block_or_one_for_all():
         model = keras.Model(x, residual_stage(x, 3, 2, stochastic_depth=rates, name="stage1"))
         blocks = [model.get_layer(f"stage1_block{number}") for number in (1, 2)]
         assert [block.stochastic_depth for block in blocks] == expected
-    with pytest.raises(InputError, match="one number a block, got 1 for 2 blocks"):
+    with pytest.raises(InputError, match="one number per block, got 1 for 2 blocks"):
         residual_stage(x, 3, 2, stochastic_depth=[0.1])
 
 
@@ -380,7 +380,7 @@ def test_a_first_stage_keeps_the_size_and_brings_the_width():
 
 @pytest.mark.parametrize(("num_blocks", "seeds"), [(10, 5), (100, 1)])
 def test_dense_network_keeps_the_scale_of_its_input(num_blocks, seeds):
-    x = np.arange(1.0, 13.0, dtype="float32")[None]  # the textbook's example
+    x = np.arange(1.0, 13.0, dtype="float32")[None]  # the example of d2l
     for seed in range(seeds):
         keras.utils.set_random_seed(seed)
         model = build_dense_resnet(num_blocks=num_blocks)
@@ -390,7 +390,7 @@ def test_dense_network_keeps_the_scale_of_its_input(num_blocks, seeds):
 
 
 def test_the_dense_network_of_unit_variance_explodes_and_ours_does_not_because_of_its_start():
-    """The textbook sees 1e24, with weights of its own. PyTorch's smaller ones do not explode.
+    """d2l reports 1e24, with weights of its own. PyTorch's smaller ones do not explode.
 
     Measured at ten blocks, over 20 seeds: 1 to 6 with PyTorch's weights, and at 100 blocks 11 to
     106; with weights of unit variance, 8e11 to 3e13 at ten blocks and an overflow at 100.

@@ -1,4 +1,4 @@
-"""The textbook's ResNet-18, its weights copied from PyTorch: logits, gradients, training agree.
+"""The ResNet-18 of d2l, its weights copied from PyTorch: logits, gradients, training agree.
 
 The images are real ones. Where float32 cannot tell a mistake from rounding, float64 does.
 """
@@ -184,9 +184,9 @@ def adam_steps(optimizer, keras_optimizer, dtype):
 def test_losses_of_20_adam_steps_agree(batch, dtype, learning_rate, count, bound):
     """The same 20 batches, one after another, give the same losses.
 
-    At the textbook's learning rate, 1e-3, the first step moves this network so far that float32
+    At the learning rate of d2l, 1e-3, the first step moves this network so far that float32
     cannot decide the matter: there PyTorch's own curve changes by 1e-1 if the stem's weights
-    change in their last bit. So the textbook's rate is tried in float64, and float32 takes one
+    change in their last bit. So the rate of d2l is tried in float64, and float32 takes one
     at which that change of the last bit makes 1e-4.
     """
     net, model = new_pair(3, dtype)

@@ -23,7 +23,7 @@ def test_recipes_name_rows_that_exist(recipe):
     assert set(recipe.augmentation) <= set(preprocessing.AUGMENTATIONS)
 
 
-def test_seed_is_the_textbooks():
+def test_d2l_is_the_recipe_of_the_book():
     d2l = RECIPES["d2l"]
     assert (d2l.image_size, d2l.batch_size, d2l.epochs) == (96, 256, 5)
     assert (d2l.optimizer, d2l.learning_rate, d2l.schedule) == ("adam", 1e-3, "constant")

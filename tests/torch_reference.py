@@ -1,6 +1,6 @@
-"""The textbook's networks in PyTorch, and the way from their weights to our Keras models.
+"""The networks of Dive into Deep Learning (d2l) in PyTorch, and their weights in our models.
 
-Module names are ours where the textbook gives none (it numbers a Sequential), so that the map
+Module names are ours where d2l gives none (it numbers a Sequential), so that the map
 between the two networks is a table of six words.
 """
 
@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
 
 class ResNet18(nn.Sequential):
-    """The textbook's ResNet-18: images, (batch, channels, height, width), to logits."""
+    """The ResNet-18 of d2l: images, (batch, channels, height, width), to logits."""
 
     def __init__(self, channels=1, num_classes=10):
         super().__init__()
@@ -59,7 +59,7 @@ class ResNet18(nn.Sequential):
 
 
 class DenseResidual(nn.Module):
-    """The textbook's block of two Linear layers, each drawn like any other."""
+    """The d2l block of two Linear layers, each drawn like any other."""
 
     def __init__(self, features):
         super().__init__()
@@ -71,7 +71,7 @@ class DenseResidual(nn.Module):
 
 
 def dense_resnet(features=12, hidden=24, outputs=8, num_blocks=10):
-    """Returns the textbook's dense network."""
+    """Returns the dense network of d2l."""
     blocks = [DenseResidual(hidden) for _ in range(num_blocks)]
     return nn.Sequential(nn.Linear(features, hidden), *blocks, nn.Linear(hidden, outputs))
 

@@ -1,15 +1,11 @@
 """Fine-tuning: the checkpoint that a run starts from, and the modules that stay frozen."""
 
 import dataclasses
-import os
 
-from keras_resnet import archive
 from keras_resnet.models import module_of
 from keras_resnet.utils.errors import InputError
-from keras_resnet.utils.files import expand_user
-from keras_resnet.weights.conversion import Source, open_source
 from keras_resnet.weights.layouts import Checkpoint
-from keras_resnet.weights.own import OwnSource, open_own
+from keras_resnet.weights.sources import Source, open_source
 
 
 def find_source(settings, recorded=None, needed=True):
@@ -33,19 +29,13 @@ def find_source(settings, recorded=None, needed=True):
     before = _read_record(path, recorded)
     if before and not needed:
         return before
-    source = _open(path)
+    source = open_source(path)
     if before and source.sha256 != before.sha256:
         raise InputError(
             f"{path}: not the file that the run was started with: sha256 {before.sha256[:16]}…, "
             f"got {source.sha256[:16]}…; put that back, or start a new run"
         )
     return source
-
-
-def _open(path):
-    if os.path.splitext(path)[1] == ".keras" and archive.is_ours(expand_user(path)):
-        return open_own(path)
-    return open_source(path)
 
 
 def record(source):
@@ -93,7 +83,7 @@ def adopt_normalization(settings, given, source):
     Raises:
         InputError: If the model's normalization is no row of `NORMALIZATIONS`.
     """
-    if "normalize" in given or not isinstance(source, OwnSource):
+    if "normalize" in given or source is None:
         return settings
     return dataclasses.replace(settings, normalize=source.find_normalization() or "none")
 

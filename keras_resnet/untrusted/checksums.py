@@ -19,12 +19,12 @@ import json
 import re
 import zipfile
 
+from keras_resnet.untrusted.zip_files import MAX_MEMBER_BYTES, read_member
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.tables import printable
 
 METADATA = "keras_resnet.json"
 LABELS = "labels.txt"
-MAX_MEMBER_BYTES = 16 * 2**20
 
 ONNX_METADATA_KEY = "keras_resnet"
 ONNX_SEAL_KEY = "keras_resnet.sha256"
@@ -128,30 +128,6 @@ def _read_members(tail):
     if METADATA not in members and tail.find(METADATA.encode(), start) >= 0:
         raise zipfile.BadZipFile(f"it has lost its {METADATA}")
     return {"start": start, **{name: members[name].decode() for name in _OURS & set(names)}}
-
-
-def read_member(archive, name):
-    """Returns a member of an open ZIP archive, of at most `MAX_MEMBER_BYTES`.
-
-    Args:
-        archive: A `zipfile.ZipFile`.
-        name: The member's name.
-
-    Returns:
-        The member, bytes.
-
-    Raises:
-        zipfile.BadZipFile: If it is larger, whatever the directory says, or damaged.
-    """
-    try:
-        with archive.open(name) as file:
-            content = file.read(MAX_MEMBER_BYTES + 1)
-    # zlib's own error is no subclass of anything; a member may also claim to be encrypted.
-    except Exception as error:
-        raise zipfile.BadZipFile(f"{name}: {one_line(error)}") from error
-    if len(content) > MAX_MEMBER_BYTES:
-        raise zipfile.BadZipFile(f"{name} is larger than {MAX_MEMBER_BYTES} bytes")
-    return content
 
 
 def _read_seal(text, name):

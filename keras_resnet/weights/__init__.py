@@ -2,13 +2,13 @@
 
 from keras_resnet.weights.conversion import convert
 from keras_resnet.weights.layouts import LAYOUTS, Checkpoint, detect_layout, inspect_tensors
+from keras_resnet.weights.sources import read_tensors
 from keras_resnet.weights.transfer import (
     Transfer,
     adapt_channels,
     load_keras_applications_weights,
     load_tensors,
     load_torch_weights,
-    read_tensors,
     save_torch_weights,
     torch_state_dict,
 )

@@ -7,25 +7,21 @@ fills the memory, or one with code in it.
 import collections
 import io
 import json
-import math
 import os
-import zipfile
 
 import h5py
 import keras
 from keras import ops
 
-from keras_resnet import archive
-from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.untrusted import keras_files
+from keras_resnet.untrusted.common import check_claim, check_regular_file, refusing
+from keras_resnet.untrusted.hdf5_files import check_hdf5, claimed_bytes
+from keras_resnet.untrusted.zip_files import check_members, opened, read_member
+from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.files import expand_user
-from keras_resnet.weights.checkpoint import (
-    _MAX_EXPANSION,
-    _READ_AS,
-    Tensors,
-    _arrays,
-    _dtype_error,
-    _is_counter,
-)
+from keras_resnet.weights.checkpoint import READ_AS, dtype_error, is_counter, to_tensors
+
+_DAMAGED = "cannot be read as weights of keras.applications"
 
 # The class of a layer -> the group that `.keras` files keep it in (its second is "conv2d_1"), and
 # its variables in the order of their numbers there.
@@ -52,12 +48,12 @@ def read_keras_applications(source):
             keras.applications publishes them. Code in a file is never run.
 
     Returns:
-        A dict: names such as "conv1_conv/kernel" -> arrays of float32 or float64, all of them
+        `Tensors`: names such as "conv1_conv/kernel" -> arrays of float32 or float64, all of them
         finite.
 
     Raises:
         InputError: If the source is something else, cannot be read, or holds something other than
-            finite floating-point tensors, each under its own name.
+            finite floating-point tensors, each under a name of its own.
 
     Example:
         >>> inputs = keras.Input((8, 8, 3))
@@ -69,57 +65,41 @@ def read_keras_applications(source):
     if isinstance(source, keras.Model):
         pairs = [(weight.path, ops.convert_to_numpy(weight)) for weight in source.weights]
         return _checked("the model given", pairs)
-    path = _check_path(source)
-    try:
-        pairs = _READERS[path.suffix.lower()](path, _MAX_EXPANSION * path.stat().st_size)
-    except InputError:
-        raise
-    # zipfile, json and h5py fail in many ways on a damaged file.
-    except Exception as error:
-        raise InputError(
-            f"{path}: cannot be read as weights of keras.applications: {one_line(error)}"
-        ) from error
-    return _checked(path, pairs)
-
-
-def _check_path(source):
-    """Returns `source` as a path that is a file, of a suffix we read."""
-    kinds = " or ".join(_READERS)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
-            f"weights of keras.applications must be a model, or the path of a {kinds} file, "
+            f"weights of keras.applications must be a model, or the path of a {_SUFFIXES} file, "
             f"got {type(source).__name__}"
         )
     path = expand_user(source)
-    # os.path's question answers False where pathlib's raises, such as for a name too long.
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
-    if path.suffix.lower() not in _READERS:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
         raise InputError(
-            f"{path}: a file of keras.applications must end in {kinds}, "
+            f"{path}: a file of keras.applications must end in {_SUFFIXES}, "
             f"got {path.suffix or 'no suffix'}"
         )
-    return path
+    check_regular_file(path, "checkpoint")
+    with refusing(path, _DAMAGED):
+        pairs = reader(path)
+    return _checked(path, pairs)
 
 
-def _read_keras(path, limit):
+def _read_keras(path):
     """Returns the names and arrays of a `.keras` file, which numbers its layers and variables.
 
-    The names are in the description of the model, in the order of the numbers.
+    The names are in the config of the model, in the order of the numbers.
     """
-    path = archive.check_model_path(path)
-    with zipfile.ZipFile(path) as members:
-        members_read = [members.getinfo(name) for name in ("config.json", "model.weights.h5")]
-        if sum(member.file_size for member in members_read) > limit:
-            raise _size_error(path)
-        config, weights = map(members.read, members_read)
-    layers = json.loads(config)["config"]["layers"]
-    with h5py.File(io.BytesIO(weights)) as file:
-        return _read(path, _of_model(path, _entry(path, file, "layers"), layers), limit)
+    path = keras_files.check_path(path)
+    with opened(path, _DAMAGED) as archive:
+        check_members(path, archive)
+        layers = json.loads(read_member(archive, keras_files.CONFIG))["config"]["layers"]
+        weights = archive.read(keras_files.WEIGHTS)
+    with h5py.File(io.BytesIO(weights), "r") as file:
+        check_hdf5(path, file, path.stat().st_size)
+        return _read(path, _of_model(path, _entry(path, file, "layers"), layers))
 
 
 def _of_model(path, group, layers):
-    """Yields the names and data sets of a model, given the group and the description of its layers.
+    """Yields the names and data sets of a model, given the group and the configs of its layers.
 
     Keras numbers the layers of a class in the model's order.
     """
@@ -136,9 +116,9 @@ def _of_model(path, group, layers):
             yield from _of_model(path, _entry(path, group, f"{key}/layers"), config["layers"])
             continue
         yield from _of_layer(path, _entry(path, group, f"{key}/vars"), config, _LAYERS[kind][1])
-    # No layers of keras.applications' networks; whoever wants the tensors shall see them.
+    # Other layers than those of keras.applications: their tensors are listed under their numbers.
     for key in sorted(left):
-        if "vars" in set(other := _entry(path, group, key)):
+        if "vars" in (other := _entry(path, group, key)):
             variables = _entry(path, other, "vars")
             yield from ((f"{key}/{n}", _entry(path, variables, n, h5py.Dataset)) for n in variables)
 
@@ -147,7 +127,7 @@ def _of_layer(path, group, config, variables):
     """Yields the names and data sets of one layer."""
     name = config["name"]
     names = [each for each in variables if config.get(_SWITCHES.get(each), True)]
-    # Newer versions of Keras write the layer's name, by which the numbers can be checked.
+    # Newer versions of Keras write the layer's name: the order of the layers can be checked.
     if len(group) != len(names) or group.attrs.get("name", name) != name:
         raise InputError(
             f"{path}: its weights are not those of the model it describes: {name!r} must have "
@@ -157,18 +137,18 @@ def _of_layer(path, group, config, variables):
         yield f"{name}/{variable}", _entry(path, group, str(number), h5py.Dataset)
 
 
-def _read_h5(path, limit):
-    """Returns the names and arrays of a `.h5` file in the form that Keras 2 gave it."""
-    with h5py.File(path) as file:
+def _read_h5(path):
+    """Returns the names and arrays of a `.h5` file in the format of Keras 2."""
+    with h5py.File(path, "r") as file:
+        check_hdf5(path, file, path.stat().st_size)
         # A whole model that was saved keeps its weights one level down.
-        root = _entry(path, file, "model_weights") if "model_weights" in set(file) else file
+        root = _entry(path, file, "model_weights") if "model_weights" in file else file
         if "layer_names" not in root.attrs:
             raise InputError(
-                f"{path}: cannot be read as weights of keras.applications: it names no layers; "
-                "a file that `save_weights` of Keras 3 wrote must be loaded into its own model, "
-                "and that given"
+                f"{path}: {_DAMAGED}: it names no layers; a file that `save_weights` of Keras 3 "
+                "wrote must be loaded into its own model, and that given"
             )
-        return _read(path, _of_h5(path, root), limit)
+        return _read(path, _of_h5(path, root))
 
 
 def _of_h5(path, root):
@@ -177,8 +157,8 @@ def _of_h5(path, root):
         names = _texts(group.attrs["weight_names"])
         for name in names:
             *parents, variable = name.split(":")[0].split("/")
-            # Names within may bear a suffix, "conv1_conv_1/kernel:0": the layer's is sure. With
-            # more weights than any layer has it is a model within the model.
+            # The names of weights may have a suffix, "conv1_conv_1/kernel:0", the layer's has none.
+            # An entry with more weights than any layer has is a model within the model.
             owner = parents[-1] if parents and len(names) > _MAX_VARIABLES else layer
             yield f"{owner}/{variable}", _entry(path, group, name, h5py.Dataset)
 
@@ -188,58 +168,40 @@ def _texts(attribute):
 
 
 def _entry(path, group, name, kind=h5py.Group):
-    """Returns the group, or what `kind` says, under `name`; it may lead through further groups."""
-    for part in name.split("/"):
-        # A link may lead into any file of the machine. Even `part in group` would follow it.
-        if group.id.links.get_info(part.encode()).type != h5py.h5l.TYPE_HARD:
-            raise InputError(f"{path}: refused: {name!r} in it is a link, which is not followed")
-        group = group[part]
-    if not isinstance(group, kind):
+    """Returns the group, or the object of another `kind`, under `name` in a group."""
+    entry = group[name]
+    if not isinstance(entry, kind):
         raise InputError(
-            f"{path}: {name!r} in it must be a {kind.__name__}, got a {type(group).__name__}"
+            f"{path}: {name!r} in it must be a {kind.__name__}, got a {type(entry).__name__}"
         )
-    return group
+    return entry
 
 
-def _read(path, pairs, limit):
-    """Returns the names with the data sets' content, all of which is checked before any is read."""
-    pairs, size = list(pairs), 0
+def _read(path, pairs):
+    """Returns the names with the data sets' content; all are checked before any is read."""
+    pairs = list(pairs)
     for name, dataset in pairs:
-        if dataset.external or dataset.is_virtual:
-            raise InputError(f"{path}: refused: the numbers of {name!r} are in another file")
         if dataset.shape is None:
             raise InputError(f"{path}: {name!r} must be a tensor, got an empty data set")
-        if dataset.dtype.name not in _READ_AS:
-            raise _dtype_error(path, name, dataset.dtype.name)
-        # Not `nbytes`, which overflows. What was never written takes no room in the file.
-        size += math.prod(dataset.shape) * dataset.dtype.itemsize
-        if size > limit:
-            raise _size_error(path)
+        if dataset.dtype.name not in READ_AS:
+            raise dtype_error(path, name, dataset.dtype.name)
+    # Several names may lead to one data set, each of which `check_hdf5` counts once.
+    claimed = sum(claimed_bytes(dataset) for _, dataset in pairs)
+    check_claim(path, "its tensors", claimed, path.stat().st_size)
     return [(name, dataset[()]) for name, dataset in pairs]
 
 
 def _checked(label, pairs):
-    """Returns a dict of names to arrays that are of use, each under a name of its own."""
-    names = [name for name, _ in pairs if not _is_counter(name)]
-    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    """Returns the pairs of names and arrays as `Tensors`, if each has a name of its own."""
+    names = collections.Counter(name for name, _ in pairs if not is_counter(name))
+    repeated = [name for name, count in names.items() if count > 1]
     if repeated:
         raise InputError(
             f"{label}: every tensor must have a name of its own, got {repeated[0]!r} twice; save "
             "the network of keras.applications alone"
         )
-    if not names:
-        raise InputError(f"{label}: holds no weights of keras.applications")
-    found = _arrays(label, dict(pairs), math.inf)
-    # The names as they are: from PyTorch's, prefixes that all of them have would be taken off.
-    names = [name for name in names if name not in found.unusable]
-    return Tensors(zip(names, found.values(), strict=True), unusable=found.unusable)
-
-
-def _size_error(path):
-    return InputError(
-        f"{path}: refused: its tensors claim over {_MAX_EXPANSION} times the file's size; "
-        "save the model with Keras, not compressed"
-    )
+    return to_tensors(label, dict(pairs))
 
 
 _READERS = {".keras": _read_keras, ".h5": _read_h5}
+_SUFFIXES = " or ".join(_READERS)

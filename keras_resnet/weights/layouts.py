@@ -1,4 +1,4 @@
-"""What each library calls the weights of a residual network: name maps, as data.
+"""The names that each library gives the weights of a residual network, as data.
 
 Our own names are the paths of Keras's variables, such as ``stage1_block1/conv1/kernel``. A row of
 `LAYOUTS` turns one into another library's. Adding a layout is adding a row.
@@ -44,15 +44,15 @@ class Layout:
     Attributes:
         description: Where it comes from, one line.
         variant: The row of `models.VARIANTS` that its networks have.
-        block: What a name within a block begins with. It may use {stage} and {block}, counted
+        block: The beginning of a name within a block. It may use {stage} and {block}, counted
             from 1, {stage0} and {block0}, counted from 0, {stage2} and {stage4}, the stage counted
             from 2 and from 4.
         names: Our layer's name (within a block, the path in it) -> theirs. The convolutions and
             normalisations of a branch, conv1, bn1, …, need no entry where they have the same name.
-        variables: The variable's name -> what their name ends in.
+        variables: The variable's name -> the end of their name.
         channels_first: Whether kernels have PyTorch's order of axes.
         dense_as_conv: Our Dense layers that are 1×1 convolutions there.
-        marker: A pattern that one tensor's name at least matches in every network of this layout.
+        marker: A pattern that at least one name in every network of this layout matches.
         also: Further variants that its library builds, from the same names and shapes.
     """
 
@@ -184,8 +184,8 @@ _HUGGINGFACE = Layout(
     also=("v1",),  # downsample_in_bottleneck=True
 )
 
-_CHAPTER = Layout(
-    "the textbook's nn.Sequential of five stages",
+_D2L = Layout(
+    "Dive into Deep Learning (d2l): an nn.Sequential of five stages",
     variant="d2l",
     block="{stage}.{block0}.",
     names={"stem_conv": "0.0", "stem_bn": "0.1", "shortcut_conv": "conv3", "logits": "7"},
@@ -270,12 +270,12 @@ LAYOUTS = {
         names={ours: name.removeprefix("resnet.") for ours, name in _HUGGINGFACE.names.items()},
         marker=r"embedder\.embedder\..*",
     ),
-    "d2l": _CHAPTER,
+    "d2l": _D2L,
     "d2l_named": dataclasses.replace(
-        _CHAPTER,
-        description="the textbook's nn.Sequential with stages called resnet_block1 …",
+        _D2L,
+        description="Dive into Deep Learning (d2l): stages called resnet_block1 …",
         block="resnet_block{stage}.{block0}.",
-        names={**_CHAPTER.names, "stem_conv": "0", "stem_bn": "1", "logits": "fc.1"},
+        names={**_D2L.names, "stem_conv": "0", "stem_bn": "1", "logits": "fc.1"},
         marker=r"resnet_block1\..*",
     ),
     "keras_v1": _KERAS_V1,
@@ -294,23 +294,44 @@ LAYOUTS = {
     ),
 }
 
+OWN = "keras_resnet"
+"""The name of the layout of our own names. No row of `LAYOUTS`: no other library has it."""
+
+OWN_LAYOUT = Layout(
+    "a network of this package",
+    variant="d2l",  # replaced by that of the network at hand
+    block="stage{stage}_block{block}/",
+    names={
+        name: name
+        for name in (
+            *(f"stem_{part}{number}" for part in ("conv", "bn") for number in ("", 1, 2, 3)),
+            *("shortcut_conv", "shortcut_bn", *_SE, "final_bn", "logits"),
+        )
+    },
+    variables={name: f"/{name}" for name in _TORCH},
+    channels_first=False,
+    marker=r"stem_conv1?/kernel",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
     """A network among a checkpoint's tensors.
 
     Attributes:
-        layout: A row of `LAYOUTS`.
-        prefix: What is before the layout's names, such as "model.backbone."; else "".
-        names: The names that the layout gives the tensors -> those that they have; tensors under
-            the prefix that the layout does not know are under the rest of their names.
-        head: Those keys of `names` that are of the head, whatever its form.
-        ignored: The names of the tensors that are of other parts.
+        layout: The name of a row of `LAYOUTS`, or `OWN`.
+        row: That row.
+        prefix: The text before the layout's names, such as "model.backbone."; else "".
+        names: The names that the layout gives the tensors -> their names in the checkpoint.
+            Tensors under the prefix that the layout does not know have the rest of their names.
+        head: The keys of `names` that belong to the head, whatever its form.
+        ignored: The names of the tensors that belong to other parts.
         taken: The key or, where there are several networks, the prefix that it was under, such as
             "state_dict_ema" or "ema_model."; None for a bare state dict.
     """
 
     layout: str
+    row: Layout
     prefix: str
     names: dict
     head: frozenset
@@ -324,17 +345,17 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint's names and shapes say about the network it comes from.
+    """The network that a checkpoint comes from, by its names and shapes.
 
     Attributes:
-        layout: A row of `LAYOUTS`.
+        layout: The name of a row of `LAYOUTS`, or `OWN`.
         variant: A row of `models.VARIANTS`.
         stem: A row of `models.STEMS`.
         channels: Channels of the images.
         num_classes: Number of logits; None without a head of one layer.
         num_tensors: How many tensors the network has.
         taken: See `Network`.
-        ignored: The names of the tensors that are of other parts than the network.
+        ignored: The names of the tensors that belong to other parts than the network.
     """
 
     layout: str
@@ -354,7 +375,7 @@ def detect_layout(names):
         names: The tensors' names.
 
     Raises:
-        InputError: If no layout has such names; it lists those known.
+        InputError: If no layout has such names; it lists the known layouts.
 
     Example:
         >>> detect_layout(["model.conv1.weight", "model.layer1.0.conv1.weight", "loss.weight"])
@@ -366,13 +387,13 @@ def detect_layout(names):
 def find_network(tensors, layout=None):
     """Finds the network among a checkpoint's tensors.
 
-    The prefix before its names is whatever stands before those that match a layout. The tensors
-    that are not under it belong to other parts of a training script, such as a loss, except those
-    of a head. A head of one dense layer gets the layout's name.
+    The prefix before its names is any text before those that match a layout. Tensors without this
+    prefix belong to other parts of a training script, such as a loss, except those of a head. A
+    head of one dense layer gets the layout's name.
 
     Args:
         tensors: Their names -> arrays, as `read_checkpoint` returns.
-        layout: A row of `LAYOUTS`, if it need not be found out.
+        layout: The name of a row of `LAYOUTS`, or an `OWN_LAYOUT`, if it need not be found.
 
     Returns:
         A `Network`.
@@ -386,9 +407,12 @@ def find_network(tensors, layout=None):
         >>> network.layout, network.names, network.ignored
         ('torchvision', {'conv1.weight': 'net.conv1.weight'}, ('loss.weight',))
     """
-    rows = {layout: look_up(LAYOUTS, layout, "layout")} if layout else LAYOUTS
+    if isinstance(layout, Layout):
+        rows = {OWN: layout}
+    else:
+        rows = {layout: look_up(LAYOUTS, layout, "layout")} if layout else LAYOUTS
     body = _choose_body(tensors, rows)
-    row = LAYOUTS[body.layout]
+    row = rows[body.layout]
     ours = [row.name(path) for path in HEAD]
     names = {n.removeprefix(body.prefix): n for n in tensors if n.startswith(body.prefix)}
     # A lone number, such as the best accuracy, is no weight of a network.
@@ -405,7 +429,7 @@ def find_network(tensors, layout=None):
     of_head = {name for name, theirs in names.items() if theirs in head} | set(ours)
     ignored = tuple(sorted(tensors.keys() - set(names.values())))
     taken = body.taken or getattr(tensors, "taken", None)
-    return Network(body.layout, body.prefix, names, frozenset(of_head), ignored, taken)
+    return Network(body.layout, row, body.prefix, names, frozenset(of_head), ignored, taken)
 
 
 @dataclasses.dataclass
@@ -422,7 +446,7 @@ class _Body:
 
 
 def _choose_body(names, rows):
-    """Returns the largest `_Body` of any layout; of several networks, the averaged one."""
+    """Returns the largest `_Body` of any layout, or the averaged one of several networks."""
     bodies = {}
     for layout, row in rows.items():
         for name in names:
@@ -450,9 +474,9 @@ def _choose_body(names, rows):
             f"holds {len(networks)} networks, whose names begin with {prefixes}: pass the tensors "
             "of one of them alone, as a mapping or in a file"
         )
-    if networks or len(rows) == 1:  # a layout that was asked for
+    if networks or len(rows) == 1:  # a layout that the user named
         return networks[0] if networks else _Body(*rows, "")
-    if any(re.fullmatch(r"stem_conv1?/kernel", name) for name in names):
+    if any(re.fullmatch(OWN_LAYOUT.marker, name) for name in names):
         raise InputError(
             "is a model of ours already: `keras_resnet.archive.load_model` loads it, and "
             "`save_torch_weights` makes a checkpoint of it"
@@ -468,7 +492,7 @@ def _find_head(row, tensors, body, names):
     """Returns the names of all tensors that may be of the network's head.
 
     Under the prefix these are the modules without convolutions and beside the body. Elsewhere they
-    are the dense layers that take the body's features, or what such a layer gives.
+    are the dense layers that take the body's features, or the output of such a layer.
     """
     root = functools.partial(re.compile(r"[./]").split, maxsplit=1)
     modules = collections.defaultdict(list)
@@ -535,14 +559,14 @@ def _find_stem(tensors, layout, row):
 
 
 def inspect_tensors(tensors, layout=None):
-    """Says what network a checkpoint's tensors come from.
+    """Finds the form of the network that a checkpoint's tensors come from.
 
-    A bottleneck's place of the stride ("torchvision" or "v1") leaves no trace in the weights: the
+    The place of a bottleneck's stride ("torchvision" or "v1") leaves no trace in the weights: the
     variant is the layout's usual one.
 
     Args:
         tensors: Their names -> arrays, as `read_checkpoint` returns.
-        layout: A row of `LAYOUTS`, if it need not be found out.
+        layout: See `find_network`.
 
     Returns:
         A `Checkpoint`.
@@ -558,7 +582,7 @@ def inspect_tensors(tensors, layout=None):
                    num_classes=10, num_tensors=2, taken=None, ignored=())
     """
     network = find_network(tensors, layout)
-    row, tensors = LAYOUTS[network.layout], network.select(tensors)
+    row, tensors = network.row, network.select(tensors)
     stem, kernel = _find_stem(tensors, network.layout, row)
     bias = tensors.get(row.name("logits/bias"), tensors.get(row.name("logits/kernel")))
     axis = 0 if row.channels_first or np.ndim(bias) == 1 else -1

@@ -1,4 +1,4 @@
-"""Weights into our models, and out again: every tensor used once, or nothing changed."""
+"""Loading weights into our models and saving them: every tensor is used once, or none."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from keras_resnet.utils.errors import InputError, check_count, look_up
 from keras_resnet.utils.files import expand_user
 from keras_resnet.weights.applications import read_keras_applications
 from keras_resnet.weights.checkpoint import read_checkpoint, write_checkpoint
-from keras_resnet.weights.layouts import HEAD, LAYOUTS, Network, find_network
+from keras_resnet.weights.layouts import LAYOUTS, find_network
 
 _FIRST = ("stem_conv/kernel", "stem_conv1/kernel")
 
@@ -24,17 +24,17 @@ _LISTED = 5
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """What was loaded.
+    """A report of the tensors that were loaded.
 
     Attributes:
-        layout: The row of `LAYOUTS` that the names were of.
-        num_tensors: How many tensors were loaded.
-        skipped: The names of those that were left out: the head's, if that was asked for.
+        layout: The row of `LAYOUTS` that the names are of.
+        num_tensors: The number of tensors that were loaded.
+        skipped: The names of the head's tensors, if the head was to be left out.
         adapted: (channels of the checkpoint, channels of the model) where the first convolution
-            was changed to fit; else None.
+            was adapted; else None.
         taken: The key or, where there are several networks, the prefix that the weights were
             under, such as "state_dict_ema" or "ema_model."; None for a bare state dict.
-        ignored: The names of the checkpoint's tensors that are of other parts than the network.
+        ignored: The names of the tensors that belong to other parts than the network.
     """
 
     layout: str
@@ -46,11 +46,10 @@ class Transfer:
 
 
 def adapt_channels(kernel, channels):
-    """Fits a convolution's kernel to images of another number of channels.
+    """Adapts a convolution's kernel to images of another number of channels.
 
-    To one channel it sums over the inputs: a grey image gives what the same image in colour, its
-    channels equal, gave before. From one channel each of several gets an equal share: an image of
-    equal channels gives what its grey form gave.
+    Several channels become one by summing over them, one becomes several by dividing it equally.
+    So a grey image gives the same output as the image with this channel repeated.
 
     Args:
         kernel: (height, width, channels, filters), a NumPy array.
@@ -60,7 +59,8 @@ def adapt_channels(kernel, channels):
         A NumPy array, (height, width, `channels`, filters), of the same dtype.
 
     Raises:
-        InputError: If neither number of channels is 1, and they differ; or a kernel is none.
+        InputError: If neither number of channels is 1, and they differ; or if `kernel` does not
+            have four axes.
 
     Example:
         >>> kernel = np.ones((7, 7, 3, 64), "float32")
@@ -81,7 +81,7 @@ def adapt_channels(kernel, channels):
     if present == 1:
         return np.repeat(kernel / channels, channels, axis=2).astype(kernel.dtype)
     raise InputError(
-        "kernels are fitted from any number of channels to 1, and from 1 to any number, "
+        "kernels can be adapted from any number of channels to 1, and from 1 to any number, "
         f"got {present} to {channels}"
     )
 
@@ -89,30 +89,30 @@ def adapt_channels(kernel, channels):
 def load_torch_weights(model, source, *, layout=None, skip_head=False, adapt_input=False):
     """Loads a PyTorch checkpoint into a model of ours.
 
-    The layout is recognised by the tensors' names: torchvision's, timm's, Hugging Face's, the
-    textbook's; see `LAYOUTS`. Any prefix may stand before them, such as ``model.backbone.``.
-    Either every tensor under it has its place and every place its tensor, or nothing is changed.
-    Tensors of other parts are left out, and named in the result. Counts, such as PyTorch's
-    ``num_batches_tracked``, have no place and need none.
+    The layout is recognised by the tensors' names: those of torchvision, timm, Hugging Face, Dive
+    into Deep Learning (d2l), …; see `LAYOUTS`. Any prefix may stand before them, such as
+    ``model.backbone.``. The tensors under it must match the model's weights one to one, or nothing
+    is changed. Tensors of other parts are left out, and named in the result. Counters, such as
+    PyTorch's ``num_batches_tracked``, are not loaded.
 
     Args:
         model: A network of `build_resnet`, of the depth, variant and stem of the checkpoint's, or
             one that `with_preprocessing` has put preprocessing before.
         source: The path of a safetensors file (PyTorch is not needed), or of a file of
             `torch.save` (it is; code in the file is never run), whatever its name ends in; or a
-            state dict, of tensors or of NumPy arrays. What a training script wraps around the
-            state dict is taken off; see `read_checkpoint`.
+            state dict, of tensors or of NumPy arrays. A state dict inside the checkpoint of a
+            training script is found; see `read_checkpoint`.
         layout: A row of `LAYOUTS`, instead of recognising it.
         skip_head: Whether the logits' weights stay as they are.
-        adapt_input: Whether the first convolution may be fitted to another number of channels;
+        adapt_input: Whether the first convolution may be adapted to another number of channels;
             see `adapt_channels`.
 
     Returns:
         A `Transfer`.
 
     Raises:
-        InputError: If the source cannot be read or does not fit: one line lists what is missing,
-            of no use, and of another shape.
+        InputError: If the source cannot be read or does not fit: one line lists the tensors that
+            are missing, of no use, and of another shape.
 
     Example:
         >>> from keras_resnet import Spec, build_resnet
@@ -143,12 +143,12 @@ def load_keras_applications_weights(model, source, *, skip_head=False, adapt_inp
         source: A model of keras.applications; a `.keras` file of it; or a `.h5` file of its
             weights, as keras.applications publishes them.
         skip_head: Whether the logits' weights stay as they are.
-        adapt_input: Whether the first convolution may be fitted to another number of channels;
+        adapt_input: Whether the first convolution may be adapted to another number of channels;
             see `adapt_channels`.
 
     Returns:
-        A `Transfer`. Keras's models put out probabilities unless they are built with
-        ``classifier_activation=None``, ours logits.
+        A `Transfer`. Keras's models output probabilities unless they are built with
+        ``classifier_activation=None``, ours output logits.
 
     Raises:
         InputError: If the source cannot be read or does not fit.
@@ -158,33 +158,15 @@ def load_keras_applications_weights(model, source, *, skip_head=False, adapt_inp
         return load_tensors(model, tensors, skip_head=skip_head, adapt_input=adapt_input)
 
 
-def read_tensors(source):
-    """Reads a checkpoint of any kind that can be loaded, PyTorch's or keras.applications'.
-
-    Args:
-        source: What `load_torch_weights` or `load_keras_applications_weights` take.
-
-    Returns:
-        A dict: names -> NumPy arrays.
-
-    Raises:
-        InputError: If it cannot be read.
-    """
-    suffix = os.path.splitext(source)[1].lower() if isinstance(source, (str, os.PathLike)) else None
-    of_keras = isinstance(source, keras.Model) or suffix in (".keras", ".h5")
-    return read_keras_applications(source) if of_keras else read_checkpoint(source)
-
-
-def load_tensors(model, tensors, *, layout=None, row=None, skip_head=False, adapt_input=False):
-    """Loads what `read_tensors` has read.
+def load_tensors(model, tensors, *, layout=None, skip_head=False, adapt_input=False):
+    """Loads the tensors that `read_tensors` returned.
 
     Args:
         model: See `load_torch_weights`, as for all that follow.
         tensors: Names -> NumPy arrays.
-        layout: A row of `LAYOUTS`, instead of recognising it.
-        row: The `Layout` itself, where `layout` names no row of `LAYOUTS`.
+        layout: The name of a row of `LAYOUTS`, or an `OWN_LAYOUT`, instead of recognising it.
         skip_head: Whether the logits' weights stay as they are.
-        adapt_input: Whether the first convolution may be fitted.
+        adapt_input: Whether the first convolution may be adapted.
 
     Returns:
         A `Transfer`.
@@ -192,12 +174,8 @@ def load_tensors(model, tensors, *, layout=None, row=None, skip_head=False, adap
     Raises:
         InputError: If the tensors do not fit.
     """
-    if row is None:
-        network = find_network(tensors, layout)
-        row = LAYOUTS[network.layout]
-    else:
-        head = frozenset(row.name(path) for path in HEAD)
-        network = Network(layout, "", {name: name for name in tensors}, head, (), None)
+    network = find_network(tensors, layout)
+    row = network.row
     given = network.select(tensors)
     skipped = network.head if skip_head else set()
     left = {name: array for name, array in given.items() if name not in skipped}
@@ -260,8 +238,8 @@ def torch_state_dict(model, layout="torchvision"):
 def save_torch_weights(model, path, layout="torchvision"):
     """Writes a model's weights as a checkpoint that PyTorch's model of the same form loads.
 
-    The file has every tensor of that model's ``state_dict()``, bit for bit what was loaded from
-    it or trained here; ``num_batches_tracked``, which PyTorch counts and does not use, is 0.
+    The file has every tensor of that model's ``state_dict()``, bit for bit as it was loaded or
+    trained here; ``num_batches_tracked``, which PyTorch counts and does not use, is 0.
 
     Args:
         model: See `load_torch_weights`.
@@ -289,7 +267,7 @@ def save_torch_weights(model, path, layout="torchvision"):
 
 @contextlib.contextmanager
 def naming(source):
-    """Puts a file's name before the errors about it; of other sources there is none."""
+    """Puts the path of a file before the message of an `InputError` about it."""
     try:
         yield
     except InputError as error:
@@ -302,7 +280,7 @@ def naming(source):
 def find_variants(model):
     """Returns the rows of `VARIANTS` that a model's blocks may be of.
 
-    Basic blocks have no stride on a 1×1, so that "torchvision" and "v1" are one for them.
+    "torchvision" and "v1" differ in the 1×1 convolutions of bottlenecks, not in basic blocks.
 
     Example:
         >>> from keras_resnet import build_resnet
@@ -330,14 +308,14 @@ def _is_of(block, variant):
 
 
 def _advise(model, row):
-    """Returns what to do about a model that a checkpoint does not fit."""
+    """Returns advice for a model that a checkpoint does not fit."""
     if row.variant not in (found := find_variants(model)) and not set(row.also) & set(found):
         return f'build the model with variant="{row.variant}"'
     return "build the model as the checkpoint's was: depth, variant, stem, channels, classes"
 
 
 def _places(model, layout, row):
-    """Returns their name -> our weight, for every weight of the model."""
+    """Returns a dict: the layout's name -> our weight, for every weight of the model."""
     places = {}
     for weight in model.weights:
         try:
@@ -357,7 +335,7 @@ def _places(model, layout, row):
 
 
 def _refuse(faults, network, advice):
-    """Raises one error that lists all that does not fit, if anything does not."""
+    """Raises one error that lists all tensors that do not fit, if there are any."""
     if not any(faults.values()):
         return
     if {n.split(" is ")[0] for names in faults.values() for n in names} <= network.head:

@@ -1,11 +1,9 @@
 """Predictions and evaluation of trained models that were loaded from files."""
 
-import io
 import json
 import shutil
 import zipfile
 
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -391,170 +389,6 @@ def test_files_that_are_refused(tmp_path, make, reason):
     assert not list(tmp_path.glob("*.ran"))
 
 
-# ----------------------------------------------------------------------------------------------
-# Hostile archives
-# ----------------------------------------------------------------------------------------------
-
-
-def edited(path, **changes):
-    """Writes an archive again with members changed: "config" is the name up to its dot."""
-    small_model(keras.Input((4, 4, 1))).save(path)
-    with zipfile.ZipFile(path) as source:
-        members = {name: source.read(name) for name in source.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-        for name, content in members.items():
-            change = changes.get(name.split(".")[0], lambda content: content)
-            target.writestr(name, change(content))
-    return path
-
-
-def config_with(old, new):
-    def change(content):
-        assert old in content
-        return content.replace(old, new)
-
-    return lambda path: edited(path, config=change)
-
-
-def changed_byte(path):
-    small_model(keras.Input((4, 4, 1))).save(path)
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        content[archive.getinfo("model.weights.h5").header_offset + 3000] ^= 1
-    path.write_bytes(content)
-    return path
-
-
-def one_name_twice(path):
-    small_model(keras.Input((4, 4, 1))).save(path)
-    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        archive.writestr("config.json", "{}")
-    return path
-
-
-def unpacks_to_much(path):
-    return edited(path, metadata=lambda content: bytes(2**27))
-
-
-def takes_large_images(path):
-    inputs = keras.Input((400_000, 400_000, 1))
-    keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(inputs)).save(path)
-    return path
-
-
-def claims_large_tensors(path):
-    """HDF5 stores nothing of a tensor until its numbers are written."""
-
-    def change(content):
-        file = io.BytesIO(content)
-        with h5py.File(file, "a") as weights:
-            group = weights["layers/dense/vars"]
-            del group["0"]
-            group.create_dataset("0", (2**20, 2**12), "float32", chunks=(1024, 1024))
-        return file.getvalue()
-
-    return edited(path, model=change)
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (config_with(b'"units": 3', b'"units": 3000000000'), "the model would take 2040"),
-        (config_with(b'"units": 3', b'"units": 1e999'), "cannot be loaded"),
-        (takes_large_images, "a layer would give 160000000000 numbers for one image"),
-        (lambda path: edited(path, config=lambda content: b"[" * 10**5), "damaged: maximum"),
-        (lambda path: edited(path, config=lambda content: b"[]"), "damaged"),
-        (lambda path: edited(path, config=lambda content: b" " * 2**25), "config.json is larger"),
-        (changed_byte, "damaged: Bad CRC-32"),
-        (one_name_twice, "damaged: it holds two members of one name"),
-        (unpacks_to_much, "damaged: metadata.json would unpack to 134217728 bytes"),
-        (claims_large_tensors, "damaged: its tensors say that they have 17179869"),
-    ],
-    ids=[
-        *("units", "infinite", "shape", "nested", "list", "long", "changed", "twice", "zeros"),
-        "tensors",
-    ],
-)
-def test_hostile_archives_are_refused(tmp_path, make, reason):
-    path = make(tmp_path / "model.keras")
-    with pytest.raises(InputError, match=reason) as error:
-        archive.load_model(path)
-    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("member", ["model.weights.h5", "keras_resnet.json"])
-def test_weights_of_a_damaged_archive_are_not_loaded(tmp_path, member):
-    model, path = small_model(keras.Input((4, 4, 1))), tmp_path / "model.keras"
-    archive.save_model(model, path, {})
-    with zipfile.ZipFile(path) as source:
-        place = source.getinfo(member).header_offset + 30 + len(member)
-    content = bytearray(path.read_bytes())
-    content[place] ^= 255
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="damaged"):
-        archive.load_weights(model, path)
-
-
-def recurrent():
-    inputs = keras.Input((5,))
-    x = keras.layers.Embedding(100, 8)(inputs)
-    return keras.Model(inputs, keras.layers.Bidirectional(keras.layers.LSTM(3))(x))
-
-
-def never_built():
-    return keras.Sequential([keras.layers.Dense(2)])
-
-
-def built_by_call():
-    model = keras.Sequential([keras.layers.Dense(2), keras.layers.BatchNormalization()])
-    model(np.zeros((1, 7), "float32"))
-    return model
-
-
-def nested_and_shared():
-    inner = keras.Sequential([keras.Input((5,)), keras.layers.Dense(5)])
-    inputs = keras.Input((5,))
-    return keras.Model(inputs, inner(inner(inputs)))
-
-
-@keras.saving.register_keras_serializable()
-class OfItsOwnClass(keras.Model):
-    """A model that only its own code can build."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.dense = keras.layers.Dense(3)
-
-    def call(self, x):
-        return self.dense(x)
-
-
-def subclassed():
-    model = OfItsOwnClass()
-    model(np.zeros((1, 7), "float32"))
-    return model
-
-
-def adapted():
-    layer = keras.layers.Normalization()
-    layer.adapt(np.arange(20.0).reshape(4, 5))
-    return keras.Sequential([keras.Input((5,)), layer, keras.layers.Dropout(0.5)])
-
-
-@pytest.mark.parametrize(
-    "build", [recurrent, never_built, built_by_call, nested_and_shared, subclassed, adapted]
-)
-def test_models_of_every_kind_are_loaded(tmp_path, build):
-    model = build()
-    archive.save_model(model, tmp_path / "model.keras", {})
-    loaded = archive.load_model(tmp_path / "model.keras")
-    for own, found in zip(model.get_weights(), loaded.get_weights(), strict=True):
-        np.testing.assert_array_equal(found, own)
-    # No variable of the trial is left for a later scope to make.
-    with keras.StatelessScope():
-        pass
-
-
 def outputs_two(path):
     inputs = keras.Input((4, 4, 1))
     x = keras.layers.Flatten()(inputs)
@@ -632,13 +466,3 @@ def test_unreadable_images_are_named(trained_run, tmp_path):
     for path, reason in ((bad, "cannot be read"), (tmp_path / "none.png", "no such image")):
         with pytest.raises(InputError, match=f"{path}: {reason}"):
             predict_files(trained_run, [path])
-
-
-def test_metadata_are_saved_with_the_model(tmp_path):
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    path = tmp_path / "model.keras"
-    archive.save_model(model, path, {"class_names": ["ä", "b"]})
-    assert archive.read_metadata(path) == {"class_names": ["ä", "b"]}
-    # Keras itself reads the file as it reads its own.
-    loaded = keras.models.load_model(path)
-    np.testing.assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])

@@ -170,10 +170,10 @@ def test_names_are_kept_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("missing.h5", None, "no such file"),
-        ("x" * 300 + ".h5", None, "no such file"),
+        ("missing.h5", None, "no such checkpoint file"),
+        ("x" * 300 + ".h5", None, "no such checkpoint file"),
         ("garbage.h5", b"no h5 at all", "cannot be read as weights of keras.applications"),
-        ("empty.h5", b"", "cannot be read as weights of keras.applications"),
+        ("empty.h5", b"", "is empty"),
         ("garbage.keras", b"no zip at all", "not a .keras file"),
         ("weights.npz", b"", "must end in .keras or .h5, got .npz"),
         ("weights", b"", "must end in .keras or .h5, got no suffix"),
@@ -199,7 +199,7 @@ def test_weights_that_keras_3_saved_need_their_model(tmp_path):
 
 def test_a_model_without_weights_is_refused():
     inputs = keras.Input((4,))
-    assert "the model given: holds no weights" in message(
+    assert "the model given: holds no tensors" in message(
         keras.Model(inputs, layers.ReLU()(inputs))
     )
 
@@ -348,6 +348,17 @@ def test_a_small_file_that_claims_much_is_refused_unread(tmp_path, create, form,
         small().save(tmp_path / "good.keras")
         path = rewritten(tmp_path / "good.keras", tmp_path / "bad.keras", change)
     assert path.stat().st_size < 10**5
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", None)
+    assert "its tensors claim over 4 times the file's size" in message(path)
+
+
+def test_one_data_set_under_many_names_is_refused_unread(tmp_path, monkeypatch):
+    path = write_h5(tmp_path / "w.h5", {"layer0": np.ones(10**4, "float32")})
+    with h5py.File(path, "a") as file:
+        names = [f"layer{n}" for n in range(50)]
+        file.attrs["layer_names"] = [name.encode() for name in names]
+        for name in names[1:]:
+            file[name] = file["layer0"]
     monkeypatch.setattr(h5py.Dataset, "__getitem__", None)
     assert "its tensors claim over 4 times the file's size" in message(path)
 

@@ -452,6 +452,11 @@ FILES = {
         flipped(HUNDRED, b"\x00\x00\x80\x3f" * 100),
         "damaged: 'archive/data/0' in it is not what was written",
     ),
+    "two members of one name": (
+        "a.pth",
+        zipped_again(HUNDRED, more=[("archive/versio2", b"3")]).replace(b"versio2", b"version"),
+        "damaged: it holds two members of one name",
+    ),
     "bytes marked as a folder": (
         "a.pth",
         marked_as_folder(HUNDRED),

@@ -78,7 +78,7 @@ def test_the_file_says_where_it_came_from(checkpoint, tiny, out):
 def test_with_normalization_it_takes_raw_images(checkpoint, tmp_path, tiny, out):
     network = write_tiny(tmp_path / "again.safetensors")
     found = convert(tmp_path / "again.safetensors", tiny, out, normalize="imagenet", image_size=28)
-    assert found["input"] == "raw images, made 28×28×3 and normalised inside: imagenet"
+    assert found["input"] == "raw images, resized to 28×28×3 and normalised inside: imagenet"
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     logits = network.predict_on_batch((images() / np.float32(255) - mean) / std)
     probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
@@ -154,7 +154,7 @@ FILES = {
     "other.onnx": (lambda c, path: path.write_text("x"), "must end in .safetensors"),
     "folder.safetensors": (lambda c, path: path.mkdir(), "is a folder"),
     "missing.safetensors": (lambda c, path: None, "no such checkpoint file"),
-    "missing.h5": (lambda c, path: None, "no such file"),
+    "missing.h5": (lambda c, path: None, "no such checkpoint file"),
     "text.h5": (lambda c, path: path.write_text("x"), "cannot be read as weights"),
     "text.keras": (lambda c, path: path.write_text("x"), "not a .keras file"),
     "names.safetensors": (

@@ -28,7 +28,7 @@ from keras_resnet.weights.layouts import (
 
 
 def chapter():
-    """The textbook's network as it stands there: a Sequential of five stages and a head."""
+    """The network as d2l builds it: a Sequential of five stages and a head."""
     parts = list(ResNet18().children())
     stages = [torch.nn.Sequential(*parts[:4])]
     stages += [torch.nn.Sequential(*parts[4 + 2 * i : 6 + 2 * i]) for i in range(4)]
@@ -36,7 +36,7 @@ def chapter():
 
 
 def named_chapter():
-    """The textbook's other form: the stem's layers, then stages with names."""
+    """The other form of d2l: the stem's layers, then stages with names."""
     net = torch.nn.Sequential(*list(chapter()[0].children()))
     for number in range(1, 5):
         net.add_module(f"resnet_block{number}", chapter()[number])

@@ -1,0 +1,99 @@
+"""Rules for every foreign file: it is a regular file, and claims little more than it stores."""
+
+import contextlib
+import os
+
+from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.files import expand_user
+from keras_resnet.utils.tables import printable
+
+MAX_EXPANSION = 4
+"""How many times its stored bytes a file may claim.
+
+Tensors that share memory, such as tied weights, are stored once and claimed twice. Only a file
+made to fill the memory claims more.
+"""
+
+
+def check_regular_file(path, kind):
+    """Checks that there is a file, which is neither empty nor without end.
+
+    Args:
+        path: The file; a leading ~ is replaced.
+        kind: What the file must be, for messages: "checkpoint", "model".
+
+    Returns:
+        `path` as a `pathlib.Path`.
+
+    Raises:
+        InputError: If there is no such file, or it is empty, a folder, a pipe or a device.
+    """
+    path = expand_user(path)
+    # Functions of os.path return False where pathlib's raise, such as for a name too long.
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder; name the {kind} file in it")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such {kind} file")
+    if not os.path.isfile(path):  # Opening a pipe would wait forever.
+        raise InputError(f"{path}: a {kind} must be a regular file, not a pipe or a device")
+    if os.path.getsize(path) == 0:
+        raise InputError(f"{path}: is empty; fetch or write it anew")
+    return path
+
+
+def check_claim(path, claimant, claimed, stored, slack=0):
+    """Refuses a file that claims far more bytes than it stores.
+
+    Args:
+        path: The file, for the message.
+        claimant: The part of the file that claims them, for the message.
+        claimed: The number of bytes that reading this part would take.
+        stored: The number of bytes of the file.
+        slack: The number of bytes that are allowed however small the file is.
+
+    Raises:
+        InputError: If `claimed` is over `slack` and `MAX_EXPANSION` times `stored`.
+
+    Example:
+        >>> check_claim("model.pth", "its tensors", claimed=400, stored=100)
+        >>> check_claim("model.pth", "its tensors", claimed=401, stored=100)
+        Traceback (most recent call last):
+        ...
+        keras_resnet.utils.errors.InputError: model.pth: refused: its tensors claim over 4 times \
+the file's size (401 bytes of 100); save it again, not compressed
+    """
+    if claimed > slack + MAX_EXPANSION * stored:
+        raise InputError(
+            f"{path}: refused: {claimant} claim over {MAX_EXPANSION} times the file's size "
+            f"({claimed} bytes of {stored}); save it again, not compressed"
+        )
+
+
+@contextlib.contextmanager
+def refusing(path, reason, explain=one_line):
+    """Turns every error of a parser into an `InputError` of one line.
+
+    A damaged or hostile file can raise any exception of zipfile, zlib, json, h5py, PyTorch, ….
+
+    Args:
+        path: The file, for the message.
+        reason: The consequence, for the message, such as "damaged".
+        explain: A function that returns one line for an exception.
+
+    Raises:
+        InputError: For any exception in the block. An `InputError` passes unchanged.
+
+    Example:
+        >>> with refusing("model.keras", "damaged"):
+        ...     int("three")
+        Traceback (most recent call last):
+        ...
+        keras_resnet.utils.errors.InputError: model.keras: damaged: invalid \
+literal for int() with base 10: 'three'
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: {reason}: {printable(explain(error))[:300]}") from error

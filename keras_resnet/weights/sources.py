@@ -1,0 +1,181 @@
+"""Files of weights, opened once: the tensors, and the network that they come from."""
+
+import dataclasses
+import os
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_resnet import archive
+from keras_resnet.models import module_of
+from keras_resnet.preprocessing import NORMALIZATIONS, ImagePreprocessing, find_normalization
+from keras_resnet.untrusted.manifest import digest
+from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.files import expand_user
+from keras_resnet.weights.applications import read_keras_applications
+from keras_resnet.weights.checkpoint import read_checkpoint, to_tensors
+from keras_resnet.weights.layouts import (
+    HEAD,
+    LAYOUTS,
+    OWN_LAYOUT,
+    Checkpoint,
+    Layout,
+    find_network,
+    inspect_tensors,
+)
+from keras_resnet.weights.transfer import find_variants, load_tensors, naming
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file of weights that was read once.
+
+    Attributes:
+        path: The file, as it was named.
+        sha256: The checksum (hex) of its bytes.
+        checkpoint: The network that the tensors come from; see `inspect_tensors`.
+        tensors: The tensors' names -> NumPy arrays.
+        own_layout: The layout of a `.keras` file of this package; None for every other file, whose
+            layout is a row of `LAYOUTS`.
+        normalization: `mean`, `std` and `reverse_channels` of the preprocessing in such a
+            `.keras` file, a dict; None for a network that takes floats.
+    """
+
+    path: str
+    sha256: str
+    checkpoint: Checkpoint
+    tensors: dict = dataclasses.field(repr=False)
+    own_layout: Layout | None = dataclasses.field(default=None, repr=False)
+    normalization: dict | None = None
+
+    @property
+    def description(self):
+        """The library that writes files of this layout, one line."""
+        return (self.own_layout or LAYOUTS[self.checkpoint.layout]).description
+
+    def load_into(self, model, *, skip_head=False, adapt_input=False):
+        """Loads the tensors; arguments, result and errors as for `load_torch_weights`."""
+        with naming(self.path):
+            return load_tensors(
+                model,
+                self.tensors,
+                layout=self.own_layout or self.checkpoint.layout,
+                skip_head=skip_head,
+                adapt_input=adapt_input,
+            )
+
+    def find_normalization(self):
+        """Returns the row of `NORMALIZATIONS` of the preprocessing; None without preprocessing.
+
+        Raises:
+            InputError: If there is no such row.
+        """
+        if self.normalization is None:
+            return None
+        for name in NORMALIZATIONS:
+            row = find_normalization(name, self.checkpoint.channels)
+            row = {"reverse_channels": False, **row}
+            if all(np.allclose(row[key], value) for key, value in self.normalization.items()):
+                return name
+        found = ", ".join(f"{name} {value}" for name, value in self.normalization.items())
+        raise InputError(
+            f"{self.path}: its preprocessing must normalise as --normalize "
+            f"{', '.join(NORMALIZATIONS)} do, got {found}; choose one of them"
+        )
+
+
+def open_source(path, layout=None):
+    """Reads a file of weights and finds the network that they come from; runs no code in it.
+
+    Args:
+        path: A safetensors file or one of `torch.save`, whatever its name ends in; a `.h5` or
+            `.keras` file of keras.applications; or a `.keras` file with a network of
+            `build_resnet`, with or without preprocessing.
+        layout: The name of a row of `LAYOUTS`, instead of recognising it.
+
+    Returns:
+        A `Source`.
+
+    Raises:
+        InputError: If the file cannot be read, is refused, or is of no known layout.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"a checkpoint must be named by its path, got {type(path).__name__}")
+    path = str(expand_user(path))
+    with naming(path):
+        own_layout = normalization = None
+        if os.path.splitext(path)[1] == ".keras" and archive.is_ours(path):
+            tensors, own_layout, normalization = _read_own(path)
+        else:
+            tensors = read_tensors(path)
+        network = find_network(tensors, own_layout or layout)
+        _check_head(network.select(tensors), network.row)
+        checkpoint = inspect_tensors(tensors, own_layout or layout)
+    # After the reader, which refuses files without an end, such as a pipe.
+    return Source(path, digest(path)[1], checkpoint, tensors, own_layout, normalization)
+
+
+def read_tensors(source):
+    """Reads the weights of PyTorch or of keras.applications.
+
+    Args:
+        source: A source that `load_torch_weights` or `load_keras_applications_weights` takes.
+
+    Returns:
+        `Tensors`, a dict: names -> NumPy arrays.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    suffix = os.path.splitext(source)[1].lower() if isinstance(source, (str, os.PathLike)) else None
+    of_keras = isinstance(source, keras.Model) or suffix in (".keras", ".h5")
+    return read_keras_applications(source) if of_keras else read_checkpoint(source)
+
+
+def _read_own(path):
+    """Returns the tensors, the layout and the normalization of a `.keras` file of ours."""
+    model = archive.load_model(path)
+    models = [each for each in (model, *_layers(model)) if isinstance(each, keras.Model)]
+    stems = {"stem_conv", "stem_conv1"}
+    network = next((each for each in models if stems & {x.name for x in each.layers}), None)
+    variants = find_variants(network) if network else []
+    if not variants:
+        raise InputError(f"{path}: holds no network of `build_resnet`, got {model.name!r}")
+    # Basic blocks look alike in two variants: the metadata of the run names the right one.
+    named = archive.read_metadata(path).get("variant")
+    variant = named if named in variants else variants[0]
+    # Another head than `logits` is left out.
+    layers = [x for x in network.layers if module_of(x) != x.name or x.name == "logits"]
+    weights = [weight for layer in layers for weight in layer.weights]
+    tensors = {weight.path: ops.convert_to_numpy(weight) for weight in weights}
+    before = next((x for x in _layers(model) if isinstance(x, ImagePreprocessing)), None)
+    names = ("mean", "std", "reverse_channels")
+    normalization = {name: getattr(before, name) for name in names} if before else None
+    layout = dataclasses.replace(OWN_LAYOUT, variant=variant)
+    return to_tensors(path, tensors), layout, normalization
+
+
+def _layers(model):
+    return model._flatten_layers(include_self=False)
+
+
+def _check_head(tensors, row):
+    """Refuses a head whose kernel and bias disagree.
+
+    The model is built with as many classes as the head has: a short bias with a large number in
+    its shape must not fill the memory.
+    """
+    names = [row.name(path) for path in HEAD]
+    kernel, bias = (tensors.get(name) for name in names)
+    if kernel is None and bias is None:
+        return
+    shapes = [None if array is None else array.shape for array in (kernel, bias)]
+    if kernel is not None and bias is not None:
+        ours = row.to_ours("logits/kernel", kernel)
+        if ours.ndim == 2 and bias.shape == ours.shape[1:] and bias.size:
+            return
+    raise InputError(
+        "the head must be a kernel and a bias of as many classes, "
+        f"got {names[0]} of shape {shapes[0]} and {names[1]} of shape {shapes[1]}"
+    )
