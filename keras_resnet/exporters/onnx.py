@@ -17,7 +17,7 @@ from onnxruntime.quantization import (
 from keras_resnet import __version__
 from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
-from keras_resnet.untrusted.checksums import seal_onnx
+from keras_resnet.untrusted.checksums import add_onnx_checksum
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.quiet import stderr_kept_back
 
@@ -44,7 +44,7 @@ def write(job, artifact, path):
         InputError: If the network needs an operator that ONNX does not have.
     """
     proto = convert(job.serving.module(artifact.batch), artifact.precision, job.calibration)
-    path.write_bytes(seal_onnx(proto.SerializeToString(), job.metadata, job.provenance))
+    path.write_bytes(add_onnx_checksum(proto.SerializeToString(), job.metadata, job.provenance))
 
 
 def oldest_runtime(path):

@@ -10,7 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
-from keras_resnet.untrusted.checksums import seal_tflite
+from keras_resnet.untrusted.checksums import add_tflite_checksum
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.quiet import stderr_kept_back
 
@@ -52,7 +52,7 @@ def write(job, artifact, path):
         InputError: If the network needs an operator that phones lack.
     """
     content = convert(job.serving.module(artifact.batch), artifact.precision, job.calibration)
-    path.write_bytes(seal_tflite(content, job.metadata))
+    path.write_bytes(add_tflite_checksum(content, job.metadata))
 
 
 def convert(module, precision, images=()):

@@ -141,5 +141,5 @@ def test_a_file_without_the_record_has_no_oldest_runtime(written, tmp_path):
     builder = Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
     path = tmp_path / "model.tflite"
-    path.write_bytes(checksums.seal_tflite(bytes(builder.Output()), {}))
+    path.write_bytes(checksums.add_tflite_checksum(bytes(builder.Output()), {}))
     assert tflite.oldest_runtime(path) is None
