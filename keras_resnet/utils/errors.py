@@ -31,7 +31,7 @@ class ExportError(RuntimeError):
 
     Args:
         message: One line.
-        failures: What failed and by how much, one `verification.Failure` each.
+        failures: What failed and by how much, one `verify_artifact.Failure` each.
     """
 
     def __init__(self, message, failures=()):

@@ -1,4 +1,4 @@
-"""The table of formats, precisions and gates, and what is chosen from it."""
+"""The tables of formats, precisions and tolerances, and the choice of artifacts."""
 
 import importlib
 
@@ -11,15 +11,15 @@ from keras_resnet.exporters.formats import (
     FORMATS,
     OWN_FILES,
     PRECISIONS,
-    Gate,
+    Tolerance,
     choose_artifacts,
 )
 from keras_resnet.utils.errors import InputError
 
-QUANTIZED = Gate(max_difference=None, agreement=0.985, accuracy_drop=0.003)
-GATES = {
-    "float32": Gate(max_difference=1e-5, agreement=1.0, accuracy_drop=None),
-    "float16": Gate(max_difference=2e-3, agreement=0.999, accuracy_drop=None),
+QUANTIZED = Tolerance(max_difference=None, agreement=0.985, accuracy_drop=0.003)
+TOLERANCES = {
+    "float32": Tolerance(max_difference=1e-5, agreement=1.0, accuracy_drop=None),
+    "float16": Tolerance(max_difference=2e-3, agreement=0.999, accuracy_drop=None),
     "dynamic": QUANTIZED,
     "int8": QUANTIZED,
 }
@@ -43,8 +43,8 @@ def files(*arguments):
     return [artifact.file for artifact in choose_artifacts(*arguments)]
 
 
-def test_the_gates_are_those_agreed_on():
-    assert {name: row.gate for name, row in PRECISIONS.items()} == GATES
+def test_the_tolerances_are_those_agreed_on():
+    assert {name: row.tolerance for name, row in PRECISIONS.items()} == TOLERANCES
 
 
 def test_only_int8_takes_training_images():

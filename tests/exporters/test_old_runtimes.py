@@ -115,23 +115,21 @@ def test_openvino_runs_every_file(written, tmp_path):
 @pytest.mark.parametrize("artifact", TFLITE, ids=lambda artifact: artifact.file)
 def test_no_operator_is_newer_than_2_14(written, artifact):
     """As the converter records it; on any Python."""
-    oldest = tflite.oldest_runtime(written[0] / artifact.file)
+    oldest = tflite.oldest_runtime((written[0] / artifact.file).read_bytes())
     name, version = oldest.rsplit(" ", 1)
     assert name == "TensorFlow Lite"
     assert [1, 5] <= [*map(int, version.split("."))] <= [2, 14]
 
 
-def test_half_precision_needs_its_dequantize(tmp_path):
+def test_half_precision_needs_its_dequantize():
     """The converter's record is that of the float32 file it was made of."""
     module, oldest = Serving(tiny_exports.build()).module(), {}
     for precision in ("float32", "float16"):
-        path = tmp_path / precision
-        path.write_bytes(tflite.convert(module, precision))
-        oldest[precision] = tflite.oldest_runtime(path)
+        oldest[precision] = tflite.oldest_runtime(tflite.convert(module, precision))
     assert oldest == {"float32": "TensorFlow Lite 1.6.0", "float16": "TensorFlow Lite 1.15.0"}
 
 
-def test_a_file_without_the_record_has_no_oldest_runtime(written, tmp_path):
+def test_a_file_without_the_record_has_no_oldest_runtime(written):
     from ai_edge_litert import schema_py_generated as schema
     from flatbuffers import Builder
 
@@ -140,6 +138,5 @@ def test_a_file_without_the_record_has_no_oldest_runtime(written, tmp_path):
     model.metadata = []
     builder = Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
-    path = tmp_path / "model.tflite"
-    path.write_bytes(checksums.add_tflite_checksum(bytes(builder.Output()), {}))
-    assert tflite.oldest_runtime(path) is None
+    content = checksums.add_tflite_checksum(bytes(builder.Output()), {})
+    assert tflite.oldest_runtime(content) is None

@@ -1,4 +1,4 @@
-"""An export folder checked again: away from its home, and after all that can happen to it."""
+"""`verify`: an export folder checked again, elsewhere and after damage of many kinds."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from keras_resnet.exporters import saved_model
 from keras_resnet.exporters.exporter import Job
 from keras_resnet.exporters.formats import REFERENCE, Artifact
 from keras_resnet.exporters.graph import Serving
-from keras_resnet.exporters.verifier import CHANGED, DIFFERS, NOT_RUN, SOUND
+from keras_resnet.exporters.verify_folder import CHANGED, DIFFERS, NOT_RUN, SOUND
 from keras_resnet.untrusted.manifest import MANIFEST, digest, read_manifest
 from keras_resnet.utils.errors import InputError
 
@@ -60,7 +60,7 @@ def other_export(trained_run, tmp_path_factory):
     # Whether 8 bits can hold it, too, is not the question here.
     formats = ["tflite", "onnx"]
     keras_resnet.export(folder / "other.keras", out, to=formats, precision=PRECISIONS, force=True)
-    # Written alone: its proof, in a process of its own, would take ten seconds.
+    # Its verification in a process of its own would take ten seconds.
     job = Job(Serving(predictor.model), predictor.metadata, {}, None)
     saved_model.write(job, Artifact("saved_model", "float32"), out / "saved_model")
     return out
@@ -134,7 +134,7 @@ def test_verification_changes_nothing(copy):
     assert digest(copy) == before
 
 
-def test_with_a_data_set_all_its_images_are_measured(exported, fashion_folder):
+def test_with_a_data_set_all_its_images_are_evaluated(exported, fashion_folder):
     done = run_main("verify", exported, "--dataset", f"folder:{fashion_folder}", "--json")
     assert done.returncode == 0, done.stderr
     found = {row["file"]: row for row in json.loads(done.stdout)["files"]}
@@ -197,7 +197,7 @@ def add_to_saved_model(folder):
     (folder / "saved_model" / "assets" / "more.txt").write_text("more")
 
 
-def remove_card(folder):
+def remove_metadata(folder):
     (folder / "saved_model" / "assets.extra" / "keras_resnet.json").unlink()
 
 
@@ -217,7 +217,7 @@ def replace_by_folder(folder):
         (remove_saved_model, {"saved_model"}),
         (swap, {"model-float32.onnx", "model-int8.onnx"}),
         (add_to_saved_model, {"saved_model"}),
-        (remove_card, {"saved_model"}),
+        (remove_metadata, {"saved_model"}),
         (link_in_saved_model, {"saved_model"}),
         (replace_by_folder, {"model-int8.onnx"}),
     ],
