@@ -1,6 +1,5 @@
 """`keras-resnet export`: a Keras model becomes a folder of verified artifacts."""
 
-import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -10,34 +9,18 @@ import numpy as np
 
 from keras_resnet.evaluation.inference import load_measured
 from keras_resnet.exporters import folder as folders
+from keras_resnet.exporters import reference as references
 from keras_resnet.exporters.calibration import calibration_images, draw_evenly
 from keras_resnet.exporters.earlier import keep_earlier, read_earlier
 from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS, REFERENCE, choose_artifacts
 from keras_resnet.exporters.graph import Serving
-from keras_resnet.exporters.latency import measure_latency
-from keras_resnet.exporters.reference import (
-    Recorded,
-    compute_reference,
-    describe_chance,
-    digest_order,
-    write_reference,
-)
 from keras_resnet.exporters.source import open_source
-from keras_resnet.exporters.verify_artifact import (
-    INCONCLUSIVE,
-    Failure,
-    check_conclusive,
-    check_tolerance,
-    compare_with_reference,
-    open_artifact,
-    run_artifact,
-)
+from keras_resnet.exporters.verify_artifact import INCONCLUSIVE, measure_latency, verify_artifact
 from keras_resnet.runtimes.base import OUTPUT_KIND_KEY
 from keras_resnet.training import run_folder
 from keras_resnet.untrusted.manifest import MANIFEST, VERSION, digest, read_manifest
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import ExportError, InputError
-from keras_resnet.utils.progress import bar
 
 TOOLS = ("tensorflow", "tf2onnx", "onnx", "onnxruntime", "ai-edge-litert")
 
@@ -137,23 +120,26 @@ def export(
 
     with folders.workspace(folder) as work:
         earlier = read_earlier(folder, serving.contract)
-        reference = compute_reference(source.predictor.model, serving, split)
+        reference = references.compute_reference(source.predictor.model, serving, split)
         manifest = _make_manifest(source, job, data, split, options, reference)
         if manifest["keras"]["note"]:
             report(manifest["keras"]["note"])
-        inputs, answers, failures = _Inputs(serving, split), {}, []
+        inputs, failures = _Inputs(serving, split), []
+        recorded, some = _record_some(inputs, split, reference)
         for artifact in artifacts:
             path = work / artifact.file
             writer = importlib.import_module(f"keras_resnet.exporters.{artifact.format}")
             oldest_runtime = writer.write(job, artifact, path)
-            row, answers[artifact.file], failed = _verify(path, artifact, inputs, reference)
+            row, probabilities, failed = verify_artifact(
+                path, artifact, serving.contract, inputs, reference
+            )
             manifest["artifacts"].append({**row, "oldest_runtime": oldest_runtime})
+            recorded.answers[artifact.file] = probabilities[some]
             failures += failed
             report(_describe_row(row))
         _check_passed(manifest["artifacts"], failures, force, folder)
-        recorded = inputs.record(reference, answers)
         keep_earlier(folder, work, earlier, manifest, recorded, report)
-        write_reference(work / REFERENCE, recorded)
+        references.write_reference(work / REFERENCE, recorded)
         size, sha256 = digest(work / REFERENCE)
         manifest["reference"] = {"file": REFERENCE, "bytes": size, "sha256": sha256}
         files.write_json(work / MANIFEST, manifest)
@@ -163,28 +149,27 @@ def export(
 
 
 class _Inputs:
-    """The test images as the artifacts take them; `verify_artifact.predict` indexes them."""
+    """The test images as the artifacts take them; made when `verify_artifact` indexes them."""
 
     def __init__(self, serving, split):
-        self.serving = serving
-        self._split = split
+        self._prepare, self._images = serving.prepare, split.images
 
     def __len__(self):
-        return len(self._split)
+        return len(self._images)
 
     def __getitem__(self, positions):
-        return self.serving.prepare(self._split.images[positions])
+        return self._prepare(self._images[positions])
 
-    def record(self, reference, answers):
-        """Returns the `Recorded` of some images, evenly over the classes."""
-        most = max(max(BATCH_SIZES), _REFERENCE_BYTES // self[np.arange(1)].nbytes)
-        some = draw_evenly(self._split.labels, min(REFERENCE_IMAGES, most))
-        return Recorded(
-            self[some],
-            reference.probabilities[some],
-            reference.probabilities.argmax(axis=1),
-            {file: probabilities[some] for file, probabilities in answers.items()},
-        )
+
+def _record_some(inputs, split, reference):
+    """Returns a `Recorded` without artifacts, and the positions of its images."""
+    most = max(max(BATCH_SIZES), _REFERENCE_BYTES // inputs[np.arange(1)].nbytes)
+    some = draw_evenly(split.labels, min(REFERENCE_IMAGES, most))
+    probabilities = reference.probabilities
+    recorded = references.Recorded(
+        inputs[some], probabilities[some], probabilities.argmax(axis=1), answers={}
+    )
+    return recorded, some
 
 
 def _image_size(data, split):
@@ -232,7 +217,7 @@ def _make_manifest(source, job, data, split, options, reference):
             "split": data.evaluation_split,
             "images": len(split),
             "fingerprint": data.fingerprint,
-            "order": digest_order(split),
+            "order": references.digest_order(split),
             "options": {name: options[name] for name in _SPLIT_OPTIONS if name in options},
         },
         "keras": {
@@ -240,63 +225,10 @@ def _make_manifest(source, job, data, split, options, reference):
             # Keras computes in the threads of this process.
             "latency_ms": {str(run_folder.cores()): latency},
             "twin": reference.twin,
-            "note": describe_chance(reference, takes_floats),
+            "note": references.describe_chance(reference, takes_floats),
         },
         "artifacts": [],
     }
-
-
-def _verify(path, artifact, inputs, reference):
-    """Verifies a file that was just written.
-
-    Returns:
-        Its row of the manifest, its probabilities for all images, and a list of `Failure`s.
-    """
-    file, precision, image = artifact.file, artifact.precision, inputs[np.arange(1)]
-    size, sha256 = digest(path)
-    *fewer, cores = sorted({1, run_folder.cores()})
-    try:
-        with (
-            contextlib.closing(open_artifact(path, artifact.format, cores, trust=True)) as runtime,
-            bar(len(inputs), file) as shown,
-        ):
-            probabilities, failures = run_artifact(
-                file, runtime, inputs.serving.contract, artifact.batch, inputs, shown.update
-            )
-            latency = {str(cores): measure_latency(runtime, image)}
-        # The number of threads is fixed when a file is opened.
-        for threads in fewer:
-            with contextlib.closing(
-                open_artifact(path, artifact.format, threads, trust=True)
-            ) as other:
-                latency[str(threads)] = measure_latency(other, image)
-    except InputError as error:
-        # A file that does not run has no figures: `force` cannot publish it either.
-        failure = Failure(file, "loads and answers", str(error), "yes")
-        raise ExportError(
-            f"{file} is not run by its own runtime: nothing was written", [failure]
-        ) from error
-    figures = compare_with_reference(probabilities, reference)
-    outside = check_tolerance(file, precision, figures)
-    if inconclusive := check_conclusive(file, precision, reference):
-        # The largest of nearly equal answers depends on rounding.
-        outside = [failure for failure in outside if failure.check != "agreement"]
-    failures += outside + inconclusive
-    row = {
-        "file": file,
-        **dataclasses.asdict(artifact),
-        "bytes": size,
-        "sha256": sha256,
-        "input": dataclasses.asdict(runtime.input),
-        "output": dataclasses.asdict(runtime.output),
-        **figures,
-        "tolerance": dataclasses.asdict(PRECISIONS[precision].tolerance),
-        "failures": [str(failure) for failure in failures],
-        "published_by_force": bool(failures),
-        "latency_ms": latency,
-        "operators": runtime.operators,
-    }
-    return row, probabilities, failures
 
 
 def _describe_row(row):

@@ -1,9 +1,13 @@
-"""Checks of one artifact, run by its real runtime: contract, batch sizes, answers, tolerances.
+"""Verification of one artifact by its real runtime: contract, batch sizes, answers, tolerances.
 
-`export` compares an artifact with the answers of the Keras model, `verify` with those on record.
+`export` compares an artifact with the answers of its Keras model, `verify` with those on record.
 """
 
+import contextlib
 import dataclasses
+import math
+import statistics
+import time
 
 import numpy as np
 
@@ -11,7 +15,10 @@ from keras_resnet.evaluation.inference import to_probabilities
 from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS
 from keras_resnet.runtimes import Tensor, open_runtime
 from keras_resnet.runtimes.base import CHUNK, LOGITS
-from keras_resnet.utils.errors import InputError
+from keras_resnet.training.run_folder import cores
+from keras_resnet.untrusted.manifest import digest
+from keras_resnet.utils.errors import ExportError, InputError
+from keras_resnet.utils.progress import bar
 
 INCONCLUSIVE = "inconclusive"
 
@@ -23,29 +30,97 @@ _BATCH_TOLERANCE = 1e-4
 # artifact with one answer to all images must not come near to passing.
 _MIN_SPREAD = 10
 
+# Latency: runs before timing starts, the smallest and largest number of timed runs, and the time
+# after which they end.
+_WARM_UP, _MIN_RUNS, _MAX_RUNS, _MAX_SECONDS = 5, 20, 200, 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
     """A check that an artifact did not pass.
 
     Attributes:
-        file: The artifact.
         check: The name of the check.
         found: Its result; a number or words.
         limit: The required result.
+        file: The artifact.
     """
 
-    file: str
     check: str
     found: object
     limit: object
+    file: str = ""
 
     def __str__(self):
-        return f"{self.check}: {_short(self.found)}, must be {_short(self.limit)}"
+        found, limit = (
+            f"{value:.3g}" if isinstance(value, float) else value
+            for value in (self.found, self.limit)
+        )
+        return f"{self.check}: {found}, must be {limit}"
 
 
-def _short(value):
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def verify_artifact(path, artifact, contract, inputs, reference):
+    """Compares a file that was just written with its Keras model, and measures its latency.
+
+    Args:
+        path: The file, or the folder of a SavedModel.
+        artifact: The `Artifact`.
+        contract: The `Contract`.
+        inputs: All test images; see `predict`.
+        reference: The `Reference`.
+
+    Returns:
+        The artifact's row of the manifest, its probabilities, and a list of `Failure`s.
+
+    Raises:
+        ExportError: If its runtime does not load or run it.
+    """
+    size, sha256 = digest(path)
+    latency = {}
+    *fewer, most = sorted({1, cores()})
+    try:
+        with contextlib.closing(open_artifact(path, artifact.format, most, trust=True)) as runtime:
+            with bar(len(inputs), artifact.file) as shown:
+                probabilities, failures = run_checks(
+                    runtime, contract, artifact.batch, inputs, shown.update
+                )
+            latency[str(most)] = measure_latency(runtime, inputs[np.arange(1)])
+        # The number of threads is fixed when a file is opened.
+        for threads in fewer:
+            with contextlib.closing(
+                open_artifact(path, artifact.format, threads, trust=True)
+            ) as other:
+                latency[str(threads)] = measure_latency(other, inputs[np.arange(1)])
+    except InputError as error:
+        # A file that does not run has no figures: `force` cannot publish it either.
+        raise ExportError(
+            f"{artifact.file} is not run by its own runtime: nothing was written",
+            [Failure("loads and runs", str(error), "yes", artifact.file)],
+        ) from error
+    figures = compare_with_reference(probabilities, reference)
+    outside = check_tolerance(artifact.precision, figures)
+    if inconclusive := check_conclusive(artifact.precision, reference):
+        # The largest of nearly equal answers depends on rounding.
+        outside = [failure for failure in outside if failure.check != "agreement"]
+    failures = [
+        dataclasses.replace(failure, file=artifact.file)
+        for failure in [*failures, *outside, *inconclusive]
+    ]
+    row = {
+        "file": artifact.file,
+        **dataclasses.asdict(artifact),
+        "bytes": size,
+        "sha256": sha256,
+        "input": dataclasses.asdict(runtime.input),
+        "output": dataclasses.asdict(runtime.output),
+        **figures,
+        "tolerance": dataclasses.asdict(PRECISIONS[artifact.precision].tolerance),
+        "failures": [str(failure) for failure in failures],
+        "published_by_force": bool(failures),
+        "latency_ms": latency,
+        "operators": runtime.operators,
+    }
+    return row, probabilities, failures
 
 
 def open_artifact(path, format, threads=None, *, trust=False, prober=None):
@@ -65,24 +140,22 @@ def open_artifact(path, format, threads=None, *, trust=False, prober=None):
     return open_runtime(path, threads=threads, trust=trust, prober=prober)
 
 
-def run_artifact(file, runtime, contract, batch, inputs, progress=lambda count: None):
+def run_checks(runtime, contract, batch, inputs, progress=lambda count: None):
     """Runs an artifact on all images, and checks its contract and its batch sizes.
 
     Args:
-        file: The artifact's name.
         runtime: Its `Runtime`.
         contract: The `Contract`.
         batch: The batch size that it is made for; None for any.
-        inputs: The images as it takes them, [count, height, width, channels]: an array, or another
-            object with a length that an array of positions can index.
-        progress: Called with the number of images of each finished call.
+        inputs: See `predict`.
+        progress: See `predict`.
 
     Returns:
         Its probabilities, float32, [count, classes], and a list of `Failure`s.
     """
-    failures = check_contract(file, runtime, contract, batch)
+    failures = check_contract(runtime, contract, batch)
     probabilities = predict(runtime, inputs, progress)
-    return probabilities, failures + check_batches(file, runtime, inputs, probabilities)
+    return probabilities, failures + check_batches(runtime, inputs, probabilities)
 
 
 def predict(runtime, inputs, progress=lambda count: None):
@@ -90,8 +163,9 @@ def predict(runtime, inputs, progress=lambda count: None):
 
     Args:
         runtime: Its `Runtime`.
-        inputs: See `run_artifact`.
-        progress: See `run_artifact`.
+        inputs: The images as it takes them, [count, height, width, channels]: an array, or another
+            object with a length that an array of positions can index.
+        progress: Called with the number of images of each finished call.
     """
     parts = []
     for start in range(0, len(inputs), CHUNK):
@@ -111,52 +185,38 @@ def _probabilities(runtime, batch):
     return answers
 
 
-def check_contract(file, runtime, contract, batch=None):
-    """Returns a `Failure` for each name, shape or dtype that breaks the contract.
-
-    Args:
-        file: The artifact's name.
-        runtime: Its `Runtime`.
-        contract: The `Contract`.
-        batch: The batch size that it is made for; None for any.
-    """
+def check_contract(runtime, contract, batch=None):
+    """Returns a `Failure` for each name, shape or dtype that breaks the contract."""
     wanted = {
         "input": Tensor("image", (batch, *contract.image_shape), contract.dtype),
         "output": Tensor(contract.output, (batch, contract.classes), "float32"),
     }
     return [
-        Failure(file, f"{side} {name}", getattr(getattr(runtime, side), name), limit)
+        Failure(f"{side} {name}", found, limit)
         for side, tensor in wanted.items()
         for name, limit in vars(tensor).items()
-        if getattr(getattr(runtime, side), name) != limit
+        if (found := getattr(getattr(runtime, side), name)) != limit
     ]
 
 
-def check_batches(file, runtime, inputs, probabilities):
-    """Returns a `Failure` for each batch size that fails, or changes the answers.
-
-    Args:
-        file: The artifact's name.
-        runtime: Its `Runtime`.
-        inputs: See `run_artifact`.
-        probabilities: Its answers to these images in large batches.
-    """
+def check_batches(runtime, inputs, probabilities):
+    """Returns a `Failure` for each batch size that fails, or changes the answers."""
     failures = []
     for count in BATCH_SIZES:
         check = f"batch of {count}"
         try:
             found = _probabilities(runtime, inputs[np.arange(count)])
         except InputError as error:
-            failures.append(Failure(file, check, str(error), "answered"))
+            failures.append(Failure(check, str(error), "answered"))
             continue
         difference = float(np.abs(found - probabilities[:count]).max())
         if not difference <= _BATCH_TOLERANCE:
-            failures.append(Failure(file, f"{check}, difference", difference, _BATCH_TOLERANCE))
+            failures.append(Failure(f"{check}, difference", difference, _BATCH_TOLERANCE))
     return failures
 
 
 def compare(probabilities, expected):
-    """Returns the difference between the answers of an artifact and other answers.
+    """Returns the difference between an artifact's answers and others.
 
     Args:
         probabilities: float32, [count, classes].
@@ -174,15 +234,11 @@ def compare(probabilities, expected):
 
 
 def compare_with_reference(probabilities, reference):
-    """Returns the difference between an artifact and its Keras model on all test images.
-
-    Args:
-        probabilities: float32, [count, classes].
-        reference: The `Reference`.
+    """Returns the dict of `compare` for the Keras model on all test images, and more.
 
     Returns:
-        The dict of `compare`, with "images", "accuracy" and "accuracy_change"; and
-        "max_difference_in_own_precision" if the model has a twin.
+        "images", "accuracy" and "accuracy_change", too, and "max_difference_in_own_precision" if
+        the model has a twin.
     """
     accuracy = float(np.mean(probabilities.argmax(axis=1) == reference.labels))
     figures = {
@@ -197,21 +253,20 @@ def compare_with_reference(probabilities, reference):
     return figures
 
 
-def check_tolerance(file, precision, figures):
+def check_tolerance(precision, figures):
     """Returns a `Failure` for each figure outside the tolerance of a precision.
 
     Args:
-        file: The artifact's name.
         precision: A row of `PRECISIONS`.
-        figures: "max_difference", "agreement" and "accuracy_change"; those that are missing are
-            not checked.
+        figures: "max_difference", "agreement" and "accuracy_change"; missing ones are not checked.
 
     Example:
         >>> figures = {"max_difference": 2e-5, "agreement": 1.0, "accuracy_change": 0.0}
-        >>> print(*check_tolerance("model-float32.onnx", "float32", figures))
+        >>> print(*check_tolerance("float32", figures))
         largest difference: 2e-05, must be at most 1e-05
     """
     tolerance = PRECISIONS[precision].tolerance
+    # The accuracy change is negative where the accuracy drops.
     rows = (
         ("largest difference", "max_difference", 1, "at most", tolerance.max_difference),
         ("agreement", "agreement", 1, "at least", tolerance.agreement),
@@ -223,38 +278,61 @@ def check_tolerance(file, precision, figures):
             found = sign * figures[key]
             # A figure that is not a number fails.
             if not (found >= limit if side == "at least" else found <= limit):
-                failures.append(Failure(file, check, found, f"{side} {limit:g}"))
+                failures.append(Failure(check, found, f"{side} {limit:g}"))
     return failures
 
 
-def check_conclusive(file, precision, reference):
+def check_conclusive(precision, reference):
     """Returns a `Failure` if an artifact with one answer to all images would be within tolerance.
 
     An untrained MobileNetV2 answers 1/7 to every image: a comparison with it shows nothing.
 
     Args:
-        file: The artifact's name.
         precision: A row of `PRECISIONS`.
         reference: The `Reference`.
 
     Example:
         >>> from keras_resnet.exporters.reference import Reference
         >>> alike = Reference(np.array([0, 1]), np.full((2, 2), 0.5, "float32"))
-        >>> check_conclusive("model-float32.onnx", "float32", alike)[0].limit
+        >>> check_conclusive("float32", alike)[0].limit
         'at least 0.0001'
     """
     max_difference = PRECISIONS[precision].tolerance.max_difference
     if max_difference is not None:
         check = "spread of the Keras model's answers over the images"
-        found, limit = float(np.ptp(reference.probabilities, axis=0).max()), max_difference
-        limit *= _MIN_SPREAD
-        is_conclusive, limit = found >= limit, f"at least {limit:g}"
+        found, least = (
+            float(np.ptp(reference.probabilities, axis=0).max()),
+            _MIN_SPREAD * max_difference,
+        )
+        is_conclusive, limit = found >= least, f"at least {least:g}"
     else:
-        check = "share of the images that the Keras model gives one class"
+        check, limit = "share of the images that the Keras model gives one class", "smaller"
         top1 = reference.probabilities.argmax(axis=1)
         common = np.bincount(top1).argmax()
-        found, limit = float(np.mean(top1 == common)), "smaller"
+        found = float(np.mean(top1 == common))
         change = float(np.mean(reference.labels == common)) - reference.accuracy
-        constant = {"max_difference": 0.0, "agreement": found, "accuracy_change": change}
-        is_conclusive = bool(check_tolerance(file, precision, constant))
-    return [] if is_conclusive else [Failure(file, f"{INCONCLUSIVE}, {check}", found, limit)]
+        is_conclusive = bool(
+            check_tolerance(precision, {"agreement": found, "accuracy_change": change})
+        )
+    return [] if is_conclusive else [Failure(f"{INCONCLUSIVE}, {check}", found, limit)]
+
+
+def measure_latency(runtime, batch):
+    """Returns the latency of a model for a batch, after warm-up.
+
+    Args:
+        runtime: A `Runtime`.
+        batch: Images as it takes them.
+
+    Returns:
+        A dict: "median" and "p95", in milliseconds.
+    """
+    for _ in range(_WARM_UP):
+        runtime.run(batch)
+    taken, began = [], time.perf_counter()
+    while len(taken) < _MIN_RUNS or (
+        len(taken) < _MAX_RUNS and time.perf_counter() - began < _MAX_SECONDS
+    ):
+        taken.append(1000 * runtime.time(batch))
+    p95 = sorted(taken)[math.ceil(0.95 * len(taken)) - 1]
+    return {"median": statistics.median(taken), "p95": p95}

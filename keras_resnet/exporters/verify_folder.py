@@ -16,7 +16,7 @@ from keras_resnet.exporters.verify_artifact import (
     compare,
     open_artifact,
     predict,
-    run_artifact,
+    run_checks,
 )
 from keras_resnet.runtimes import Prober
 from keras_resnet.untrusted import schema
@@ -144,32 +144,32 @@ def _load_split(manifest, dataset, options):
 
 def _verify(path, row, class_names, recorded, split, prober):
     """Returns the figures, failures and verdict of an artifact that runs."""
-    file, precision = row["file"], row["precision"]
+    precision = row["precision"]
     figures = {"accuracy": None, "accuracy_images": None}
     try:
         with contextlib.closing(open_artifact(path, row["format"], prober=prober)) as runtime:
-            probabilities, failures = run_artifact(
-                file, runtime, _contract(row), row["batch"], recorded.images
+            probabilities, failures = run_checks(
+                runtime, _contract(row), row["batch"], recorded.images
             )
             own_names = runtime.metadata.get("class_names")
             if own_names != class_names:
-                failures.append(Failure(file, "class names", own_names, class_names))
+                failures.append(Failure("class names", own_names, class_names))
             if split is not None:
                 top1 = predict(runtime, split.images).argmax(axis=1)
     except InputError as error:
         return {"verdict": DIFFERS, "failures": [str(error)]}
-    then = compare(probabilities, recorded.answers[file])
-    failures += check_tolerance(file, precision, then)
+    then = compare(probabilities, recorded.answers[row["file"]])
+    failures += check_tolerance(precision, then)
     if PRECISIONS[precision].tolerance.max_difference is not None:
         # For 8 bits a few hundred images are too few; the manifest has the agreement on all.
         now = compare(probabilities, recorded.probabilities)
-        failures += check_tolerance(file, precision, now)
+        failures += check_tolerance(precision, now)
     if split is not None:
         accuracy, of_keras = (float(np.mean(x == split.labels)) for x in (top1, recorded.top1))
         figures = {"accuracy": accuracy, "accuracy_images": len(split)}
         agreement = float(np.mean(top1 == recorded.top1))
         change = {"agreement": agreement, "accuracy_change": accuracy - of_keras}
-        failures += check_tolerance(file, precision, change)
+        failures += check_tolerance(precision, change)
     return {
         **{name: then[name] for name in ("max_difference", "agreement")},
         "images": len(probabilities),

@@ -97,7 +97,7 @@ def test_a_network_that_sees_its_batch_fails_by_its_batches(small_model, fashion
     )
     images = fashion.splits["test"].images[:64]
     answers = verify_artifact.predict(runtime, images)
-    failures = verify_artifact.check_batches("x", runtime, images, answers)
+    failures = verify_artifact.check_batches(runtime, images, answers)
     assert {failure.check for failure in failures} == {
         f"batch of {count}, difference" for count in BATCH_SIZES
     }
@@ -184,7 +184,7 @@ GOOD = {"max_difference": 0.0, "agreement": 1.0, "accuracy_change": 0.0}
     ],
 )
 def test_tolerance(precision, change, passes):
-    assert (not verify_artifact.check_tolerance("file", precision, {**GOOD, **change})) == passes
+    assert (not verify_artifact.check_tolerance(precision, {**GOOD, **change})) == passes
 
 
 class Fake(Runtime):
@@ -215,9 +215,9 @@ def test_contract(side, change):
         "input": Tensor("image", (None, 28, 28, 1), "uint8"),
         "output": Tensor("probabilities", (None, 10), "float32"),
     }
-    assert verify_artifact.check_contract("file", Fake(*ends.values()), contract) == []
+    assert verify_artifact.check_contract(Fake(*ends.values()), contract) == []
     ends[side] = dataclasses.replace(ends[side], **change)
-    (failure,) = verify_artifact.check_contract("file", Fake(*ends.values()), contract)
+    (failure,) = verify_artifact.check_contract(Fake(*ends.values()), contract)
     assert failure.check == f"{side} {next(iter(change))}"
 
 
@@ -281,7 +281,7 @@ def reference(spread=0.5, classes=4):
     ],
 )
 def test_a_verification_that_could_not_fail_is_inconclusive(precision, answers, conclusive):
-    found = verify_artifact.check_conclusive("file", precision, answers)
+    found = verify_artifact.check_conclusive(precision, answers)
     assert (not found) == conclusive
     assert all(str(each).startswith(verify_artifact.INCONCLUSIVE) for each in found)
 
