@@ -18,7 +18,7 @@ from keras_resnet.exporters.source import open_source
 from keras_resnet.exporters.verify_artifact import INCONCLUSIVE, measure_latency, verify_artifact
 from keras_resnet.runtimes.base import OUTPUT_KIND_KEY
 from keras_resnet.training import run_folder
-from keras_resnet.untrusted.manifest import MANIFEST, VERSION, digest, read_manifest
+from keras_resnet.untrusted.manifest import MANIFEST, SPLIT_OPTIONS, VERSION, digest, read_manifest
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import ExportError, InputError
 
@@ -26,9 +26,6 @@ TOOLS = ("tensorflow", "tf2onnx", "onnx", "onnxruntime", "ai-edge-litert")
 
 REFERENCE_IMAGES = 256
 _REFERENCE_BYTES = 16 * 2**20
-
-# Options of a data set that `verify` needs to split it in the same way.
-_SPLIT_OPTIONS = ("validation_split", "seed", "skip_bad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +215,7 @@ def _make_manifest(source, job, data, split, options, reference):
             "images": len(split),
             "fingerprint": data.fingerprint,
             "order": references.digest_order(split),
-            "options": {name: options[name] for name in _SPLIT_OPTIONS if name in options},
+            "options": {name: options[name] for name in SPLIT_OPTIONS if name in options},
         },
         "keras": {
             "accuracy": reference.accuracy,

@@ -158,10 +158,17 @@ def choose_artifacts(formats=None, precisions=None):
         if precision in wanted
         for batch in FORMATS[name].batches
     ]
-    for name in named if formats is not None else ():
-        _check_used(name, [artifact.format for artifact in chosen], name, wanted)
-    for precision in wanted if precisions is not None else ():
-        _check_used(precision, [artifact.precision for artifact in chosen], named[0], [precision])
+    # Each name of a list must have an artifact: (format, precisions that it lacks).
+    unmet = []
+    if formats is not None:
+        found = {artifact.format for artifact in chosen}
+        unmet += [(name, wanted) for name in named if name not in found]
+    if precisions is not None:
+        found = {artifact.precision for artifact in chosen}
+        unmet += [(named[0], [precision]) for precision in wanted if precision not in found]
+    for name, lacking in unmet:
+        own = ", ".join(FORMATS[name].precisions)
+        raise InputError(f"{name} comes in {own}, not in {' or '.join(lacking)}")
     return chosen
 
 
@@ -174,11 +181,3 @@ def _rows(table, names, argument):
     for name in names:
         look_up(table, name, argument)
     return [name for name in table if name in names]
-
-
-def _check_used(name, used, format, precisions):
-    if name not in used:
-        raise InputError(
-            f"{format} comes in {', '.join(FORMATS[format].precisions)}, "
-            f"not in {' or '.join(precisions)}"
-        )

@@ -5,10 +5,8 @@ import shutil
 
 import tensorflow as tf
 
+from keras_resnet.runtimes.saved_model import METADATA
 from keras_resnet.utils import files
-
-# TensorFlow's place for files of others in a SavedModel.
-METADATA = "assets.extra/keras_resnet.json"
 
 
 def write(job, artifact, path):

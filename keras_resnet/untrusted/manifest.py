@@ -31,6 +31,14 @@ MANIFEST = "manifest.json"
 VERSION = 1
 MAX_BYTES = 16 * 2**20
 
+SPLIT_OPTIONS = {
+    # Null: all images of the data set are evaluated.
+    "validation_split": Optional((SHARE, NULL)),
+    "seed": Optional(COUNT),
+    "skip_bad": Optional(FLAG),
+}
+"""Options of `load_dataset` that are needed to split a data set in the same way again."""
+
 _CHUNK = 2**20
 
 # Keys that earlier versions wrote -> the keys of today.
@@ -59,12 +67,6 @@ _ARTIFACT = {
     "latency_ms": _LATENCY,
     "operators": Map(COUNT),
 }
-_SPLIT_OPTIONS = {
-    # Null: all images of the data set are evaluated.
-    "validation_split": Optional((SHARE, NULL)),
-    "seed": Optional(COUNT),
-    "skip_bad": Optional(FLAG),
-}
 _SCHEMA = {
     "manifest_version": Rule("the number 1", lambda value: value == VERSION and value is not True),
     "created": TEXT,
@@ -78,7 +80,7 @@ _SCHEMA = {
         "split": TEXT,
         "images": COUNT,
         "fingerprint": TEXT,
-        "options": Optional(_SPLIT_OPTIONS),
+        "options": Optional(SPLIT_OPTIONS),
     },
     "keras": {"accuracy": SHARE, "latency_ms": _LATENCY},
     "reference": {"file": FILE, "bytes": COUNT, "sha256": SHA256},

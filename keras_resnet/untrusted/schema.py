@@ -9,45 +9,29 @@ A schema is one of
 """
 
 import collections.abc
-import dataclasses
 import math
+import typing
 
 from keras_resnet.utils.errors import InputError
 
 _MAX = 2**63
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A condition on one value.
-
-    Attributes:
-        description: The allowed values in words, for messages: "must be …".
-        accepts: Function of any JSON value that returns whether it is allowed.
-    """
+class Rule(typing.NamedTuple):
+    """A condition on one value, and the allowed values in words: "must be …"."""
 
     description: str
     accepts: collections.abc.Callable
 
 
-@dataclasses.dataclass(frozen=True)
-class Map:
-    """An object with any keys.
-
-    Attributes:
-        values: The schema of each value.
-    """
+class Map(typing.NamedTuple):
+    """An object with any keys, whose values follow one schema."""
 
     values: object
 
 
-@dataclasses.dataclass(frozen=True)
-class Optional:
-    """A key that may be missing from its object.
-
-    Attributes:
-        value: The schema of its value.
-    """
+class Optional(typing.NamedTuple):
+    """The schema of a key that may be missing from its object."""
 
     value: object
 
@@ -116,7 +100,7 @@ def check(value, schema, name, where=""):
 from 0 on, got None
     """
     rules = {dict: OBJECT, Map: OBJECT, list: ARRAY}.get(type(schema), schema)
-    rules = rules if isinstance(rules, tuple) else (rules,)
+    rules = (rules,) if isinstance(rules, Rule) else rules
     if not any(rule.accepts(value) for rule in rules):
         allowed = " or ".join(rule.description for rule in rules)
         raise InputError(
