@@ -31,8 +31,8 @@ _NATIVE = {".tflite": ("tflite", "TFLiteRuntime"), ".onnx": ("onnx", "OnnxRuntim
 def open_runtime(path, *, threads=None, trust=False, prober=None):
     """Opens a model.
 
-    Before it is parsed, a file is compared with the manifest beside it and its own checksum;
-    a .tflite or .onnx file is then tried in another process (see `checksums` and `probe`).
+    Before it is parsed, a file is compared with the manifest beside it and with its own seal;
+    a .tflite or .onnx file is then tried in another process (see `seals` and `probe`).
 
     Args:
         path: A .keras, .tflite or .onnx file, or a SavedModel folder.

@@ -51,7 +51,7 @@ class KerasRuntime(Runtime):
 
     @property
     def stated_kind(self):
-        """None: a .keras file has no checksum, and its graph is more reliable."""
+        """None: a .keras file has no seal, and its graph says more."""
         return None
 
     def _ends(self):
