@@ -21,7 +21,7 @@ from keras_resnet.exporters.calibration import draw_evenly
 from keras_resnet.exporters.exporter import export
 from keras_resnet.exporters.formats import choose_artifacts
 from keras_resnet.preprocessing import find_normalization
-from keras_resnet.runtimes import open_runtime
+from keras_resnet.runtimes import Prober, open_runtime
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.untrusted.manifest import digest, read_manifest
 
@@ -336,6 +336,17 @@ def test_a_model_of_floats_is_normalised(name, small_model, fashion, tmp_path):
 def test_a_model_of_raw_images_is_not_normalised_twice(small_model, fashion, tmp_path):
     with pytest.raises(InputError, match="takes raw images and normalises them itself"):
         export(small_model, tmp_path / "out", dataset=fashion, normalize="imagenet", **ONE)
+
+
+def test_a_file_that_was_just_written_is_not_tried_in_another_process(
+    small_model, fashion, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(Prober, "probe", fail)
+    options = {"to": ["tflite", "onnx"], "precision": ["float32"]}
+    assert export(small_model, tmp_path / "out", dataset=fashion, **options)["artifacts"]
 
 
 def test_every_file_says_the_oldest_runtime(exported):

@@ -171,6 +171,20 @@ def test_an_operator_that_onnx_lacks_is_an_error_that_names_it():
     assert "\n" not in str(caught.value)
 
 
+def test_all_precisions_are_made_of_one_conversion(monkeypatch):
+    module, count = Serving(family.build("resnet18")).module(), 0
+    convert = exporting.tf2onnx.convert.from_function
+
+    def counted(*arguments, **options):
+        nonlocal count
+        count += 1
+        return convert(*arguments, **options)
+
+    monkeypatch.setattr(exporting.tf2onnx.convert, "from_function", counted)
+    protos = [exporting.convert(module, name, family.noise()) for name in PRECISIONS]
+    assert count == 1 and len({proto.SerializeToString() for proto in protos}) == 3
+
+
 def test_nothing_is_printed(serving, fashion, capfd):
     exporting.convert(serving.module(), "int8", fashion.splits["train"].images[:10])
     assert capfd.readouterr() == ("", "")
