@@ -38,7 +38,7 @@ class Contract:
 
     Attributes:
         image_shape: (height, width, channels).
-        dtype: Of the input: "uint8" with preprocessing inside, "float32" without.
+        dtype: The input's dtype: "uint8" with preprocessing inside, "float32" without.
         output: Name of the output: "probabilities" or "logits".
         classes: The number of classes.
     """

@@ -23,7 +23,7 @@ from keras_resnet.utils.quiet import stderr_kept_back
 
 OPSET = 17
 
-# Of 2022: the first that reads opset 17.
+# Released in 2022; the first that reads opset 17.
 _OLDEST_RUNTIME = "ONNX Runtime 1.12"
 
 _BATCH = "batch"

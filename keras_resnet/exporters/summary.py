@@ -78,6 +78,6 @@ def format_verification(found):
         Column("agreement", spec=".4f"),
         Column("images", spec=","),
         *(accuracy if any(row.get("accuracy") is not None for row in rows) else []),
-        *([Column("failures", "what failed")] if any(row["failures"] for row in rows) else []),
+        *(["failures"] if any(row["failures"] for row in rows) else []),
     ]
     return format_table(rows, columns)

@@ -128,10 +128,10 @@ def _load_split(manifest, dataset, options):
         known = {"image_size": shape[:2], **expected.get("options", {})}
         dataset = load_dataset(dataset, **{**known, **options})
     split = dataset.splits[dataset.evaluation_split]
-    for what, own in (("fingerprint", dataset.fingerprint), ("images", len(split))):
-        if own != expected[what]:
+    for key, own in (("fingerprint", dataset.fingerprint), ("images", len(split))):
+        if own != expected[key]:
             raise InputError(
-                f"{dataset.name}: not the data of the export: {what} {own}, there {expected[what]}"
+                f"{dataset.name}: not the data of the export: {key} {own}, there {expected[key]}"
             )
     split = resize_to_model(split, shape)
     if expected.get("order") not in (None, digest_order(split)):

@@ -2,7 +2,7 @@
 
 A schema is one of
 
-- a `Rule`; a tuple of rules accepts what one of them accepts,
+- a `Rule`, or a tuple of rules, one of which must accept the value,
 - a dict: an object with at least these keys, unless they are `Optional`,
 - a list with one schema: an array of such values,
 - a `Map`: an object with any keys, whose values follow one schema.

@@ -77,7 +77,7 @@ def test_all_three_write_to_one_folder_and_agree(trained_run, tmp_path, run_scri
     found = {}
     for name in SCRIPTS:
         words = (trained_run, "--precision", "float32")
-        # One as its reader starts it is enough: the three share what they import.
+        # One process is enough: the three scripts have the same imports.
         is_first = name == SCRIPTS[0]
         done = run_process(name, *words, folder=tmp_path) if is_first else run_script(name, *words)
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The scripts for a device, run in an environment that has nothing but what they ask for."""
+"""The scripts for a device, run in an environment with their own requirements only."""
 
 import json
 import os
@@ -157,7 +157,7 @@ def save_transparent(image, path):
     image.save(path)
 
 
-# What is unusual about a file -> how an RGB image is saved as such.
+# Name of an unusual file -> function that saves an RGB image to it.
 ODD_FILES = {
     "colour.jpg": lambda image, path: image.save(path),
     "turned.jpg": save_turned,

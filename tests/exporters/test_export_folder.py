@@ -63,7 +63,7 @@ def other_model(trained_run, tmp_path_factory):
 
 
 # ----------------------------------------------------------------------------------------------
-# Where to
+# Target folders
 # ----------------------------------------------------------------------------------------------
 
 
@@ -178,7 +178,7 @@ def test_without_a_folder_it_goes_into_the_run_or_beside_the_file(trained_run, t
 
 
 # ----------------------------------------------------------------------------------------------
-# What an earlier export left
+# Earlier exports
 # ----------------------------------------------------------------------------------------------
 
 
@@ -355,7 +355,7 @@ def test_killed_at_any_step_the_folder_is_the_old_or_the_new(earlier, exported, 
         arguments = [sys.executable, "-c", PUBLISH, folder, str(steps)]
         status = subprocess.run(arguments, timeout=60).returncode
         assert status in (0, -signal.SIGKILL)
-        # What the next export finds.
+        # As the next export finds it.
         with folders.workspace(folder):
             found = {
                 name: (folder / name).read_text()

@@ -101,7 +101,7 @@ def test_formats_and_precisions_choose_files_once_each_in_the_tables_order(argum
         (([5],), "`to` must be one of"),
     ],
 )
-def test_what_would_leave_a_wish_without_a_file_is_refused(arguments, message):
+def test_a_name_without_a_file_is_refused(arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         choose_artifacts(*arguments)
     assert "\n" not in str(caught.value)
@@ -112,12 +112,12 @@ def names(table):
 
 
 @given(names(FORMATS), names(PRECISIONS))
-def test_any_choice_is_refused_or_serves_every_wish(formats, precisions):
+def test_any_choice_is_refused_or_has_a_file_of_every_name(formats, precisions):
     try:
         chosen = choose_artifacts(formats, precisions)
     except InputError as error:
         wanted = precisions or [*PRECISIONS]
-        # Refused is what is empty, or a name that no file could be of.
+        # An empty list is refused, and a name without an artifact.
         assert (
             formats == []
             or precisions == []

@@ -117,7 +117,7 @@ def own_activations():
     )
 
 
-# What keeps state outside its variables, or is no layer of Keras's.
+# First layers with state outside their variables, or of the user.
 FIRST = {
     "adapted": adapted,
     "given": lambda: keras.layers.Normalization(mean=100.0, variance=400.0),

@@ -25,7 +25,7 @@ TFLITE = [artifact for artifact in ALL if artifact.format == "tflite"]
 # Dark images and light ones, so that the answers are not alike.
 IMAGES = (family.noise(3, count=40) * np.linspace(0, 1, 40)[:, None, None, None]).astype("uint8")
 
-ASK_TFLITE = """
+RUN_TFLITE = """
 import sys, numpy
 from tflite_runtime.interpreter import Interpreter
 for path in sys.argv[2:]:
@@ -40,7 +40,7 @@ for path in sys.argv[2:]:
     numpy.save(path + ".npy", answers)
 """
 # On a processor with AMX it computes float32 files in bfloat16 unless it is told not to.
-ASK_OPENVINO = """
+RUN_OPENVINO = """
 import sys, numpy, openvino
 for path in sys.argv[2:]:
     model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -79,7 +79,7 @@ def python_with(folder, *packages):
 
 
 def answers(python, script, folder, artifacts):
-    """Yields each artifact and what a script's runtime answers to `IMAGES` from its file."""
+    """Yields each artifact and the answers of a script's runtime to `IMAGES`."""
     paths = [folder / artifact.file for artifact in artifacts]
     command = [python, "-I", "-c", script, folder / "images.npy", *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -100,7 +100,7 @@ def check(artifact, found, expected):
 def test_tflite_runtime_2_14_runs_every_tflite_file(written, tmp_path):
     folder, expected = written
     python = python_with(tmp_path / "venv", "tflite-runtime==2.14.0", "numpy<2")
-    for artifact, found in answers(python, ASK_TFLITE, folder, TFLITE):
+    for artifact, found in answers(python, RUN_TFLITE, folder, TFLITE):
         check(artifact, found, expected)
 
 
@@ -108,7 +108,7 @@ def test_openvino_runs_every_file(written, tmp_path):
     folder, expected = written
     python = python_with(tmp_path / "venv", "openvino")
     files = [artifact for artifact in ALL if artifact.format != "saved_model"]
-    for artifact, found in answers(python, ASK_OPENVINO, folder, files):
+    for artifact, found in answers(python, RUN_OPENVINO, folder, files):
         check(artifact, found, expected)
 
 

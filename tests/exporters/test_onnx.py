@@ -32,7 +32,7 @@ def operators(proto):
 
 
 def check_structure(proto):
-    """What the issue asks of every graph."""
+    """Checks the properties of every graph."""
     onnx.checker.check_model(proto, full_check=True)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", exporting.OPSET)]
     assert not {"BatchNormalization", "Identity"} & set(operators(proto))

@@ -72,7 +72,7 @@ def copy(exported, tmp_path):
 
 
 def relist(folder, *files):
-    """Writes what files are now into the manifest, as whoever changed them could."""
+    """Writes the new sizes and checksums of files into the manifest, as an attacker could."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for row in [manifest["reference"], *manifest["artifacts"]]:
         if row["file"] in files:
@@ -81,7 +81,7 @@ def relist(folder, *files):
 
 
 def keep(folder, *files):
-    """Lists these files alone: what is not at stake takes time."""
+    """Removes all other files from the manifest, which would take time."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["artifacts"] = [row for row in manifest["artifacts"] if row["file"] in files]
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -152,7 +152,7 @@ def test_floats_instead_of_images_are_verified_alike(trained_run, fashion_folder
 
 
 # ----------------------------------------------------------------------------------------------
-# Something has
+# Something has changed
 # ----------------------------------------------------------------------------------------------
 
 
@@ -281,7 +281,7 @@ def test_no_model_at_all_under_its_name_is_found(copy):
 
 
 # ----------------------------------------------------------------------------------------------
-# What is refused in one line
+# Refused in one line
 # ----------------------------------------------------------------------------------------------
 
 
