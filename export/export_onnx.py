@@ -1,10 +1,10 @@
-"""Exports a trained model as ONNX files, and asks each of them about one test image.
+"""Exports a trained model to ONNX files, and runs each of them on one test image.
 
     python export_onnx.py RUN_OR_MODEL [--precision float32 float16 int8] [--out DIR]
         [--dataset NAME] [--no-preprocessing] [--force]
 
-What is written to DIR (default: exported) has passed its proof: ONNX Runtime answered to all test
-images as the model does. The options are those of `keras-resnet export`.
+The files in DIR (default: exported) are verified: ONNX Runtime gave the answers of the model to all
+test images. The options are those of `keras-resnet export`.
 """
 
 import json
@@ -18,13 +18,13 @@ from keras_resnet import cli
 
 def open_file(path):
     """Returns the session of an .onnx file."""
-    # Bytes, not the path: a file that is one cannot make the runtime read others.
+    # Bytes, not the path: the model cannot make the runtime read other files.
     return onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
 
 
 def top3(session, images):
     """Returns the three most probable classes of the first image, as text."""
-    # The names are an entry of the file's metadata.
+    # The class names are an entry of the file's metadata.
     names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
     (output,) = session.get_outputs()
     (answers,) = session.run([output.name], {"image": images})
@@ -33,7 +33,7 @@ def top3(session, images):
 
 
 def main():
-    """Exports, asks and prints; returns the exit status."""
+    """Exports, predicts and prints; returns the exit status."""
     status, out = cli.export_to("onnx")
     if status:
         return status

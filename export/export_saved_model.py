@@ -1,11 +1,10 @@
-"""Exports a trained model as a SavedModel, and asks it about one test image.
+"""Exports a trained model to a SavedModel, and runs it on one test image.
 
     python export_saved_model.py RUN_OR_MODEL [--out DIR] [--dataset NAME] [--no-preprocessing]
         [--force]
 
-What is written to DIR (default: exported) has passed its proof: TensorFlow, in a process without
-Keras, answered to all test images as the model does. The options are those of
-`keras-resnet export`.
+The folder in DIR (default: exported) is verified: TensorFlow, in a process without Keras, gave the
+answers of the model to all test images. The options are those of `keras-resnet export`.
 """
 
 import json
@@ -18,11 +17,11 @@ from keras_resnet import cli
 
 
 def main():
-    """Exports, asks and prints; returns the exit status."""
+    """Exports, predicts and prints; returns the exit status."""
     status, out = cli.export_to("saved_model")
     if status:
         return status
-    # What TensorFlow Serving does: neither Keras nor keras_resnet is needed from here on.
+    # As TensorFlow Serving does: neither Keras nor keras_resnet is needed from here on.
     folder = out / "saved_model"
     loaded = tf.saved_model.load(str(folder))
     metadata = json.loads(

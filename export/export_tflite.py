@@ -1,10 +1,10 @@
-"""Exports a trained model as TFLite files, and asks each of them about one test image.
+"""Exports a trained model to TFLite files, and runs each of them on one test image.
 
     python export_tflite.py RUN_OR_MODEL [--precision float32 float16 dynamic int8] [--out DIR]
         [--dataset NAME] [--no-preprocessing] [--force]
 
-What is written to DIR (default: exported) has passed its proof: LiteRT answered to all test
-images as the model does. The options are those of `keras-resnet export`.
+The files in DIR (default: exported) are verified: LiteRT gave the answers of the model to all test
+images. The options are those of `keras-resnet export`.
 """
 
 import sys
@@ -16,8 +16,8 @@ from ai_edge_litert.interpreter import Interpreter
 from keras_resnet import cli
 
 
-def ask(path, images):
-    """Returns the name of a .tflite file's output, and what it gives for a batch of images."""
+def predict(path, images):
+    """Returns the name of a .tflite file's output, and the output for a batch of images."""
     # The signature has names for input and output, and takes a batch of any size.
     run = Interpreter(str(path), num_threads=2).get_signature_runner("serving_default")
     ((name, answers),) = run(image=images).items()
@@ -25,20 +25,20 @@ def ask(path, images):
 
 
 def class_names(path):
-    """Returns what the numbers stand for: one name a line, in an archive behind the network."""
+    """Returns the class names, one a line of a file in the ZIP archive behind the network."""
     with zipfile.ZipFile(path) as archive:
         return archive.read("labels.txt").decode().split("\n")
 
 
 def main():
-    """Exports, asks and prints; returns the exit status."""
+    """Exports, predicts and prints; returns the exit status."""
     status, out = cli.export_to("tflite")
     if status:
         return status
     image = np.load(out / "reference.npz")["images"][:1]
-    # Those with "batch1" in their names take one image: for accelerators and browsers.
+    # Files with "batch1" in the name take one image, for accelerators and browsers.
     for path in sorted(out.glob("*.tflite")):
-        name, (answer,) = ask(path, image)
+        name, (answer,) = predict(path, image)
         names = class_names(path)
         best = (f"{names[i]} {answer[i]:.4f}" for i in np.argsort(-answer)[:3])
         print(f"{path.name}: {name}:", ", ".join(best))

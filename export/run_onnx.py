@@ -1,4 +1,4 @@
-"""Names what is on images by an .onnx file that `keras-resnet export` wrote.
+"""Classifies images with an .onnx file that `keras-resnet export` wrote.
 
     python run_onnx.py model-int8.onnx IMAGE… [--top 3] [--json]
 
@@ -17,8 +17,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-# How a file ends: a metadata entry, as protobuf writes it, with the SHA-256 of all before it.
-SEAL = b"\x72\x57\x0a\x13keras_resnet.sha256\x12\x40"
+# The end of a file: a serialized metadata entry with the SHA-256 of all bytes before it.
+CHECKSUM = b"\x72\x57\x0a\x13keras_resnet.sha256\x12\x40"
 
 
 def load(path, threads):
@@ -26,24 +26,23 @@ def load(path, threads):
     try:
         with open(path, "rb") as file:
             content = file.read()
-        body, seal = content[: -len(SEAL) - 64], content[-len(SEAL) - 64 :]
-        if seal != SEAL + hashlib.sha256(body).hexdigest().encode():
+        body, end = content[: -len(CHECKSUM) - 64], content[-len(CHECKSUM) - 64 :]
+        if end != CHECKSUM + hashlib.sha256(body).hexdigest().encode():
             raise ValueError(
                 "damaged, or not written by keras-resnet export: its checksum is wrong"
             )
-        onnxruntime.set_default_logger_severity(4)  # errors are told once, below
+        onnxruntime.set_default_logger_severity(4)  # errors are printed once, below
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Bytes, not the path: a file that is one cannot make the runtime read others.
+        # Bytes, not the path: the model cannot make the runtime read other files.
         session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-        notes = session.get_modelmeta().custom_metadata_map
-        metadata = json.loads(notes["keras_resnet"])
+        metadata = json.loads(session.get_modelmeta().custom_metadata_map["keras_resnet"])
         (taken,), (given,) = session.get_inputs(), session.get_outputs()
         if taken.type != "tensor(uint8)":
             raise ValueError("it takes numbers, not images: export it with its preprocessing")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such model file") from None
-    except Exception as error:  # a damaged file fails in many ways
+    except Exception as error:  # a damaged file raises many exceptions
         raise BadInput(f"{path}: cannot be used: {error}") from error
 
     def run(image):
@@ -53,7 +52,7 @@ def load(path, threads):
 
 
 class BadInput(Exception):
-    """A file cannot be used; the message says which, and why."""
+    """A file cannot be used; the message has its name and the reason."""
 
 
 TURNS = {
@@ -68,16 +67,16 @@ TURNS = {
 
 
 def turn_upright(image):
-    """Returns an image as its EXIF orientation says; as stored where that is unreadable."""
+    """Returns an image turned by its EXIF orientation; as stored if that is unreadable."""
     try:
         method = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # broken metadata raise many kinds, and every viewer shows the pixels
+    except Exception:  # broken EXIF raises many exceptions, and viewers show the pixels
         return image
     return image if method is None else image.transpose(method)
 
 
 def to_eight_bits(image):
-    """Returns an image of 16 bits, or of floats, as 8 bits; refuses ranges that are ambiguous."""
+    """Returns an image of 16 bits or floats in 8 bits; refuses ambiguous ranges."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     pixels = np.asarray(image).astype("float64")
@@ -97,9 +96,9 @@ def to_eight_bits(image):
 
 
 def read_image(path, height, width, channels):
-    """Returns an image file as uint8, [1, height, width, channels], the way training read it."""
+    """Returns an image file as uint8, [1, height, width, channels], as in training."""
     try:
-        # Pillow only warns of an image so large that it fills the memory.
+        # Pillow only warns of an image that would fill the memory.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as file:
             file.load()
@@ -113,12 +112,12 @@ def read_image(path, height, width, channels):
         return np.asarray(image).reshape(1, height, width, channels)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such image file") from None
-    except Exception as error:  # Pillow raises many kinds on a damaged file
+    except Exception as error:  # Pillow raises many exceptions for a damaged file
         raise BadInput(f"{path}: not an image that can be read ({error})") from error
 
 
 def is_inverted(image, invert, background):
-    """Whether light and dark are swapped: grey images that are light where training's are dark."""
+    """Returns whether a grey image is light and those of the training are dark."""
     if invert != "auto":
         return invert == "yes"
     sides = (image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1])
@@ -126,8 +125,8 @@ def is_inverted(image, invert, background):
     return bool(background == "dark" and image.shape[-1] == 1 and is_light)
 
 
-def name_image(path, model, args):
-    """Returns the most probable labels of an image file, as `keras-resnet predict` does."""
+def classify(path, model, args):
+    """Returns the most probable labels of an image file, like `keras-resnet predict`."""
     run, (height, width, channels), outputs, metadata = model
     names = metadata.get("class_names") or [f"class {i}" for i in range(outputs)]
     image = read_image(path, height, width, channels)
@@ -141,16 +140,16 @@ def name_image(path, model, args):
     return {"image": path, "inverted": inverted, "labels": labels}
 
 
-def complain(program, failures):
-    """Prints a line about each failure; returns the exit status."""
-    for failure in failures:
-        print(f"{program}: {' '.join(str(failure).split())}", file=sys.stderr)
-    return 2 if failures else 0
+def print_errors(program, errors):
+    """Prints a line for each error; returns the exit status."""
+    for error in errors:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2 if errors else 0
 
 
 def main():
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Classifies images.")
     parser.add_argument("model", metavar="MODEL.onnx")
     parser.add_argument("images", metavar="IMAGE", nargs="+")
     parser.add_argument("--top", type=int, default=3, help="labels an image (default: 3)")
@@ -158,17 +157,17 @@ def main():
     parser.add_argument("--invert", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a class name's letters
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack letters of a class name
     try:
         model = load(args.model, max(args.threads, 1))
     except BadInput as error:
-        return complain(parser.prog, [error])
-    rows, failures = [], []
+        return print_errors(parser.prog, [error])
+    rows, errors = [], []
     for path in args.images:
         try:
-            rows.append(name_image(path, model, args))
-        except BadInput as error:  # the other images are named all the same
-            failures.append(error)
+            rows.append(classify(path, model, args))
+        except BadInput as error:  # the other images are classified all the same
+            errors.append(error)
     lines = [
         f"{row['image']}  {label['label']}  {label['probability']:.4f}"
         for row in rows
@@ -180,10 +179,10 @@ def main():
     try:
         if rows or args.json:
             print(json.dumps(rows) if args.json else "\n".join(lines), flush=True)
-    except BrokenPipeError:  # the reader has gone, as in `… | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    return complain(parser.prog, failures)
+    return print_errors(parser.prog, errors)
 
 
 if __name__ == "__main__":

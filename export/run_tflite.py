@@ -1,4 +1,4 @@
-"""Names what is on images by a .tflite file that `keras-resnet export` wrote.
+"""Classifies images with a .tflite file that `keras-resnet export` wrote.
 
     python run_tflite.py model-int8.tflite IMAGE… [--top 3] [--json]
 
@@ -29,19 +29,21 @@ def load(path, threads):
     try:
         with open(path, "rb") as file:
             content = file.read()
-        # Behind the network lies a ZIP archive with the metadata: class names, checksum and more.
+        # A ZIP archive behind the network has the metadata: class names, checksum and more.
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            seal = json.loads(archive.read("keras_resnet.json"))
-        network = content[: seal["bytes"]]
-        if hashlib.sha256(network).hexdigest() != seal["sha256"]:
+            trailer = json.loads(archive.read("keras_resnet.json"))
+        network = content[: trailer["bytes"]]
+        if hashlib.sha256(network).hexdigest() != trailer["sha256"]:
             raise ValueError("damaged: its checksum is wrong")
+        # Earlier exports have the key "card".
+        metadata = trailer["metadata" if "metadata" in trailer else "card"]
         interpreter = Interpreter(model_content=network, num_threads=threads)
         (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
         if taken["dtype"] != np.uint8:
             raise ValueError("it takes numbers, not images: export it with its preprocessing")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such model file") from None
-    except Exception as error:  # a damaged file fails in many ways
+    except Exception as error:  # a damaged file raises many exceptions
         raise BadInput(f"{path}: cannot be used: {error}") from error
 
     def run(image):
@@ -51,11 +53,11 @@ def load(path, threads):
         interpreter.invoke()
         return interpreter.get_tensor(given["index"])
 
-    return run, taken["shape"][1:].tolist(), given["shape"][-1], seal["card"]
+    return run, taken["shape"][1:].tolist(), given["shape"][-1], metadata
 
 
 class BadInput(Exception):
-    """A file cannot be used; the message says which, and why."""
+    """A file cannot be used; the message has its name and the reason."""
 
 
 TURNS = {
@@ -70,16 +72,16 @@ TURNS = {
 
 
 def turn_upright(image):
-    """Returns an image as its EXIF orientation says; as stored where that is unreadable."""
+    """Returns an image turned by its EXIF orientation; as stored if that is unreadable."""
     try:
         method = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # broken metadata raise many kinds, and every viewer shows the pixels
+    except Exception:  # broken EXIF raises many exceptions, and viewers show the pixels
         return image
     return image if method is None else image.transpose(method)
 
 
 def to_eight_bits(image):
-    """Returns an image of 16 bits, or of floats, as 8 bits; refuses ranges that are ambiguous."""
+    """Returns an image of 16 bits or floats in 8 bits; refuses ambiguous ranges."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     pixels = np.asarray(image).astype("float64")
@@ -99,9 +101,9 @@ def to_eight_bits(image):
 
 
 def read_image(path, height, width, channels):
-    """Returns an image file as uint8, [1, height, width, channels], the way training read it."""
+    """Returns an image file as uint8, [1, height, width, channels], as in training."""
     try:
-        # Pillow only warns of an image so large that it fills the memory.
+        # Pillow only warns of an image that would fill the memory.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as file:
             file.load()
@@ -115,12 +117,12 @@ def read_image(path, height, width, channels):
         return np.asarray(image).reshape(1, height, width, channels)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such image file") from None
-    except Exception as error:  # Pillow raises many kinds on a damaged file
+    except Exception as error:  # Pillow raises many exceptions for a damaged file
         raise BadInput(f"{path}: not an image that can be read ({error})") from error
 
 
 def is_inverted(image, invert, background):
-    """Whether light and dark are swapped: grey images that are light where training's are dark."""
+    """Returns whether a grey image is light and those of the training are dark."""
     if invert != "auto":
         return invert == "yes"
     sides = (image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1])
@@ -128,8 +130,8 @@ def is_inverted(image, invert, background):
     return bool(background == "dark" and image.shape[-1] == 1 and is_light)
 
 
-def name_image(path, model, args):
-    """Returns the most probable labels of an image file, as `keras-resnet predict` does."""
+def classify(path, model, args):
+    """Returns the most probable labels of an image file, like `keras-resnet predict`."""
     run, (height, width, channels), outputs, metadata = model
     names = metadata.get("class_names") or [f"class {i}" for i in range(outputs)]
     image = read_image(path, height, width, channels)
@@ -143,16 +145,16 @@ def name_image(path, model, args):
     return {"image": path, "inverted": inverted, "labels": labels}
 
 
-def complain(program, failures):
-    """Prints a line about each failure; returns the exit status."""
-    for failure in failures:
-        print(f"{program}: {' '.join(str(failure).split())}", file=sys.stderr)
-    return 2 if failures else 0
+def print_errors(program, errors):
+    """Prints a line for each error; returns the exit status."""
+    for error in errors:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2 if errors else 0
 
 
 def main():
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Classifies images.")
     parser.add_argument("model", metavar="MODEL.tflite")
     parser.add_argument("images", metavar="IMAGE", nargs="+")
     parser.add_argument("--top", type=int, default=3, help="labels an image (default: 3)")
@@ -160,17 +162,17 @@ def main():
     parser.add_argument("--invert", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a class name's letters
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack letters of a class name
     try:
         model = load(args.model, max(args.threads, 1))
     except BadInput as error:
-        return complain(parser.prog, [error])
-    rows, failures = [], []
+        return print_errors(parser.prog, [error])
+    rows, errors = [], []
     for path in args.images:
         try:
-            rows.append(name_image(path, model, args))
-        except BadInput as error:  # the other images are named all the same
-            failures.append(error)
+            rows.append(classify(path, model, args))
+        except BadInput as error:  # the other images are classified all the same
+            errors.append(error)
     lines = [
         f"{row['image']}  {label['label']}  {label['probability']:.4f}"
         for row in rows
@@ -182,10 +184,10 @@ def main():
     try:
         if rows or args.json:
             print(json.dumps(rows) if args.json else "\n".join(lines), flush=True)
-    except BrokenPipeError:  # the reader has gone, as in `… | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    return complain(parser.prog, failures)
+    return print_errors(parser.prog, errors)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ _EXPORTS = {
     "Predictor": "evaluation.inference",
     "load": "evaluation.inference",
     "export": "exporters.exporter",
-    "verify": "exporters.verifier",
+    "verify": "exporters.verify_folder",
     "benchmark": "evaluation.benchmark",
     "InputError": "utils.errors",
     "TrainingError": "utils.errors",

@@ -372,7 +372,7 @@ def _export(args):
 
 def _verify(args):
     from keras_resnet.exporters.summary import format_verification
-    from keras_resnet.exporters.verifier import verify
+    from keras_resnet.exporters.verify_folder import verify
 
     found = verify(args.folder, trust=args.trust, **_given(args, _DATA_OPTIONS))
     print(json.dumps(found) if args.json else format_verification(found))

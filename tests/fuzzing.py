@@ -135,11 +135,11 @@ def nest(text, dice):
     return dice.choice((b"[" * depth, b'{"a":' * depth + b"1" + b"}" * depth))
 
 
-def sealed_tflite(content, dice):
+def tflite_with_checksum(content, dice):
     from keras_resnet.untrusted import checksums
 
     body = content[: content.index(b"PK\x03\x04")]
-    return checksums.seal_tflite(any_bytes(body, dice), METADATA)
+    return checksums.add_tflite_checksum(any_bytes(body, dice), METADATA)
 
 
 def numbers_in_tflite(content, dice):
@@ -150,13 +150,13 @@ def numbers_in_tflite(content, dice):
     for _ in range(2 ** dice.randrange(4)):
         place = 4 * dice.randrange(len(body) // 4)
         body[place] = dice.choice((0, 1, 2, 3, 4, 5, 9, 17, 53, 127, 255))
-    return checksums.seal_tflite(bytes(body), METADATA)
+    return checksums.add_tflite_checksum(bytes(body), METADATA)
 
 
-def sealed_onnx(content, dice):
+def onnx_with_checksum(content, dice):
     from keras_resnet.untrusted import checksums
 
-    return checksums.seal_onnx(any_bytes(_onnx_body(content), dice), METADATA)
+    return checksums.add_onnx_checksum(any_bytes(_onnx_body(content), dice), METADATA)
 
 
 def changed_onnx(content, dice):
@@ -168,7 +168,7 @@ def changed_onnx(content, dice):
     model = onnx.load_model_from_string(_onnx_body(content))
     for _ in range(2 ** dice.randrange(3)):
         dice.choice((_onnx_attribute, _onnx_dims, _onnx_wire, _onnx_operator))(model.graph, dice)
-    return checksums.seal_onnx(model.SerializeToString(), METADATA)
+    return checksums.add_onnx_checksum(model.SerializeToString(), METADATA)
 
 
 def _onnx_body(content):
@@ -225,7 +225,7 @@ def keras_config(content, dice):
     return rezipped(content, dice, "config.json", change_json)
 
 
-def keras_card(content, dice):
+def keras_notes(content, dice):
     return rezipped(content, dice, "keras_resnet.json", dice.choice((change_json, nest)))
 
 
@@ -239,9 +239,13 @@ def keras_weights(content, dice):
 
 # kind -> (file, mutators whose damage must be found, mutators after which any answer may be right)
 KINDS = {
-    "tflite": ("model.tflite", (any_bytes,), (sealed_tflite, numbers_in_tflite)),
-    "onnx": ("model.onnx", (any_bytes,), (sealed_onnx, changed_onnx)),
-    "keras": ("model.keras", (any_bytes,), (keras_config, keras_config, keras_card, keras_weights)),
+    "tflite": ("model.tflite", (any_bytes,), (tflite_with_checksum, numbers_in_tflite)),
+    "onnx": ("model.onnx", (any_bytes,), (onnx_with_checksum, changed_onnx)),
+    "keras": (
+        "model.keras",
+        (any_bytes,),
+        (keras_config, keras_config, keras_notes, keras_weights),
+    ),
     "manifest": ("manifest.json", (), (any_bytes, change_json, change_json, change_json, nest)),
 }
 

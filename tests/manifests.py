@@ -20,7 +20,7 @@ def sample():
         "agreement": 1.0,
         "accuracy": 0.93,
         "accuracy_change": -0.001,
-        "gate": {"agreement": 1.0},
+        "tolerance": {"agreement": 1.0},
         "failures": [],
         "published_by_force": False,
         "latency_ms": LATENCY,

@@ -1,7 +1,7 @@
-"""Thousands of damaged files: each is refused in one line, or answered rightly.
+"""Thousands of damaged files: each is refused in one line, or its answers are right.
 
-Half of the damage is done to a file as it is, so that its checksums tell; the other half is
-sealed again, which gets past them to the parsers. See fuzzing.py.
+Half of the files are damaged as they are, and their checksums detect it; the other half gets new
+checksums and reaches the parsers. See fuzzing.py.
 """
 
 import json

@@ -62,7 +62,7 @@ def save_tensorflow(module, folder):
 
 
 def to_tflite(saved_model, flex=False):
-    """Returns a SavedModel as a flatbuffer without a seal."""
+    """Returns a SavedModel as a flatbuffer without a checksum."""
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model))
@@ -72,7 +72,7 @@ def to_tflite(saved_model, flex=False):
 
 
 def to_onnx(module):
-    """Returns a module's function as a serialized ModelProto without a seal."""
+    """Returns a module's function as a serialized ModelProto without a checksum."""
     import tf2onnx
 
     signature = module.serve.input_signature
@@ -89,8 +89,8 @@ def write(folder, model, metadata):
     (saved / "assets.extra").mkdir()
     (saved / "assets.extra" / "keras_resnet.json").write_text(json.dumps(metadata))
     tflite, onnx = to_tflite(saved), to_onnx(module)
-    (folder / FORMATS["tflite"]).write_bytes(checksums.seal_tflite(tflite, metadata))
-    (folder / FORMATS["onnx"]).write_bytes(checksums.seal_onnx(onnx, metadata))
+    (folder / FORMATS["tflite"]).write_bytes(checksums.add_tflite_checksum(tflite, metadata))
+    (folder / FORMATS["onnx"]).write_bytes(checksums.add_onnx_checksum(onnx, metadata))
     # As others would have written them.
     (folder / "foreign.tflite").write_bytes(tflite)
     (folder / "foreign.onnx").write_bytes(onnx)

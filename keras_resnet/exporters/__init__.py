@@ -1,6 +1,12 @@
-"""Files that leave, each with the proof that it is still the same network.
+"""Export to SavedModel, TFLite and ONNX, with verification.
 
-`formats` is the table of what can be written and of the gates it must pass; `graph` is the one
-function that every format holds; `saved_model`, `tflite` and `onnx` write it; `proof` asks the real
-runtimes; `exporter` puts a folder together, and `verifier` checks one again, anywhere.
+- `formats`: the table of formats and precisions, with the tolerance of each.
+- `source`, `float32`, `graph`: the exported model, as one TensorFlow function.
+- `calibration`: training images for int8.
+- `saved_model`, `tflite`, `onnx`: one module writes each format.
+- `reference`: the answers of the Keras model to the test images.
+- `verify_artifact`: an artifact, run by its real runtime, compared with that reference.
+- `exporter`: `keras-resnet export`; `folder`, `earlier`: the folder that it writes or adds to.
+- `verify_folder`: `keras-resnet verify`, the same checks for an export folder anywhere.
+- `summary`: results as tables of text.
 """

@@ -1,4 +1,4 @@
-"""The export folder: it appears whole, and a killed export leaves the old one or none."""
+"""The export folder: it appears whole, and a killed export leaves the earlier one or none."""
 
 import contextlib
 import os
@@ -19,14 +19,13 @@ def check_target(folder):
     """Checks that an export may be written to a folder.
 
     Args:
-        folder: The folder: not there yet, empty, or that of an earlier export. A link to one
-            stands for that one.
+        folder: The folder: missing, empty, or an earlier export; or a link to such a folder.
 
     Returns:
-        It, as an absolute `pathlib.Path` without links.
+        An absolute `pathlib.Path` without links.
 
     Raises:
-        InputError: If it holds anything else, or its own folder cannot be written to.
+        InputError: If it holds anything else, or its parent cannot be written to.
     """
     given = expand_user(folder)
     try:
@@ -68,10 +67,10 @@ def _check_earlier(folder, given):
 def workspace(folder):
     """Yields an empty folder beside `folder`, removed at the end unless `publish` renamed it.
 
-    What killed exports left beside it is removed, too, or brought back.
+    Leftovers of killed exports are removed, or brought back.
 
     Args:
-        folder: What `check_target` returned.
+        folder: The result of `check_target`.
 
     Raises:
         InputError: If another export is writing to `folder`.
@@ -92,14 +91,14 @@ def _locked(work, folder):
     """Makes the workspace and holds a lock on it, which ends with the process."""
     work.mkdir(exist_ok=True)
     with files.locked(work, f"{folder}: another export is writing to it") as lock:
-        # The other one may just have finished, and its workspace be the folder by now.
+        # Another export may just have finished and renamed this workspace to the folder.
         if lock and not (work.exists() and os.path.samestat(os.fstat(lock), work.stat())):
             raise InputError(f"{folder}: another export was writing to it: try again")
         yield
 
 
 def carry_over(folder, work, names):
-    """Brings files of an earlier export into a workspace, without a copy where the disk can.
+    """Brings files of an earlier export into a workspace, as hard links if the disk has them.
 
     Args:
         folder: The earlier export.
@@ -124,8 +123,8 @@ def _link(source, target, **_):
 def publish(work, folder):
     """Puts a workspace in a folder's place.
 
-    A process that is killed leaves the old folder, the new one, or, between two renames, the old
-    one under another name, from where the next export brings it back.
+    A killed process leaves the old folder or the new one; between two renames, it leaves the old
+    one under another name, and the next export brings it back.
 
     Args:
         work: The workspace.
@@ -145,16 +144,16 @@ def _aside(folder):
 
 
 def _sync(folder):
-    """Has the disk hold what is written: a power cut could leave new names on empty files."""
+    """Flushes all files to the disk: a power cut could leave new names on empty files."""
     for path in folder.rglob("*"):
-        # Another's file, carried over, may be closed to us.
+        # A foreign file that was carried over may be unreadable.
         if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
 
 def _tidy(folder):
-    """Brings back, or removes, what a process that was killed in `publish` had put aside."""
+    """Brings back or removes the old folder of a process that was killed in `publish`."""
     aside = _aside(folder)
     if folder.exists():
         _remove(aside)

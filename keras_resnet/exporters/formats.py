@@ -1,6 +1,6 @@
-"""What can be written, in which precision, and the gate each must pass: one table for all.
+"""The tables of exports: formats, precisions, and the tolerances that artifacts must keep.
 
-Command line, checks, tests and README read these tables; nothing heavy is imported here.
+Command line, checks and tests read these tables; nothing heavy is imported here.
 """
 
 import collections.abc
@@ -11,13 +11,13 @@ from keras_resnet.utils.errors import InputError, look_up
 
 
 @dataclasses.dataclass(frozen=True)
-class Gate:
-    """What an artifact must keep of the Keras model it was made of, on real test images.
+class Tolerance:
+    """How far the answers of an artifact may be from those of its Keras model, on test images.
 
     Attributes:
         max_difference: Largest difference of any probability; None for no limit.
-        agreement: Least share of the images whose most probable class is the same.
-        accuracy_drop: Most that the accuracy may fall, as a share (0.003 is 0.3 points); None for
+        agreement: Smallest share of the images with the same most probable class.
+        accuracy_drop: Largest drop of the accuracy, as a share (0.003 is 0.3 points); None for
             no limit.
     """
 
@@ -28,39 +28,41 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """In which numbers an artifact stores and computes.
+    """The number types that an artifact stores and computes in.
 
     Attributes:
         description: In a few words.
-        gate: The `Gate`.
+        tolerance: The `Tolerance` of its artifacts.
         is_calibrated: Whether training images are run through the network to find the range of
             each tensor.
     """
 
     description: str
-    gate: Gate
+    tolerance: Tolerance
     is_calibrated: bool = False
 
 
 PRECISIONS = {
-    "float32": Precision("weights and sums as trained", Gate(1e-5, 1.0, None)),
-    "float16": Precision("weights in half precision", Gate(2e-3, 0.999, None)),
-    "dynamic": Precision("weights in 8 bits, ranges found per image", Gate(None, 0.985, 0.003)),
+    "float32": Precision("weights and sums as trained", Tolerance(1e-5, 1.0, None)),
+    "float16": Precision("weights in half precision", Tolerance(2e-3, 0.999, None)),
+    "dynamic": Precision(
+        "weights in 8 bits, ranges found per image", Tolerance(None, 0.985, 0.003)
+    ),
     "int8": Precision(
         "weights and activations in 8 bits, ranges from training images",
-        Gate(None, 0.985, 0.003),
+        Tolerance(None, 0.985, 0.003),
         is_calibrated=True,
     ),
 }
 
 
 def least_halved(sizes):
-    """Returns how many numbers a tensor has at least that float16 stores in half precision.
+    """Returns the number of elements from which on float16 stores a tensor in half precision.
 
-    Biases, the stem and the head are a share of a percent of a file, and most of the error.
+    Biases, the stem and the head are a fraction of a percent of a file, and most of the error.
 
     Args:
-        sizes: How many numbers each of the network's tensors has.
+        sizes: The number of elements of each tensor of the network.
 
     Example:
         >>> least_halved([11_000_000, 512]), least_halved([2_000, 16])
@@ -71,13 +73,13 @@ def least_halved(sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format, and what it comes in.
+    """A format, its precisions and its batch sizes.
 
     Attributes:
         title: Its name in prose.
         file: Pattern of the file's name.
         precisions: Rows of `PRECISIONS`.
-        batches: The batch sizes written; None is any.
+        batches: Batch sizes; None is any.
     """
 
     title: str
@@ -86,7 +88,7 @@ class Format:
     batches: tuple[int | None, ...] = (None,)
 
 
-# The writer of a format is the module of this package that has the format's name.
+# The module of this package with a format's name writes it.
 FORMATS = {
     "saved_model": Format("SavedModel", "saved_model", ("float32",)),
     "tflite": Format(
@@ -99,10 +101,13 @@ FORMATS = {
     "onnx": Format("ONNX", "model-{precision}.onnx", ("float32", "float16", "int8")),
 }
 
+BATCH_SIZES = (1, 2, 7)
+"""The batch sizes that verification runs every artifact with."""
+
 REFERENCE = "reference.npz"
 BENCHMARK = ("benchmark.json", "benchmark.png")
 OWN_FILES = (MANIFEST, REFERENCE, *BENCHMARK)
-"""What an export folder holds beside the artifacts."""
+"""Files of an export folder beside the artifacts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Artifact:
     Attributes:
         format: A row of `FORMATS`.
         precision: A row of `PRECISIONS`.
-        batch: The batch size it is made for; None for any.
+        batch: Its batch size; None for any.
     """
 
     format: str
@@ -121,20 +126,20 @@ class Artifact:
 
     @property
     def file(self):
-        """Its name in the export folder."""
+        """The name of the file in the export folder."""
         batch = f"-batch{self.batch}" if self.batch else ""
         return FORMATS[self.format].file.format(precision=self.precision, batch=batch)
 
 
 def choose_artifacts(formats=None, precisions=None):
-    """Returns the `Artifact`s that formats and precisions stand for, in the tables' order.
+    """Returns the `Artifact`s of some formats and precisions, in the order of the tables.
 
     Args:
         formats: Rows of `FORMATS`; None for all.
-        precisions: Rows of `PRECISIONS`; None for all that a format comes in.
+        precisions: Rows of `PRECISIONS`; None for all of each format.
 
     Raises:
-        InputError: If a name is no row, or one that was named would go without a file.
+        InputError: If a name is not in its table, or no artifact would have it.
 
     Example:
         >>> [artifact.file for artifact in choose_artifacts(["onnx"], ["float32", "int8"])]
@@ -153,15 +158,22 @@ def choose_artifacts(formats=None, precisions=None):
         if precision in wanted
         for batch in FORMATS[name].batches
     ]
-    for name in named if formats is not None else ():
-        _check_used(name, [artifact.format for artifact in chosen], name, wanted)
-    for precision in wanted if precisions is not None else ():
-        _check_used(precision, [artifact.precision for artifact in chosen], named[0], [precision])
+    # Each name of a list must have an artifact: (format, precisions that it lacks).
+    unmet = []
+    if formats is not None:
+        found = {artifact.format for artifact in chosen}
+        unmet += [(name, wanted) for name in named if name not in found]
+    if precisions is not None:
+        found = {artifact.precision for artifact in chosen}
+        unmet += [(named[0], [precision]) for precision in wanted if precision not in found]
+    for name, lacking in unmet:
+        own = ", ".join(FORMATS[name].precisions)
+        raise InputError(f"{name} comes in {own}, not in {' or '.join(lacking)}")
     return chosen
 
 
 def _rows(table, names, argument):
-    """Returns the rows of `table` that were named, once each and in its order."""
+    """Returns the names of rows without duplicates, in the order of the table."""
     if names is None:
         return list(table)
     if isinstance(names, str) or not isinstance(names, collections.abc.Iterable) or not names:
@@ -169,11 +181,3 @@ def _rows(table, names, argument):
     for name in names:
         look_up(table, name, argument)
     return [name for name in table if name in names]
-
-
-def _check_used(name, used, format, precisions):
-    if name not in used:
-        raise InputError(
-            f"{format} comes in {', '.join(FORMATS[format].precisions)}, "
-            f"not in {' or '.join(precisions)}"
-        )

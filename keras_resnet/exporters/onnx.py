@@ -1,4 +1,4 @@
-"""ONNX: what ONNX Runtime and most accelerators' tools read."""
+"""Writes ONNX files, for ONNX Runtime and the tools of most accelerators."""
 
 import tempfile
 from pathlib import Path
@@ -17,18 +17,19 @@ from onnxruntime.quantization import (
 from keras_resnet import __version__
 from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
-from keras_resnet.untrusted.checksums import seal_onnx
+from keras_resnet.untrusted.checksums import add_onnx_checksum
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.quiet import suppress_stderr
 
 OPSET = 17
 
-_OLDEST_RUNTIME = "ONNX Runtime 1.12"  # of 2022, the first that reads opset 17
+# Released in 2022; the first that reads opset 17.
+_OLDEST_RUNTIME = "ONNX Runtime 1.12"
 
 _BATCH = "batch"
 _SMALLEST = np.array(np.finfo("float32").tiny)
 
-# Below is what an 8-bit or 16-bit network is made of; before the first of them images are scaled.
+# Operators with weights. The operators before the first of them scale the images.
 _WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
@@ -40,48 +41,66 @@ def write(job, artifact, path):
         artifact: The `Artifact`.
         path: The file to write.
 
+    Returns:
+        The oldest ONNX Runtime that reads it; the same for all files, by their opset.
+
     Raises:
         InputError: If the network needs an operator that ONNX does not have.
     """
     proto = convert(job.serving.module(artifact.batch), artifact.precision, job.calibration)
-    path.write_bytes(seal_onnx(proto.SerializeToString(), job.metadata, job.provenance))
-
-
-def oldest_runtime(path):
-    """Returns the oldest ONNX Runtime that reads a file; the same for all, by their opset."""
+    path.write_bytes(add_onnx_checksum(proto.SerializeToString(), job.metadata, job.provenance))
     return _OLDEST_RUNTIME
 
 
 def convert(module, precision, images=()):
-    """Returns a module's function `serve` as an ONNX model.
+    """Converts a module's function `serve` to an ONNX model.
 
     Args:
-        module: What `Serving.module` returns.
+        module: The `ServedModule`.
         precision: "float32", "float16" or "int8".
-        images: For "int8": what is run through the network to find each tensor's range.
+        images: For "int8": images that find the range of each tensor.
+
+    Returns:
+        An `onnx.ModelProto`.
 
     Raises:
         InputError: If the network needs an operator that ONNX does not have.
     """
-    specs = module.serve.input_signature
     with suppress_stderr():
         try:
-            proto, _ = tf2onnx.convert.from_function(
-                module.serve, input_signature=specs, opset=OPSET
-            )
-            _keep_padding_before_pooling(proto)
-            _keep_sizes_of_resizes(proto)
-            proto = _PRECISIONS[precision](_fold(proto), images)
+            folded = module.converted("folded.onnx", lambda: _convert_folded(module))
+            proto = _PRECISIONS[precision](onnx.load_model_from_string(folded), images)
         except Exception as error:
             raise InputError(f"ONNX cannot hold this network: {one_line(error)}") from error
     return _tidy(proto)
 
 
-def _keep_padding_before_pooling(proto):
-    """Keeps ONNX Runtime from taking zeros around a pooling layer for the pooling's own padding.
+def _convert_folded(module):
+    """Returns the float32 model that all precisions start from, serialized.
 
-    It folds a `Pad` of zeros into `MaxPool`, which pads with -inf: the same behind a ReLU only. A
-    `Pad` of the smallest positive number is left alone, and no maximum is changed by it.
+    BatchNormalization and padding are folded into the convolutions by ONNX Runtime; its basic level
+    writes standard operators only, the levels above it do not.
+    """
+    signature = module.serve.input_signature
+    proto, _ = tf2onnx.convert.from_function(module.serve, input_signature=signature, opset=OPSET)
+    _keep_padding_before_pooling(proto)
+    _keep_sizes_of_resizes(proto)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "folded.onnx"
+        options.optimized_model_filepath = str(path)
+        content = proto.SerializeToString()
+        onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return path.read_bytes()
+
+
+def _keep_padding_before_pooling(proto):
+    """Keeps ONNX Runtime from folding a `Pad` of zeros into `MaxPool`, which pads with -inf.
+
+    The two are the same behind a ReLU only. ONNX Runtime does not fold a `Pad` of the smallest
+    positive number, which changes no maximum.
     """
     makers = {name: node for node in proto.graph.node for name in node.output}
     constants = {constant.name: constant for constant in proto.graph.initializer}
@@ -102,7 +121,7 @@ def _pads_with_zeros(pad, constants):
 
 
 def _keep_sizes_of_resizes(proto):
-    """Rounds scales up where 23 pixels times float32(28 / 23) would come to 27.99 and so to 27."""
+    """Rounds scales up where needed: 23 pixels times float32(28 / 23) are 27.99, and become 27."""
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     known = onnx.shape_inference.infer_shapes(proto).graph
     shapes = {
@@ -119,26 +138,10 @@ def _keep_sizes_of_resizes(proto):
         tensor.CopyFrom(onnx.numpy_helper.from_array(scales, tensor.name))
 
 
-def _fold(proto):
-    """Returns the model with BatchNormalization and padding folded into the convolutions.
-
-    ONNX Runtime's basic level writes standard operators only; the levels above it do not.
-    """
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
-        onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        return onnx.load(options.optimized_model_filepath)
-
-
 def _float16(proto, images):
-    """Stores the large weights in half precision, and computes in float32 as before.
+    """Stores the large weights in half precision; the model computes in float32 as before.
 
-    Few processors have sums in half precision, and those would be further off than the gate lets.
+    Few processors add in half precision, and the error would be beyond the tolerance.
     """
     arrays = [(each, onnx.numpy_helper.to_array(each)) for each in proto.graph.initializer]
     floats = [(tensor, weights) for tensor, weights in arrays if weights.dtype == np.float32]
@@ -160,7 +163,7 @@ def _float16(proto, images):
 
 
 def _int8(proto, images):
-    """Quantizes to 8 bits: activations unsigned, weights signed and for each filter.
+    """Quantizes to 8 bits: activations unsigned, weights signed with a scale for each filter.
 
     Signed activations would be three times slower on x86 (VNNI multiplies unsigned by signed).
     """
@@ -182,12 +185,12 @@ def _int8(proto, images):
         return onnx.load(path)
 
 
-# precision -> function of the folded model and the calibration images.
+# precision -> function of the folded model and the calibration images that returns a model.
 _PRECISIONS = {"float32": lambda proto, images: proto, "float16": _float16, "int8": _int8}
 
 
 class _Calibration(CalibrationDataReader):
-    """Hands images to the quantizer one by one."""
+    """Gives images to the quantizer one by one."""
 
     def __init__(self, images):
         self._images = iter(images)
@@ -198,7 +201,7 @@ class _Calibration(CalibrationDataReader):
 
 
 def _scaling(proto):
-    """Returns the names of the nodes before the first with weights: what scales the images."""
+    """Returns the names of the nodes that scale the images: those before the first with weights."""
     names = []
     for node in proto.graph.node:
         if node.op_type in _WEIGHTED:
@@ -208,13 +211,13 @@ def _scaling(proto):
 
 
 def _tidy(proto):
-    """Returns the model named, its batch dimension called "batch", and no leftover domains."""
+    """Returns the model with names, a batch dimension called "batch", and no unused domains."""
     ends = [*proto.graph.input, *proto.graph.output]
     for end in ends:
         first = end.type.tensor_type.shape.dim[0]
         if not first.HasField("dim_value"):
             first.dim_param = _BATCH
-    del proto.graph.value_info[:]  # inference fills it in anew
+    del proto.graph.value_info[:]  # shape inference below computes it again
     used = {node.domain for node in proto.graph.node}
     kept = [opset for opset in proto.opset_import if opset.domain in used]
     del proto.opset_import[:]
@@ -224,7 +227,7 @@ def _tidy(proto):
     proto.graph.name = "keras_resnet"
     proto.doc_string = proto.graph.doc_string = ""
     proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-    # A `Resize` loses the batch: what follows would have dimensions called "unk__0".
+    # A `Resize` loses the batch: later tensors would have dimensions called "unk__0".
     known = [value for value in proto.graph.value_info if not _has_unknown_size(value)]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(known)

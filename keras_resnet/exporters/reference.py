@@ -1,25 +1,140 @@
-"""`reference.npz`: real images, and what was answered to them when a folder was exported."""
+"""The answers of the Keras model to the test images, and `reference.npz`, which keeps some."""
 
 import dataclasses
+import hashlib
+import math
 import zipfile
 from pathlib import Path
 
+import keras
 import numpy as np
 
-from keras_resnet.exporters import verification
+from keras_resnet.evaluation.inference import to_probabilities
+from keras_resnet.exporters.float32 import check_twin
+from keras_resnet.exporters.formats import BATCH_SIZES
+from keras_resnet.runtimes.base import LOGITS, as_rows, kind_by_numbers
 from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.progress import bar
 
 MAX_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
+class Reference:
+    """The answers of a Keras model to real test images.
+
+    Attributes:
+        labels: int64, [count].
+        probabilities: The model's, float32, [count, classes]; those of its float32 twin, if it
+            computes in another precision.
+        own: The model's in its own precision, float32, [count, classes]; None without a twin.
+        twin: The result of `check_twin`; None without a twin.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    own: np.ndarray | None = None
+    twin: dict | None = None
+
+    @property
+    def accuracy(self):
+        """The accuracy of the Keras model in its own precision, from 0 to 1."""
+        own = self.probabilities if self.own is None else self.own
+        return float(np.mean(own.argmax(axis=1) == self.labels))
+
+
+def compute_reference(model, serving, split):
+    """Runs a Keras model on a split, layer by layer as Keras calls it, and its float32 twin.
+
+    Args:
+        model: The Keras model.
+        serving: Its `Serving`.
+        split: The `Split` of raw images.
+
+    Returns:
+        A `Reference`.
+
+    Raises:
+        InputError: If there are too few images, the twin answers otherwise, or the outputs are not
+            of the kind that `serving` took them for.
+    """
+    if len(split) < max(BATCH_SIZES):
+        raise InputError(f"verification needs at least {max(BATCH_SIZES)} images, got {len(split)}")
+    kind = serving.source_kind
+    outputs, own, twin = _predict(model, split), None, None
+    if serving.twin is not model:
+        own, outputs = outputs, _predict(serving.twin, split)
+        dtypes = {layer.compute_dtype for layer in model._flatten_layers()}
+        twin = check_twin(model.name, dtypes, own, outputs)
+        own = to_probabilities(own, kind, model.name)
+    # The graph may not state the kind; a few sample images can then look like another one.
+    found = kind_by_numbers(outputs)
+    if serving.runtime.graph_kind is None and not kind.endswith(found) and found != LOGITS:
+        raise InputError(
+            f"{model.name}: it gives {kind} for some images and numbers like {found} for others: "
+            "end it in a Dense layer without activation, a Softmax layer, or a sigmoid"
+        )
+    probabilities = to_probabilities(outputs, kind, model.name)
+    return Reference(split.labels, probabilities, own, twin)
+
+
+def _predict(model, split):
+    """Returns the outputs of a Keras model for a split, float32, [count, columns]."""
+    parts = []
+    with bar(len(split), "the Keras model") as shown:
+        for images, _ in split.batches(256):
+            (outputs,) = keras.tree.flatten(model(images, training=False))
+            outputs = keras.ops.convert_to_numpy(keras.ops.cast(outputs, "float32"))
+            parts.append(as_rows(outputs))
+            shown.update(len(images))
+    return np.concatenate(parts)
+
+
+def describe_chance(reference, takes_floats):
+    """Returns a line about a model that is hardly better than chance; None for a better one.
+
+    Args:
+        reference: The `Reference`.
+        takes_floats: Whether the model takes floats, which may need normalisation.
+    """
+    share = np.bincount(reference.labels).max() / len(reference.labels)
+    deviation = math.sqrt(share * (1 - share) / len(reference.labels))
+    if reference.accuracy > min(share + 2 * deviation, 0.999):
+        return None
+    line = (
+        f"the Keras model has an accuracy of {reference.accuracy:.1%}, and always answering the "
+        f"most frequent class one of {share:.1%}: it is untrained, was trained on other classes"
+    )
+    if takes_floats:
+        return f"{line}, or takes images that are normalised before it: then name --normalize"
+    return f"{line}, or on images of another kind"
+
+
+def digest_order(split):
+    """Returns a sha256 (hex) that differs for other images or another order.
+
+    Args:
+        split: A `Split`; all its labels are hashed, and some of its images.
+    """
+    some = np.linspace(0, len(split) - 1, min(64, len(split))).astype(int)
+    whole = hashlib.sha256(np.asarray(split.labels, "<i8").tobytes())
+    whole.update(np.ascontiguousarray(split.images[some]))
+    return whole.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------
+# reference.npz
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What was answered at an export.
+    """Some images and their answers at an export.
 
     Attributes:
         images: Some test images as the artifacts take them, [count, height, width, channels].
         probabilities: The Keras model's, float32, [count, classes].
-        top1: Its most probable class of every test image, int64, [all images].
+        top1: Its most probable class for every test image, int64, [all images].
         answers: file -> the artifact's own probabilities, float32, [count, classes].
     """
 
@@ -37,11 +152,11 @@ def write_reference(path, recorded):
 
 
 def read_reference(folder, manifest):
-    """Returns what an export recorded, once its shapes are found to fit the manifest.
+    """Reads `reference.npz` and checks that its shapes fit the manifest.
 
     Args:
         folder: The export folder.
-        manifest: What `read_manifest` returned.
+        manifest: The result of `read_manifest`.
 
     Returns:
         A `Recorded`.
@@ -61,7 +176,7 @@ def read_reference(folder, manifest):
                 {name: arrays[f"answers/{name}"] for name in names},
             )
         _check(found, manifest)
-    # A damaged archive can fail in any of zipfile's and NumPy's ways.
+    # A damaged archive can raise any exception of zipfile and NumPy.
     except Exception as error:
         raise InputError(f"{path}: damaged: {one_line(error)}") from error
     return found
@@ -70,7 +185,7 @@ def read_reference(folder, manifest):
 def _check(found, manifest):
     shape = (len(found.images), len(manifest["class_names"]))
     floats = [found.probabilities, *found.answers.values()]
-    if found.images.ndim != 4 or shape[0] < max(verification.BATCHES):
+    if found.images.ndim != 4 or shape[0] < max(BATCH_SIZES):
         raise ValueError(f"its images have the shape {found.images.shape}")
     if any(one.shape != shape or not np.isfinite(one).all() for one in floats):
         raise ValueError(f"its answers must be finite and of shape {shape}")

@@ -1,14 +1,14 @@
 """Exports, failures and verifications as tables of text."""
 
-from keras_resnet.exporters.verification import NOTHING_SHOWN
+from keras_resnet.exporters.verify_artifact import INCONCLUSIVE
 from keras_resnet.utils.tables import Column, format_table
 
 
 def format_manifest(manifest, *, markdown=False):
-    """Returns a manifest's artifacts as a table: size, proof, images, accuracy, speed.
+    """Returns a manifest's artifacts as a table: size, figures, latency, verification.
 
     Args:
-        manifest: What `export` returned.
+        manifest: The result of `export`.
         markdown: Whether to write Markdown.
     """
     threads = sorted({key for row in manifest["artifacts"] for key in row["latency_ms"]}, key=int)
@@ -16,7 +16,7 @@ def format_manifest(manifest, *, markdown=False):
     for artifact in manifest["artifacts"]:
         row = {**artifact, "megabytes": artifact["bytes"] / 1e6}
         row["points"] = 100 * artifact["accuracy_change"]
-        rows.append({**row, "proof": _verdict(artifact["failures"])})
+        rows.append({**row, "verification": _verdict(artifact["failures"])})
     for row in rows:
         row["images"] = manifest["data"]["images"]
         for count in threads:
@@ -30,7 +30,7 @@ def format_manifest(manifest, *, markdown=False):
         Column("images", spec=","),
         Column("points", "change, points", "+.2f"),
         *(Column(f"ms{count}", f"ms, {_threads(count)}", ".2f") for count in threads),
-        "proof",
+        "verification",
     ]
     return format_table(rows, columns, markdown=markdown)
 
@@ -38,8 +38,8 @@ def format_manifest(manifest, *, markdown=False):
 def _verdict(failures):
     if not failures:
         return "passed"
-    only_this = all(failure.startswith(NOTHING_SHOWN) for failure in failures)
-    return NOTHING_SHOWN if only_this else "FAILED"
+    is_only_that = all(failure.startswith(INCONCLUSIVE) for failure in failures)
+    return INCONCLUSIVE if is_only_that else "FAILED"
 
 
 def _threads(count):
@@ -47,10 +47,10 @@ def _threads(count):
 
 
 def format_failures(failures):
-    """Returns what failed, and by how much, as a table.
+    """Returns failures as a table: file, check, result, limit.
 
     Args:
-        failures: `verification.Failure`s.
+        failures: A list of `verify_artifact.Failure`s.
     """
     rows = [
         {**vars(failure), "found": _number(failure.found), "limit": _number(failure.limit)}
@@ -64,10 +64,10 @@ def _number(value):
 
 
 def format_verification(found):
-    """Returns what `verify` found as a table.
+    """Returns a verification as a table.
 
     Args:
-        found: What it returned.
+        found: The result of `verify`.
     """
     rows = [{**row, "failures": "; ".join(row["failures"]) or None} for row in found["files"]]
     accuracy = [Column("accuracy", spec=".4f"), Column("accuracy_images", "of images", ",")]
@@ -78,6 +78,6 @@ def format_verification(found):
         Column("agreement", spec=".4f"),
         Column("images", spec=","),
         *(accuracy if any(row.get("accuracy") is not None for row in rows) else []),
-        *([Column("failures", "what failed")] if any(row["failures"] for row in rows) else []),
+        *(["failures"] if any(row["failures"] for row in rows) else []),
     ]
     return format_table(rows, columns)

@@ -1,4 +1,4 @@
-"""TFLite (LiteRT): what phones and small boards run."""
+"""Writes TFLite (LiteRT) files, for phones and small boards."""
 
 import copy
 import re
@@ -10,7 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
-from keras_resnet.untrusted.checksums import seal_tflite
+from keras_resnet.untrusted.checksums import add_tflite_checksum
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.quiet import suppress_stderr
 
@@ -27,11 +27,11 @@ def _int8(converter, images):
     converter.representative_dataset = lambda: ({graph.IMAGE: image[None]} for image in images)
 
 
-# The converter's metadata: the version of TensorFlow Lite that first has all of the operators.
+# The converter's metadata entry: the first version of TensorFlow Lite with all of the operators.
 _OLDEST_RUNTIME = b"min_runtime_version"
 _DEQUANTIZE_RUNTIME = "1.15.0"
 
-# precision -> what the converter is told beyond "built-in operators only".
+# precision -> settings of the converter beyond "built-in operators only".
 _SETTINGS = {
     "float32": lambda converter, images: None,
     "float16": lambda converter, images: None,
@@ -48,40 +48,54 @@ def write(job, artifact, path):
         artifact: The `Artifact`.
         path: The file to write.
 
+    Returns:
+        The oldest TensorFlow Lite that runs it; None if unknown.
+
     Raises:
         InputError: If the network needs an operator that phones lack.
     """
     content = convert(job.serving.module(artifact.batch), artifact.precision, job.calibration)
-    path.write_bytes(seal_tflite(content, job.metadata))
+    path.write_bytes(add_tflite_checksum(content, job.metadata))
+    return oldest_runtime(content)
 
 
 def convert(module, precision, images=()):
-    """Returns a module's function `serve` as the bytes of a .tflite file.
+    """Converts a module's function `serve` to the bytes of a .tflite file.
 
     Args:
-        module: What `Serving.module` returns.
+        module: The `ServedModule`.
         precision: A row of `formats.PRECISIONS`.
-        images: For "int8": what is run through the network to find each tensor's range.
+        images: For "int8": images that find the range of each tensor.
+
+    Raises:
+        InputError: If the network needs an operator that phones lack.
     """
+    if precision == "float16":
+        return halve(convert(module, "float32"))
+    if precision == "float32":
+        return module.converted("float32.tflite", lambda: _convert(module, precision, images))
+    return _convert(module, precision, images)
+
+
+def _convert(module, precision, images):
     with suppress_stderr():
         converter = tf.lite.TFLiteConverter.from_saved_model(module.save())
-        # The default would also take TensorFlow's own operators, which a phone does not have.
+        # The default includes TensorFlow's own operators, which a phone does not have.
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         _SETTINGS[precision](converter, images)
         try:
-            content = bytes(converter.convert())
+            return bytes(converter.convert())
         except Exception as error:
             raise InputError(f"TFLite cannot hold this network: {_reason(error)}") from error
-    return halve(content) if precision == "float16" else content
 
 
-def oldest_runtime(path):
-    """Returns the oldest TensorFlow Lite that runs a file, as the converter recorded it.
+def oldest_runtime(content):
+    """Returns the oldest TensorFlow Lite that runs a file; None if the converter recorded none.
 
     Args:
-        path: What `write` wrote.
+        content: The file, bytes.
     """
-    model = schema.Model.GetRootAs(path.read_bytes(), 0)
+    model = schema.Model.GetRootAs(content, 0)
     for index in range(model.MetadataLength()):
         entry = model.Metadata(index)
         if entry.Name() == _OLDEST_RUNTIME:
@@ -91,15 +105,15 @@ def oldest_runtime(path):
 
 
 def halve(content):
-    """Stores the large weights of a .tflite file in half precision, and leaves the small ones.
+    """Stores the large weights of a .tflite file in half precision.
 
-    The converter's own float16 halves all of them.
+    The converter's own float16 includes the small ones, which cause most of the error.
 
     Args:
         content: A float32 model, bytes.
 
     Returns:
-        The model in bytes; it computes in float32, as the converter's own.
+        The model, bytes; it computes in float32, like that of the converter.
     """
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     for subgraph in model.subgraphs:
@@ -116,13 +130,13 @@ def halve(content):
 
 
 def _count_floats(model, tensor):
-    """Returns how many float32 numbers a constant has; 0 for another tensor."""
+    """Returns the number of elements of a float32 constant; 0 for another tensor."""
     data = model.buffers[tensor.buffer].data
     return 0 if tensor.type != schema.TensorType.FLOAT32 or data is None else len(data) // 4
 
 
 def _halve_tensor(model, subgraph, index):
-    """Moves a constant into a new tensor; returns the operator that makes the old one of it."""
+    """Moves a constant into a new float16 tensor; returns the operator that restores it."""
     tensor = subgraph.tensors[index]
     halved = copy.copy(tensor)
     halved.name, halved.type = tensor.name + b"_half", schema.TensorType.FLOAT16
@@ -138,7 +152,7 @@ def _halve_tensor(model, subgraph, index):
 
 
 def _require_dequantize(model):
-    """Raises the recorded version of the runtime to the first with DEQUANTIZE of half precision."""
+    """Raises the recorded version of the runtime to the first with DEQUANTIZE of float16."""
     for entry in model.metadata or ():
         if entry.name == _OLDEST_RUNTIME:
             buffer = model.buffers[entry.buffer]
@@ -148,20 +162,20 @@ def _require_dequantize(model):
 
 
 def _dequantize(model):
-    """Returns the index of DEQUANTIZE in the model's table of operators, which it is added to."""
+    """Returns the index of DEQUANTIZE in the model's table of operators, adding it if missing."""
     code = schema.BuiltinOperator.DEQUANTIZE
     for index, kind in enumerate(model.operatorCodes):
         if kind.builtinCode == code:
             return index
     kind = schema.OperatorCodeT()
     kind.builtinCode = kind.deprecatedBuiltinCode = code
-    kind.version = 3  # the first that takes half precision
+    kind.version = 3  # the first that takes float16
     model.operatorCodes.append(kind)
     return len(model.operatorCodes) - 1
 
 
 def _reason(error):
-    """Returns in one line why the converter gave up: the operators, if it names some."""
+    """Returns the reason of a converter's error in one line: missing operators, if it names any."""
     names = sorted(set(re.findall(r"tf\.(\w+)\(tensor", str(error))))
     if names:
         return f"it has no operator for {', '.join(names)}; build it of other layers"

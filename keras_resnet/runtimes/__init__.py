@@ -60,7 +60,7 @@ def open_runtime(path, *, threads=None, trust=False, prober=None):
     module, name = _NATIVE[suffix]
     if not trust:
         # In this order: a file that is damaged need not be tried.
-        {".tflite": checksums.read_tflite_seal, ".onnx": checksums.read_onnx_seal}[suffix](
+        {".tflite": checksums.read_tflite_metadata, ".onnx": checksums.check_onnx_checksum}[suffix](
             content, path
         )
         with contextlib.nullcontext(prober) if prober else Prober() as used:

@@ -38,10 +38,10 @@ class OnnxRuntime(Runtime):
     format = "onnx"
 
     def __init__(self, content, path, threads=None):
-        sealed = checksums.read_onnx_seal(content, path)
+        has_checksum = checksums.check_onnx_checksum(content, path)
         model = _parse(content, path)
         metadata = [(entry.key, entry.value) for entry in model.metadata_props]
-        super().__init__(path, checksums.onnx_metadata(metadata, sealed, path), threads)
+        super().__init__(path, checksums.read_onnx_metadata(metadata, has_checksum, path), threads)
         self.operators = count(self._operators(model))
         producers = {
             output: (_ROLES.get(node.op_type), list(node.input))

@@ -32,7 +32,7 @@ class TFLiteRuntime(Runtime):
     format = "tflite"
 
     def __init__(self, content, path, threads=None):
-        super().__init__(path, checksums.read_tflite_seal(content, path), threads)
+        super().__init__(path, checksums.read_tflite_metadata(content, path), threads)
         self._interpreter = self._open(content)
         self.operators = count(self._operators(content))
         ends = (self._interpreter.get_input_details(), self._interpreter.get_output_details())

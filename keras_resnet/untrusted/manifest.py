@@ -1,7 +1,7 @@
-"""The manifest of an export: which files there are, what they gave, and their checksums.
+"""The manifest of an export folder: its files, their checksums and their verification.
 
-`manifest.json` lies beside the files that it lists. Who reads one trusts none of it before it is
-checked; who loads a file that it lists compares size and sha256 before anything is parsed.
+`manifest.json` lies beside the files that it lists. It is checked against a schema before it is
+used, and a listed file is compared by size and sha256 before it is parsed.
 """
 
 import hashlib
@@ -10,15 +10,82 @@ import math
 import os
 from pathlib import Path
 
+from keras_resnet.untrusted.schema import (
+    COUNT,
+    FILE,
+    FLAG,
+    NULL,
+    NUMBER,
+    OBJECT,
+    SHA256,
+    SHARE,
+    TEXT,
+    Map,
+    Optional,
+    Rule,
+    check,
+)
 from keras_resnet.utils.errors import InputError, one_line
 
 MANIFEST = "manifest.json"
 VERSION = 1
 MAX_BYTES = 16 * 2**20
 
+SPLIT_OPTIONS = {
+    # Null: all images of the data set are evaluated.
+    "validation_split": Optional((SHARE, NULL)),
+    "seed": Optional(COUNT),
+    "skip_bad": Optional(FLAG),
+}
+"""Options of `load_dataset` that are needed to split a data set in the same way again."""
+
 _CHUNK = 2**20
-_HEX = frozenset("0123456789abcdef")
-_MOST = 2**63
+
+# Keys that earlier versions wrote -> the keys of today.
+_OLD_KEYS = {"gate": "tolerance", "validation_share": "validation_split"}
+
+_LATENCY = Map({"median": NUMBER, "p95": NUMBER})
+_TENSOR = {"name": TEXT, "shape": [(COUNT, NULL)], "dtype": TEXT}
+_ARTIFACT = {
+    "file": FILE,
+    "format": TEXT,
+    "precision": TEXT,
+    "batch": (COUNT, NULL),
+    "bytes": COUNT,
+    "sha256": SHA256,
+    "input": _TENSOR,
+    "output": _TENSOR,
+    "images": COUNT,
+    "max_difference": NUMBER,
+    "mean_difference": NUMBER,
+    "agreement": SHARE,
+    "accuracy": SHARE,
+    "accuracy_change": NUMBER,
+    "tolerance": OBJECT,
+    "failures": [TEXT],
+    "published_by_force": FLAG,
+    "latency_ms": _LATENCY,
+    "operators": Map(COUNT),
+}
+_SCHEMA = {
+    "manifest_version": Rule("the number 1", lambda value: value == VERSION and value is not True),
+    "created": TEXT,
+    "model": {"name": TEXT, "parameters": COUNT},
+    "source": {"path": TEXT, "sha256": SHA256},
+    "tool_versions": Map((TEXT, NULL)),
+    "machine": OBJECT,
+    "class_names": [TEXT],
+    "data": {
+        "dataset": TEXT,
+        "split": TEXT,
+        "images": COUNT,
+        "fingerprint": TEXT,
+        "options": Optional(SPLIT_OPTIONS),
+    },
+    "keras": {"accuracy": SHARE, "latency_ms": _LATENCY},
+    "reference": {"file": FILE, "bytes": COUNT, "sha256": SHA256},
+    "artifacts": [_ARTIFACT],
+}
 
 
 def digest(path):
@@ -66,27 +133,28 @@ def _digest_folder(folder):
             size, sha256 = _digest_file(path)
             total += size
             lines.append(f"{path.relative_to(folder).as_posix()} {sha256} {size}\n")
-    # A name that is no UTF-8 still has bytes.
+    # "surrogateescape" encodes names that are not UTF-8.
     return total, hashlib.sha256(
         "".join(sorted(lines)).encode("utf-8", "surrogateescape")
     ).hexdigest()
 
 
 def read_manifest(folder):
-    """Returns the manifest of an export, checked against the rules of its version.
+    """Reads the manifest of an export folder and checks it against the schema.
 
     Args:
-        folder: The export's folder.
+        folder: The export folder.
 
     Returns:
-        The manifest, a dict. Keys that this version does not know are left as they are.
+        The manifest, a dict. Keys that earlier versions named otherwise have the names of today;
+        unknown keys are kept.
 
     Raises:
-        InputError: If there is none, or it breaks a rule.
+        InputError: If there is no manifest, or it breaks a rule.
     """
     path = Path(folder) / MANIFEST
     manifest = _parse(path)
-    _check(path, "", manifest, _SCHEMA)
+    check(manifest, _SCHEMA, path)
     names = [artifact["file"] for artifact in manifest["artifacts"]]
     if len(set(names)) != len(names):
         raise InputError(f"{path}: damaged: it lists two artifacts under one name")
@@ -98,48 +166,38 @@ def check_listed(path, content=None):
 
     Args:
         path: The file or folder.
-        content: The file's bytes, where they have been read.
+        content: The file's bytes, if they have been read already.
 
     Raises:
-        InputError: If the manifest breaks a rule, or what it says of `path` does not fit.
+        InputError: If the manifest breaks a rule, or lists `path` with another size or sha256.
     """
-    # Without the links resolved: the manifest lies beside the name.
+    # Links are not resolved: the manifest lies beside the link.
     path = Path(path)
     absolute = Path(os.path.abspath(path))
     listing = absolute.with_name(MANIFEST) if absolute.name else None
-    # Others have files of that name: browsers, for one.
+    # Other programs have files of that name, such as web app manifests.
     if listing is None or not os.path.lexists(listing) or "manifest_version" not in _parse(listing):
         return
     manifest = read_manifest(listing.parent)
     for artifact in manifest["artifacts"]:
-        if artifact["file"] == absolute.name:
-            _check_artifact(path, artifact, content)
-
-
-def _check_artifact(path, artifact, content):
-    if content is not None:
-        size, sha256 = len(content), hashlib.sha256(content).hexdigest()
-    elif path.is_file() and path.stat().st_size != artifact["bytes"]:
-        size, sha256 = path.stat().st_size, None
-    else:
-        size, sha256 = digest(path)
-    for what, found in (("bytes", size), ("sha256", sha256)):
-        if artifact[what] != found:
-            raise InputError(
-                f"{path}: not the file that its {MANIFEST} lists: {what} {artifact[what]} there, "
-                f"{found} here: export it again"
-            )
-
-
-# ----------------------------------------------------------------------------------------------
-# Reading
-# ----------------------------------------------------------------------------------------------
+        if artifact["file"] != absolute.name:
+            continue
+        if content is None:
+            size, sha256 = digest(path)
+        else:
+            size, sha256 = len(content), hashlib.sha256(content).hexdigest()
+        for key, found in (("bytes", size), ("sha256", sha256)):
+            if artifact[key] != found:
+                raise InputError(
+                    f"{path}: not the file that its {MANIFEST} lists: {key} {artifact[key]} there, "
+                    f"{found} here: export it again"
+                )
 
 
 def _parse(path):
     """Returns the JSON object in `path`."""
     try:
-        # No link or pipe: a reader would wait on one for ever.
+        # A pipe would block for ever, and a link is followed to a regular file only.
         if not path.is_file():
             raise InputError(f"{path}: there is no such manifest")
         with open(path, "rb") as file:
@@ -166,7 +224,7 @@ def _parse(path):
 
 
 def _object(pairs):
-    found = dict(pairs)
+    found = {_OLD_KEYS.get(key, key): value for key, value in pairs}
     if len(found) != len(pairs):
         raise ValueError("an object has one key twice")
     return found
@@ -179,147 +237,3 @@ def _constant(name):
 def _float(text):
     value = float(text)
     return value if math.isfinite(value) else _constant(text)
-
-
-# ----------------------------------------------------------------------------------------------
-# The rules. A dict is an object with at least these keys, a list of one an array of such, and
-# `_Map` an object of any keys; a function says whether it accepts a value, a tuple of them whether
-# one does.
-# ----------------------------------------------------------------------------------------------
-
-
-def _text(value):
-    """Text that UTF-8 can hold."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def _count(value):
-    """A whole number from 0 on."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
-
-
-def _number(value):
-    """A finite number."""
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and -_MOST < value < _MOST
-        and math.isfinite(value)
-    )
-
-
-def _share(value):
-    """A number between 0 and 1."""
-    return _number(value) and 0 <= value <= 1
-
-
-def _sha256(value):
-    """64 hexadecimal digits."""
-    return isinstance(value, str) and len(value) == 64 and set(value) <= _HEX
-
-
-def _file(value):
-    """The name of a file in the manifest's own folder."""
-    return (
-        _text(value)
-        and value.isprintable()
-        and value not in ("", ".", "..")
-        and not set(value) & set("/\\:\0")
-        and len(value) <= 255
-    )
-
-
-def _flag(value):
-    """True or false."""
-    return isinstance(value, bool)
-
-
-def _version(value):
-    """The number 1."""
-    return value == VERSION and not isinstance(value, bool)
-
-
-def _none(value):
-    """Null."""
-    return value is None
-
-
-def _object_of_any(value):
-    """An object."""
-    return isinstance(value, dict)
-
-
-class _Map:
-    """An object of any keys, whose values follow one rule."""
-
-    def __init__(self, rule):
-        self.rule = rule
-
-
-_TENSOR = {"name": _text, "shape": [(_count, _none)], "dtype": _text}
-_ARTIFACT = {
-    "file": _file,
-    "format": _text,
-    "precision": _text,
-    "batch": (_count, _none),
-    "bytes": _count,
-    "sha256": _sha256,
-    "input": _TENSOR,
-    "output": _TENSOR,
-    "images": _count,
-    "max_difference": _number,
-    "mean_difference": _number,
-    "agreement": _share,
-    "accuracy": _share,
-    "accuracy_change": _number,
-    "gate": _object_of_any,
-    "failures": [_text],
-    "published_by_force": _flag,
-    "latency_ms": _Map({"median": _number, "p95": _number}),
-    "operators": _Map(_count),
-}
-_SCHEMA = {
-    "manifest_version": _version,
-    "created": _text,
-    "model": {"name": _text, "parameters": _count},
-    "source": {"path": _text, "sha256": _sha256},
-    "tool_versions": _Map((_text, _none)),
-    "machine": _object_of_any,
-    "class_names": [_text],
-    "data": {"dataset": _text, "split": _text, "images": _count, "fingerprint": _text},
-    "keras": {"accuracy": _share, "latency_ms": _Map({"median": _number, "p95": _number})},
-    "reference": {"file": _file, "bytes": _count, "sha256": _sha256},
-    "artifacts": [_ARTIFACT],
-}
-
-
-def _check(path, where, value, rule):
-    """Raises an `InputError` unless `value` follows `rule`."""
-    if isinstance(rule, dict):
-        _check_type(path, where, value, dict, "an object")
-        for key, inner in rule.items():
-            inside = f"{where}.{key}" if where else key
-            if key not in value:
-                raise InputError(f"{path}: damaged: `{inside}` is missing")
-            _check(path, inside, value[key], inner)
-    elif isinstance(rule, list):
-        _check_type(path, where, value, list, "an array")
-        for index, each in enumerate(value):
-            _check(path, f"{where}[{index}]", each, rule[0])
-    elif isinstance(rule, _Map):
-        _check_type(path, where, value, dict, "an object")
-        for key, each in value.items():
-            _check(path, f"{where}[{key!a:.40}]", each, rule.rule)
-    else:
-        rules = rule if isinstance(rule, tuple) else (rule,)
-        if not any(accepts(value) for accepts in rules):
-            names = " or ".join(accepts.__doc__.rstrip(".") for accepts in rules)
-            raise InputError(
-                f"{path}: damaged: `{where}` must be {names.lower()}, got {value!a:.60}"
-            )
-
-
-def _check_type(path, where, value, kind, name):
-    if not isinstance(value, kind):
-        where = where or "the manifest"
-        raise InputError(f"{path}: damaged: `{where}` must be {name}, got {value!a:.60}")

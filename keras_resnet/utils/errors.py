@@ -31,7 +31,7 @@ class ExportError(RuntimeError):
 
     Args:
         message: One line.
-        failures: One `verification.Failure` for each tolerance that was exceeded.
+        failures: What failed and by how much, one `verify_artifact.Failure` each.
     """
 
     def __init__(self, message, failures=()):

@@ -77,7 +77,7 @@ def describe_artifact(path, batch):
         "input": {"name": "image", "shape": [batch, 28, 28, 1], "dtype": "uint8"},
         "output": {"name": "probabilities", "shape": [batch, 10], "dtype": "float32"},
         **dict.fromkeys(("max_difference", "mean_difference", "accuracy_change"), 0.0),
-        **{key: {} for key in ("gate", "latency_ms", "operators")},
+        **{key: {} for key in ("tolerance", "latency_ms", "operators")},
         "images": 40,
         "agreement": 1.0,
         "accuracy": 0.9,
@@ -103,7 +103,8 @@ def run_dir(tmp_path_factory):
     tiny_exports.write(folder, model, tiny_exports.METADATA)
     (folder / "model.keras").rename(run_dir / SOURCE)
     single = tiny_exports.to_onnx(tiny_exports.serving(model, batch=1))
-    (folder / "model-batch1.onnx").write_bytes(checksums.seal_onnx(single, tiny_exports.METADATA))
+    single = checksums.add_onnx_checksum(single, tiny_exports.METADATA)
+    (folder / "model-batch1.onnx").write_bytes(single)
     names = ["saved_model", "model.tflite", "model.onnx", "model-batch1.onnx"]
     write_manifest(folder, names, {"model-batch1.onnx": 1})
     return run_dir

@@ -1,4 +1,4 @@
-"""The scripts that export and ask what they wrote, run as a reader runs them."""
+"""The scripts that export a model and run the files, run as a reader runs them."""
 
 import contextlib
 import io
@@ -77,7 +77,7 @@ def test_all_three_write_to_one_folder_and_agree(trained_run, tmp_path, run_scri
     found = {}
     for name in SCRIPTS:
         words = (trained_run, "--precision", "float32")
-        # One as its reader starts it is enough: the three share what they import.
+        # One process is enough: the three scripts have the same imports.
         is_first = name == SCRIPTS[0]
         done = run_process(name, *words, folder=tmp_path) if is_first else run_script(name, *words)
         assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_all_three_write_to_one_folder_and_agree(trained_run, tmp_path, run_scri
 @pytest.mark.parametrize(
     "name", [pytest.param("saved_model", marks=pytest.mark.slow), "tflite", "onnx"]
 )
-def test_without_preprocessing_they_ask_with_floats(name, trained_run, tmp_path, run_script):
+def test_without_preprocessing_they_predict_from_floats(name, trained_run, tmp_path, run_script):
     options = ["--no-preprocessing", "--precision", "float32", "--out", "a folder/out"]
     done = run_script(name, *options, trained_run)
     assert done.returncode == 0, done.stderr
@@ -140,7 +140,7 @@ def coarse_model(trained_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["tflite", "onnx"])
-def test_a_failed_proof_is_a_table_and_status_1(name, coarse_model, tmp_path, run_script):
+def test_a_failed_verification_is_a_table_and_status_1(name, coarse_model, tmp_path, run_script):
     done = run_script(name, coarse_model, "--precision", "int8")
     assert "are not the network they were made of" in refusal(done, 1)
     (line, *_) = [line for line in done.stdout.splitlines() if "at least 0.985" in line]

@@ -1,4 +1,4 @@
-"""The scripts for a device, run in an environment that has nothing but what they ask for."""
+"""The scripts for a device, run in an environment with their own requirements only."""
 
 import json
 import os
@@ -49,8 +49,8 @@ def models(tmp_path_factory):
     tiny_exports.save_tensorflow(single, folder / "saved_batch1")
     tflite, onnx = tiny_exports.to_tflite(folder / "saved_batch1"), tiny_exports.to_onnx(single)
     metadata = tiny_exports.METADATA
-    (folder / "model-batch1.tflite").write_bytes(checksums.seal_tflite(tflite, metadata))
-    (folder / "model-batch1.onnx").write_bytes(checksums.seal_onnx(onnx, metadata))
+    (folder / "model-batch1.tflite").write_bytes(checksums.add_tflite_checksum(tflite, metadata))
+    (folder / "model-batch1.onnx").write_bytes(checksums.add_onnx_checksum(onnx, metadata))
     return folder
 
 
@@ -157,7 +157,7 @@ def save_transparent(image, path):
     image.save(path)
 
 
-# What is unusual about a file -> how an RGB image is saved as such.
+# Name of an unusual file -> function that saves an RGB image to it.
 ODD_FILES = {
     "colour.jpg": lambda image, path: image.save(path),
     "turned.jpg": save_turned,
@@ -211,9 +211,9 @@ def test_lines_are_image_label_and_probability(run_script, models, pictures, suf
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_model_without_names_numbers_its_classes(run_script, models, pictures, tmp_path, suffix):
-    seal = {"tflite": checksums.seal_tflite, "onnx": checksums.seal_onnx}[suffix]
+    add = {"tflite": checksums.add_tflite_checksum, "onnx": checksums.add_onnx_checksum}[suffix]
     model = tmp_path / f"model.{suffix}"
-    model.write_bytes(seal((models / f"foreign.{suffix}").read_bytes(), {}))
+    model.write_bytes(add((models / f"foreign.{suffix}").read_bytes(), {}))
     (row,) = answer(run_script(model, pictures[0][0], "--json"))
     (named,) = predict_files(models / "model.keras", pictures[0][:1], invert="no")
     numbered = [each["label"].replace("name", "class") for each in named["labels"]]
@@ -250,16 +250,16 @@ def test_a_damaged_model_is_refused(run_script, models, pictures, tmp_path, suff
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_is_missing_or_no_image_or_unsealed_is_refused(
+def test_what_is_missing_or_no_image_or_without_checksum_is_refused(
     run_script, models, pictures, tmp_path, suffix
 ):
     model, image = models / f"model.{suffix}", pictures[0][0]
-    missing_model, unsealed = tmp_path / f"none.{suffix}", models / f"foreign.{suffix}"
+    missing_model, unchecked = tmp_path / f"none.{suffix}", models / f"foreign.{suffix}"
     text = tmp_path / "text.png"
     text.write_text("no image")
     cut = tmp_path / "cut.png"
     cut.write_bytes(image.read_bytes()[:100])
-    for bad in (missing_model, unsealed):
+    for bad in (missing_model, unchecked):
         assert_refused(run_script(bad, image), bad)
     bad_images = (tmp_path / "none.png", text, cut, tmp_path)
     # Where one of many is bad, the others are named.

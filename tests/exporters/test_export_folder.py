@@ -63,7 +63,7 @@ def other_model(trained_run, tmp_path_factory):
 
 
 # ----------------------------------------------------------------------------------------------
-# Where to
+# Target folders
 # ----------------------------------------------------------------------------------------------
 
 
@@ -178,7 +178,7 @@ def test_without_a_folder_it_goes_into_the_run_or_beside_the_file(trained_run, t
 
 
 # ----------------------------------------------------------------------------------------------
-# What an earlier export left
+# Earlier exports
 # ----------------------------------------------------------------------------------------------
 
 
@@ -219,7 +219,7 @@ def overwrite(path):
         pytest.param("reference.npz", Path.unlink, marks=pytest.mark.slow),
     ],
 )
-def test_what_can_no_longer_be_vouched_for_is_not_kept(file, damage, trained_run, target):
+def test_an_artifact_that_was_changed_is_not_kept(file, damage, trained_run, target):
     damage(target / file)
     export(trained_run, target, "int8")
     assert listed(target) == [SECOND]
@@ -355,7 +355,7 @@ def test_killed_at_any_step_the_folder_is_the_old_or_the_new(earlier, exported, 
         arguments = [sys.executable, "-c", PUBLISH, folder, str(steps)]
         status = subprocess.run(arguments, timeout=60).returncode
         assert status in (0, -signal.SIGKILL)
-        # What the next export finds.
+        # As the next export finds it.
         with folders.workspace(folder):
             found = {
                 name: (folder / name).read_text()
@@ -399,9 +399,9 @@ def wait_for(path, process):
         time.sleep(0.0005)
 
 
-# What lies in the workspace while the model is loaded and asked and converted, while the file is
-# being proven, and just before the folder is renamed.
-MOMENTS = {"converting": "", "proving": SECOND, "publishing": MANIFEST}
+# A file in the workspace while the model runs and is converted, while the artifact is verified, and
+# just before the folder is renamed.
+MOMENTS = {"converting": "", "verifying": SECOND, "publishing": MANIFEST}
 LAST_MOMENT, *OTHERS = reversed(MOMENTS)
 SOME_SLOW = [LAST_MOMENT, *(pytest.param(moment, marks=pytest.mark.slow) for moment in OTHERS)]
 

@@ -17,10 +17,11 @@ from keras_resnet import InputError, archive
 from keras_resnet.datasets import Split
 from keras_resnet.evaluation import inference
 from keras_resnet.exporters import formats
-from keras_resnet.exporters.exporter import draw_evenly, export
+from keras_resnet.exporters.calibration import draw_evenly
+from keras_resnet.exporters.exporter import export
 from keras_resnet.exporters.formats import choose_artifacts
 from keras_resnet.preprocessing import find_normalization
-from keras_resnet.runtimes import open_runtime
+from keras_resnet.runtimes import Prober, open_runtime
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.untrusted.manifest import digest, read_manifest
 
@@ -213,7 +214,7 @@ def ending_in(units, activation, **output):
     ],
 )
 def test_one_number_and_several_labels(units, activation, preprocessing, kind, fashion, tmp_path):
-    """One number for two classes leaves as two; the numbers of several labels leave as they are."""
+    """One number for two classes becomes two columns; several labels are unchanged."""
     keras.utils.set_random_seed(2)
     model, data = ending_in(units, activation, named=True), fashion
     if units == 1:
@@ -297,27 +298,27 @@ def alike(fashion_folder, tmp_path_factory):
     return path
 
 
-def test_nothing_shown_is_a_failure(alike, fashion_folder, tmp_path):
+def test_an_inconclusive_verification_is_a_failure(alike, fashion_folder, tmp_path):
     arguments = [alike, "--dataset", f"folder:{fashion_folder}", "--out", tmp_path / "out"]
     arguments += ["--to", "onnx", "--precision", "float32"]
     done = run_main("export", *arguments)
     assert done.returncode == 1
-    assert "nothing was shown of 1 of 1 artifacts" in done.stderr.splitlines()[-1]
-    assert "proven" not in done.stdout
+    assert "of 1 of 1 artifacts is inconclusive" in done.stderr.splitlines()[-1]
+    assert "verified" not in done.stdout
     assert list(tmp_path.iterdir()) == []
     done = run_main("export", *arguments, "--force")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("nothing was shown")
-    assert "always naming the most frequent class" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("inconclusive")
+    assert "always answering the most frequent class" in done.stdout
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["artifacts"][0]["failures"][0].startswith("nothing was shown")
+    assert manifest["artifacts"][0]["failures"][0].startswith("inconclusive")
     assert manifest["keras"]["note"]
     assert run_main("verify", tmp_path / "out").returncode == 1
 
 
 @pytest.mark.parametrize("name", ["1/255", "imagenet", "inception"])
 def test_a_model_of_floats_is_normalised(name, small_model, fashion, tmp_path):
-    """Of a network that was trained on other numbers, what its files take is named."""
+    """The normalisation of a network's training becomes a part of its files."""
     normalization = {"reverse_channels": False, **find_normalization(name, 1)}
     network = small_model.layers[-1]
     manifest = export(network, tmp_path / "out", dataset=fashion, normalize=name, **ONE)
@@ -335,6 +336,17 @@ def test_a_model_of_floats_is_normalised(name, small_model, fashion, tmp_path):
 def test_a_model_of_raw_images_is_not_normalised_twice(small_model, fashion, tmp_path):
     with pytest.raises(InputError, match="takes raw images and normalises them itself"):
         export(small_model, tmp_path / "out", dataset=fashion, normalize="imagenet", **ONE)
+
+
+def test_a_file_that_was_just_written_is_not_tried_in_another_process(
+    small_model, fashion, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(Prober, "probe", fail)
+    options = {"to": ["tflite", "onnx"], "precision": ["float32"]}
+    assert export(small_model, tmp_path / "out", dataset=fashion, **options)["artifacts"]
 
 
 def test_every_file_says_the_oldest_runtime(exported):
@@ -459,7 +471,7 @@ def test_a_keras_model_needs_a_folder_and_data(small_model, tmp_path):
         export(small_model, tmp_path / "out")
 
 
-def test_a_proof_needs_images(small_model, fashion, tmp_path):
+def test_a_verification_needs_images(small_model, fashion, tmp_path):
     few = {name: Split(s.images[:6], s.labels[:6]) for name, s in fashion.splits.items()}
     with pytest.raises(InputError, match="at least 7 images, got 6"):
         export(
@@ -468,10 +480,10 @@ def test_a_proof_needs_images(small_model, fashion, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_proof_is_a_table_and_status_1(trained_run, tmp_path, monkeypatch):
-    """The demand on float32 set beyond what any arithmetic keeps."""
-    gate = formats.Gate(1e-30, 1.0, None)
-    monkeypatch.setitem(formats.PRECISIONS, "float32", formats.Precision("", gate))
+def test_a_failed_verification_is_a_table_and_status_1(trained_run, tmp_path, monkeypatch):
+    """With a tolerance for float32 that no arithmetic keeps."""
+    tolerance = formats.Tolerance(1e-30, 1.0, None)
+    monkeypatch.setitem(formats.PRECISIONS, "float32", formats.Precision("", tolerance))
     arguments = ["--to", "onnx", "--precision", "float32", "--out", tmp_path / "out"]
     done = run_main("export", trained_run, *arguments)
     assert done.returncode == 1, done.stderr
@@ -499,7 +511,7 @@ def test_images_are_drawn_evenly(labels, count):
                 assert taken[one] <= taken[other] + 1
 
 
-def test_a_foreign_folder_is_measured_whole_and_verified_so(tmp_path):
+def test_a_foreign_folder_is_evaluated_whole_and_verified_so(tmp_path):
     for label, name in enumerate(("cat", "dog")):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(20):
@@ -516,7 +528,7 @@ def test_a_foreign_folder_is_measured_whole_and_verified_so(tmp_path):
         *("--to", "onnx", "--image-size", 8, "--out", out, "--force"),
     )
     assert done.returncode == 0, done.stderr
-    assert "int8 is calibrated on images that are measured, too" in done.stderr
+    assert "int8 is calibrated on some of the images that it is evaluated on" in done.stderr
     assert "on 40 images: " in done.stdout
     manifest = read_manifest(out)
     assert manifest["data"]["images"] == 40

@@ -1,4 +1,4 @@
-"""The table of formats, precisions and gates, and what is chosen from it."""
+"""The tables of formats, precisions and tolerances, and the choice of artifacts."""
 
 import importlib
 
@@ -11,15 +11,15 @@ from keras_resnet.exporters.formats import (
     FORMATS,
     OWN_FILES,
     PRECISIONS,
-    Gate,
+    Tolerance,
     choose_artifacts,
 )
 from keras_resnet.utils.errors import InputError
 
-QUANTIZED = Gate(max_difference=None, agreement=0.985, accuracy_drop=0.003)
-GATES = {
-    "float32": Gate(max_difference=1e-5, agreement=1.0, accuracy_drop=None),
-    "float16": Gate(max_difference=2e-3, agreement=0.999, accuracy_drop=None),
+QUANTIZED = Tolerance(max_difference=None, agreement=0.985, accuracy_drop=0.003)
+TOLERANCES = {
+    "float32": Tolerance(max_difference=1e-5, agreement=1.0, accuracy_drop=None),
+    "float16": Tolerance(max_difference=2e-3, agreement=0.999, accuracy_drop=None),
     "dynamic": QUANTIZED,
     "int8": QUANTIZED,
 }
@@ -43,8 +43,8 @@ def files(*arguments):
     return [artifact.file for artifact in choose_artifacts(*arguments)]
 
 
-def test_the_gates_are_those_agreed_on():
-    assert {name: row.gate for name, row in PRECISIONS.items()} == GATES
+def test_the_tolerances_are_those_agreed_on():
+    assert {name: row.tolerance for name, row in PRECISIONS.items()} == TOLERANCES
 
 
 def test_only_int8_takes_training_images():
@@ -101,7 +101,7 @@ def test_formats_and_precisions_choose_files_once_each_in_the_tables_order(argum
         (([5],), "`to` must be one of"),
     ],
 )
-def test_what_would_leave_a_wish_without_a_file_is_refused(arguments, message):
+def test_a_name_without_a_file_is_refused(arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         choose_artifacts(*arguments)
     assert "\n" not in str(caught.value)
@@ -112,12 +112,12 @@ def names(table):
 
 
 @given(names(FORMATS), names(PRECISIONS))
-def test_any_choice_is_refused_or_serves_every_wish(formats, precisions):
+def test_any_choice_is_refused_or_has_a_file_of_every_name(formats, precisions):
     try:
         chosen = choose_artifacts(formats, precisions)
     except InputError as error:
         wanted = precisions or [*PRECISIONS]
-        # Refused is what is empty, or a name that no file could be of.
+        # An empty list is refused, and a name without an artifact.
         assert (
             formats == []
             or precisions == []

@@ -5,13 +5,13 @@ import pytest
 import tensorflow as tf
 
 from keras_resnet import InputError, Spec, build_resnet, with_preprocessing
-from keras_resnet.exporters import verification
-from keras_resnet.exporters.graph import Contract, Serving, in_float32
+from keras_resnet.exporters.float32 import check_twin, in_float32
+from keras_resnet.exporters.graph import Contract, Serving
 
 IMAGES = family.noise(count=5)
 
 
-def ask(serving, images):
+def predict(serving, images):
     (answers,) = serving.module().serve(tf.constant(serving.prepare(images))).values()
     return answers.numpy()
 
@@ -29,7 +29,9 @@ def test_takes_raw_images_and_gives_probabilities():
     model = small(mean=0.3, std=0.2, augmentation=["flip", "shift"])
     serving = Serving(model)
     assert serving.contract == Contract((28, 28, 1), "uint8", "probabilities", 10)
-    assert ask(serving, IMAGES) == pytest.approx(softmax(model(IMAGES, training=False)), abs=1e-6)
+    assert predict(serving, IMAGES) == pytest.approx(
+        softmax(model(IMAGES, training=False)), abs=1e-6
+    )
 
 
 def test_without_preprocessing_it_takes_floats_and_gives_logits():
@@ -37,7 +39,7 @@ def test_without_preprocessing_it_takes_floats_and_gives_logits():
     serving = Serving(model, preprocessing=False)
     assert serving.contract == Contract((28, 28, 1), "float32", "logits", 10)
     assert serving.prepare(IMAGES).dtype == "float32"
-    assert ask(serving, IMAGES) == pytest.approx(
+    assert predict(serving, IMAGES) == pytest.approx(
         np.asarray(model(IMAGES, training=False)), abs=1e-5
     )
 
@@ -55,7 +57,7 @@ def test_the_module_holds_each_variable_once_and_nothing_of_keras():
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float64"])
-def test_other_precisions_leave_in_float32(policy):
+def test_other_precisions_are_exported_in_float32(policy):
     keras.config.set_dtype_policy(policy)
     try:
         model = small()
@@ -65,7 +67,7 @@ def test_other_precisions_leave_in_float32(policy):
     assert {layer.dtype_policy.name for layer in twin._flatten_layers()} == {"float32"}
     own = np.asarray(keras.ops.cast(model(IMAGES, training=False), "float32"))
     assert np.asarray(twin(IMAGES, training=False)) == pytest.approx(own, rel=0.05, abs=0.05)
-    assert ask(Serving(model), IMAGES).dtype == "float32"
+    assert predict(Serving(model), IMAGES).dtype == "float32"
 
 
 class Scale(keras.layers.Layer):
@@ -115,7 +117,7 @@ def own_activations():
     )
 
 
-# What keeps state outside its variables, or is no layer of Keras's.
+# First layers with state outside their variables, or of the user.
 FIRST = {
     "adapted": adapted,
     "given": lambda: keras.layers.Normalization(mean=100.0, variance=400.0),
@@ -146,7 +148,7 @@ def test_a_twin_has_the_state_of_every_layer(first, policy):
     twin = in_float32(model)
     dtypes = {layer.compute_dtype for layer in model._flatten_layers()}
     own, found = (np.asarray(each(IMAGES, training=False)) for each in (model, twin))
-    assert verification.check_twin("model", dtypes, own, found)["difference"] < 0.05
+    assert check_twin("model", dtypes, own, found)["difference"] < 0.05
     assert not any("float16" in layer.dtype_policy.name for layer in twin._flatten_layers())
 
 
@@ -214,7 +216,7 @@ def test_a_softmax_is_not_taken_twice():
     images = IMAGES / np.float32(255)
     serving = Serving(model, preprocessing=False)
     assert serving.contract.output == "probabilities"
-    assert ask(serving, images) == pytest.approx(np.asarray(model(images)), abs=1e-6)
+    assert predict(serving, images) == pytest.approx(np.asarray(model(images)), abs=1e-6)
 
 
 def test_a_resizing_layer_does_not_switch_the_network_to_training():
@@ -225,7 +227,7 @@ def test_a_resizing_layer_does_not_switch_the_network_to_training():
     model = keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
     before = [weight.numpy() for weight in model.weights]
     expected = softmax(model(IMAGES.astype("float32"), training=False))
-    assert ask(Serving(model), IMAGES) == pytest.approx(expected, abs=1e-6)
+    assert predict(Serving(model), IMAGES) == pytest.approx(expected, abs=1e-6)
     assert all((old == new.numpy()).all() for old, new in zip(before, model.weights, strict=True))
 
 

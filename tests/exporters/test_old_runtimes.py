@@ -25,7 +25,7 @@ TFLITE = [artifact for artifact in ALL if artifact.format == "tflite"]
 # Dark images and light ones, so that the answers are not alike.
 IMAGES = (family.noise(3, count=40) * np.linspace(0, 1, 40)[:, None, None, None]).astype("uint8")
 
-ASK_TFLITE = """
+RUN_TFLITE = """
 import sys, numpy
 from tflite_runtime.interpreter import Interpreter
 for path in sys.argv[2:]:
@@ -40,7 +40,7 @@ for path in sys.argv[2:]:
     numpy.save(path + ".npy", answers)
 """
 # On a processor with AMX it computes float32 files in bfloat16 unless it is told not to.
-ASK_OPENVINO = """
+RUN_OPENVINO = """
 import sys, numpy, openvino
 for path in sys.argv[2:]:
     model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -79,7 +79,7 @@ def python_with(folder, *packages):
 
 
 def answers(python, script, folder, artifacts):
-    """Yields each artifact and what a script's runtime answers to `IMAGES` from its file."""
+    """Yields each artifact and the answers of a script's runtime to `IMAGES`."""
     paths = [folder / artifact.file for artifact in artifacts]
     command = [python, "-I", "-c", script, folder / "images.npy", *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -100,7 +100,7 @@ def check(artifact, found, expected):
 def test_tflite_runtime_2_14_runs_every_tflite_file(written, tmp_path):
     folder, expected = written
     python = python_with(tmp_path / "venv", "tflite-runtime==2.14.0", "numpy<2")
-    for artifact, found in answers(python, ASK_TFLITE, folder, TFLITE):
+    for artifact, found in answers(python, RUN_TFLITE, folder, TFLITE):
         check(artifact, found, expected)
 
 
@@ -108,30 +108,28 @@ def test_openvino_runs_every_file(written, tmp_path):
     folder, expected = written
     python = python_with(tmp_path / "venv", "openvino")
     files = [artifact for artifact in ALL if artifact.format != "saved_model"]
-    for artifact, found in answers(python, ASK_OPENVINO, folder, files):
+    for artifact, found in answers(python, RUN_OPENVINO, folder, files):
         check(artifact, found, expected)
 
 
 @pytest.mark.parametrize("artifact", TFLITE, ids=lambda artifact: artifact.file)
 def test_no_operator_is_newer_than_2_14(written, artifact):
     """As the converter records it; on any Python."""
-    oldest = tflite.oldest_runtime(written[0] / artifact.file)
+    oldest = tflite.oldest_runtime((written[0] / artifact.file).read_bytes())
     name, version = oldest.rsplit(" ", 1)
     assert name == "TensorFlow Lite"
     assert [1, 5] <= [*map(int, version.split("."))] <= [2, 14]
 
 
-def test_half_precision_needs_its_dequantize(tmp_path):
+def test_half_precision_needs_its_dequantize():
     """The converter's record is that of the float32 file it was made of."""
     module, oldest = Serving(tiny_exports.build()).module(), {}
     for precision in ("float32", "float16"):
-        path = tmp_path / precision
-        path.write_bytes(tflite.convert(module, precision))
-        oldest[precision] = tflite.oldest_runtime(path)
+        oldest[precision] = tflite.oldest_runtime(tflite.convert(module, precision))
     assert oldest == {"float32": "TensorFlow Lite 1.6.0", "float16": "TensorFlow Lite 1.15.0"}
 
 
-def test_a_file_without_the_record_has_no_oldest_runtime(written, tmp_path):
+def test_a_file_without_the_record_has_no_oldest_runtime(written):
     from ai_edge_litert import schema_py_generated as schema
     from flatbuffers import Builder
 
@@ -140,6 +138,5 @@ def test_a_file_without_the_record_has_no_oldest_runtime(written, tmp_path):
     model.metadata = []
     builder = Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
-    path = tmp_path / "model.tflite"
-    path.write_bytes(checksums.seal_tflite(bytes(builder.Output()), {}))
-    assert tflite.oldest_runtime(path) is None
+    content = checksums.add_tflite_checksum(bytes(builder.Output()), {})
+    assert tflite.oldest_runtime(content) is None

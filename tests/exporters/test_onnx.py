@@ -32,7 +32,7 @@ def operators(proto):
 
 
 def check_structure(proto):
-    """What the issue asks of every graph."""
+    """Checks the properties of every graph."""
     onnx.checker.check_model(proto, full_check=True)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", exporting.OPSET)]
     assert not {"BatchNormalization", "Identity"} & set(operators(proto))
@@ -169,6 +169,20 @@ def test_an_operator_that_onnx_lacks_is_an_error_that_names_it():
     with pytest.raises(InputError, match=r"ONNX cannot hold this network: .*Digamma") as caught:
         exporting.convert(Serving(model).module(), "float32")
     assert "\n" not in str(caught.value)
+
+
+def test_all_precisions_are_made_of_one_conversion(monkeypatch):
+    module, count = Serving(family.build("resnet18")).module(), 0
+    convert = exporting.tf2onnx.convert.from_function
+
+    def counted(*arguments, **options):
+        nonlocal count
+        count += 1
+        return convert(*arguments, **options)
+
+    monkeypatch.setattr(exporting.tf2onnx.convert, "from_function", counted)
+    protos = [exporting.convert(module, name, family.noise()) for name in PRECISIONS]
+    assert count == 1 and len({proto.SerializeToString() for proto in protos}) == 3
 
 
 def test_nothing_is_printed(serving, fashion, capfd):

@@ -95,5 +95,5 @@ def test_tensorflows_own_tool_shows_and_runs_it(folder, fashion, small_model, tm
     assert answers == pytest.approx(np.asarray(softmax(small_model, images)), abs=1e-6)
 
 
-def test_the_card_lies_where_tensorflow_leaves_room_for_it(folder):
+def test_the_metadata_lies_where_tensorflow_leaves_room_for_it(folder):
     assert json.loads((folder / "assets.extra/keras_resnet.json").read_text()) == METADATA

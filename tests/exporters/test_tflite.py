@@ -60,6 +60,14 @@ def test_int8_computes_in_integers(converted):
     assert floats["int8"] <= 6 < floats["dynamic"]
 
 
+def test_float16_is_made_of_the_float32_file(monkeypatch):
+    module = Serving(family.build("resnet18")).module()
+    content = tflite.convert(module, "float32")
+    monkeypatch.setattr(tflite.tf.lite, "TFLiteConverter", None)
+    assert tflite.convert(module, "float16") == tflite.halve(content)
+    assert tflite.convert(module, "float32") == content
+
+
 def test_a_fixed_batch_has_no_open_dimension(serving):
     content = tflite.convert(serving.module(batch=1), "float32")
     for detail in Interpreter(model_content=content).get_tensor_details():

@@ -1,4 +1,4 @@
-"""The list of an export's files: what is a valid one, and whether files are those listed."""
+"""Manifests of export folders: the schema, and comparison of files with their entries."""
 
 import copy
 import hashlib
@@ -33,9 +33,19 @@ def changed(path, value):
     return manifest
 
 
-def test_a_valid_manifest_is_returned_with_what_is_not_known(tmp_path):
+def test_a_valid_manifest_is_returned_with_unknown_keys(tmp_path):
     manifest = {**sample(), "later": [1]}
     assert read_manifest(write(tmp_path, manifest)) == manifest
+
+
+def test_keys_of_earlier_versions_are_read_as_those_of_today(tmp_path):
+    manifest = sample()
+    manifest["data"]["options"] = {"validation_split": None, "seed": 3, "skip_bad": True}
+    assert read_manifest(write(tmp_path, manifest)) == manifest
+    text = json.dumps(manifest).replace("validation_split", "validation_share")
+    text = text.replace('"tolerance"', '"gate"')
+    assert "validation_share" in text and "gate" in text
+    assert read_manifest(write(tmp_path, text)) == manifest
 
 
 def paths(value, path=()):
@@ -48,8 +58,8 @@ def paths(value, path=()):
         yield from paths(value[0], (*path, 0))
 
 
-# What is no more than "an object" has no required keys; maps have any.
-FREE = {"machine", "gate", "tool_versions", "operators", "latency_ms"}
+# Objects with any keys.
+FREE = {"machine", "tolerance", "tool_versions", "operators", "latency_ms"}
 REQUIRED = [path for path in paths(sample()) if not FREE & set(path[:-1])]
 
 
@@ -70,6 +80,10 @@ def test_every_key_is_required_and_typed(tmp_path, path, value):
         (("model", "parameters"), 2**70),
         (("keras", "accuracy"), 1.5),
         (("class_names",), ["a", 5]),
+        (("data", "options"), [1]),
+        (("data", "options"), {"validation_split": 1.5}),
+        (("data", "options"), {"seed": "3"}),
+        (("data", "options"), {"skip_bad": 1}),
         (("tool_versions", "numpy"), 5),
         (("reference", "sha256"), "0" * 63),
         (("reference", "sha256"), "G" * 64),

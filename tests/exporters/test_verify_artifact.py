@@ -1,4 +1,4 @@
-"""A check that cannot fail is none: each of these writes a wrong file, and the proof finds it."""
+"""Each test writes a wrong file, and the verification finds it."""
 
 import contextlib
 import dataclasses
@@ -8,10 +8,13 @@ import pytest
 import tensorflow as tf
 
 from keras_resnet import ExportError, InputError
-from keras_resnet.exporters import exporter, graph, tflite, verification
+from keras_resnet.exporters import exporter, graph, tflite, verify_artifact
 from keras_resnet.exporters.exporter import export
+from keras_resnet.exporters.float32 import check_twin
+from keras_resnet.exporters.formats import BATCH_SIZES
 from keras_resnet.exporters.graph import Contract
-from keras_resnet.exporters.verifier import FORCED, verify
+from keras_resnet.exporters.reference import Reference, describe_chance
+from keras_resnet.exporters.verify_folder import FORCED, verify
 from keras_resnet.runtimes import Runtime, Tensor
 
 pytestmark = pytest.mark.thorough
@@ -90,18 +93,14 @@ def test_a_network_that_sees_its_batch_fails_by_its_batches(small_model, fashion
         module = serving.module()
         tf.saved_model.save(module, str(tmp_path), signatures={"serving_default": module.serve})
     runtime = stack.enter_context(
-        contextlib.closing(verification.open_artifact(tmp_path, "saved_model"))
+        contextlib.closing(verify_artifact.open_artifact(tmp_path, "saved_model"))
     )
     images = fashion.splits["test"].images[:64]
-
-    def inputs(start, stop):
-        return images[start:stop]
-
-    answers = verification.ask(runtime, inputs)
-    checks = {
-        failure.check for failure in verification.check_batches("x", runtime, inputs, answers)
+    answers = verify_artifact.predict(runtime, images)
+    failures = verify_artifact.check_batches(runtime, images, answers)
+    assert {failure.check for failure in failures} == {
+        f"batch of {count}, difference" for count in BATCH_SIZES
     }
-    assert checks == {f"batch of {count}, difference" for count in verification.BATCHES}
 
 
 @pytest.mark.parametrize("format", ["tflite", "onnx"])
@@ -110,7 +109,7 @@ def test_a_badly_calibrated_int8_is_not_published(
 ):
     """Ranges found on black images are wrong for all others."""
     monkeypatch.setattr(
-        exporter, "_calibration_images", lambda *_: np.zeros((20, 28, 28, 1), "uint8")
+        exporter, "calibration_images", lambda *_: np.zeros((20, 28, 28, 1), "uint8")
     )
     with pytest.raises(ExportError) as caught:
         export(small_model, tmp_path / "export", dataset=fashion, to=[format], precision=["int8"])
@@ -141,7 +140,7 @@ def test_what_its_runtime_does_not_load_is_never_published(
 
 
 def test_force_publishes_and_records(small_model, fashion, tmp_path, monkeypatch):
-    """Of int8 the folder's few images could not say it again; the record does."""
+    """The few images in the folder cannot show it again for int8; the manifest does."""
     monkeypatch.setattr(graph.Serving, "_serve", swapped_classes)
     options = {"dataset": fashion, "to": ["onnx"], "precision": ["int8"]}
     manifest = export(small_model, tmp_path / "export", force=True, **options)
@@ -184,12 +183,12 @@ GOOD = {"max_difference": 0.0, "agreement": 1.0, "accuracy_change": 0.0}
         ("float32", {"max_difference": float("nan")}, False),
     ],
 )
-def test_gate(precision, change, passes):
-    assert (not verification.check_gate("file", precision, {**GOOD, **change})) == passes
+def test_tolerance(precision, change, passes):
+    assert (not verify_artifact.check_tolerance(precision, {**GOOD, **change})) == passes
 
 
 class Fake(Runtime):
-    """Answers what it is told to; the checks take any runtime."""
+    """A runtime with the given input and output."""
 
     def __init__(self, image, output):
         super().__init__("fake")
@@ -216,18 +215,17 @@ def test_contract(side, change):
         "input": Tensor("image", (None, 28, 28, 1), "uint8"),
         "output": Tensor("probabilities", (None, 10), "float32"),
     }
-    assert verification.check_contract("file", Fake(*ends.values()), contract) == []
+    assert verify_artifact.check_contract(Fake(*ends.values()), contract) == []
     ends[side] = dataclasses.replace(ends[side], **change)
-    (failure,) = verification.check_contract("file", Fake(*ends.values()), contract)
+    (failure,) = verify_artifact.check_contract(Fake(*ends.values()), contract)
     assert failure.check == f"{side} {next(iter(change))}"
 
 
 def test_compare():
-    reference = verification.Reference(
-        None, np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], "float32")
-    )
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], "float32")
+    reference = Reference(np.array([0, 1, 1]), probabilities)
     answers = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]], "float32")
-    figures = verification.compare(answers, reference)
+    figures = verify_artifact.compare_with_reference(answers, reference)
     assert figures["max_difference"] == pytest.approx(0.2)
     assert figures["mean_difference"] == pytest.approx(0.4 / 6)
     assert figures["agreement"] == pytest.approx(2 / 3)
@@ -250,10 +248,10 @@ def test_compare():
 def test_a_twin_differs_by_the_rounding_of_its_dtype_at_most(dtypes, factor, passes):
     own = np.random.default_rng(0).normal(size=(9, 4))
     if passes:
-        assert verification.check_twin("mine", dtypes, own, factor * own)["computed_in"] in dtypes
+        assert check_twin("mine", dtypes, own, factor * own)["computed_in"] in dtypes
         return
     with pytest.raises(InputError, match=r"mine computes in .* it answers otherwise") as caught:
-        verification.check_twin("mine", dtypes, own, factor * own)
+        check_twin("mine", dtypes, own, factor * own)
     assert "\n" not in str(caught.value)
 
 
@@ -261,14 +259,14 @@ LABELS = np.arange(100) % 4
 
 
 def reference(spread=0.5, classes=4):
-    """Answers of which the first so many classes are the most probable ones, in turns."""
+    """Answers whose most probable classes are the first so many, in turns."""
     top1 = np.arange(100) % classes
     probabilities = np.full((100, 4), 0.25) + spread * 0.75 * np.eye(4)[top1]
-    return verification.Reference(None, LABELS, probabilities.astype("float32"))
+    return Reference(LABELS, probabilities.astype("float32"))
 
 
 @pytest.mark.parametrize(
-    "precision, answers, shown",
+    "precision, answers, conclusive",
     [
         ("float32", reference(), True),
         ("float32", reference(spread=0), False),
@@ -282,26 +280,24 @@ def reference(spread=0.5, classes=4):
         ("dynamic", reference(classes=2), True),
     ],
 )
-def test_a_proof_that_could_not_fail_says_so(precision, answers, shown):
-    found = verification.check_shown("file", precision, answers)
-    assert (not found) == shown
-    assert all(str(each).startswith(verification.NOTHING_SHOWN) for each in found)
+def test_a_verification_that_could_not_fail_is_inconclusive(precision, answers, conclusive):
+    found = verify_artifact.check_conclusive(precision, answers)
+    assert (not found) == conclusive
+    assert all(str(each).startswith(verify_artifact.INCONCLUSIVE) for each in found)
 
 
 def test_a_model_at_chance_is_described():
-    assert verification.describe_chance(reference(), takes_floats=True) is None
-    line = verification.describe_chance(reference(classes=1), takes_floats=True)
-    assert "25.0% of the images rightly" in line and "--normalize" in line
-    assert "--normalize" not in verification.describe_chance(
-        reference(classes=1), takes_floats=False
-    )
-    certain = verification.Reference(None, LABELS[:7] * 0, np.tile([[0.9, 0.1]], (7, 1)))
-    assert verification.describe_chance(certain, takes_floats=True) is None
+    assert describe_chance(reference(), takes_floats=True) is None
+    line = describe_chance(reference(classes=1), takes_floats=True)
+    assert "an accuracy of 25.0%" in line and "--normalize" in line
+    assert "--normalize" not in describe_chance(reference(classes=1), takes_floats=False)
+    certain = Reference(LABELS[:7] * 0, np.tile([[0.9, 0.1]], (7, 1)))
+    assert describe_chance(certain, takes_floats=True) is None
 
 
 def test_a_difference_from_the_users_model_is_recorded_beside_that_from_its_twin():
     answers = reference().probabilities
     both = dataclasses.replace(reference(), own=answers + np.float32(0.01))
-    figures = verification.compare(answers, both)
+    figures = verify_artifact.compare_with_reference(answers, both)
     assert figures["max_difference"] == 0
     assert figures["max_difference_in_own_precision"] == pytest.approx(0.01, abs=1e-6)

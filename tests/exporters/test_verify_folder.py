@@ -1,4 +1,4 @@
-"""An export folder checked again: away from its home, and after all that can happen to it."""
+"""`verify`: an export folder checked again, elsewhere and after damage of many kinds."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from keras_resnet.exporters import saved_model
 from keras_resnet.exporters.exporter import Job
 from keras_resnet.exporters.formats import REFERENCE, Artifact
 from keras_resnet.exporters.graph import Serving
-from keras_resnet.exporters.verifier import CHANGED, DIFFERS, NOT_RUN, SOUND
+from keras_resnet.exporters.verify_folder import CHANGED, DIFFERS, NOT_RUN, SOUND
 from keras_resnet.untrusted.manifest import MANIFEST, digest, read_manifest
 from keras_resnet.utils.errors import InputError
 
@@ -60,7 +60,7 @@ def other_export(trained_run, tmp_path_factory):
     # Whether 8 bits can hold it, too, is not the question here.
     formats = ["tflite", "onnx"]
     keras_resnet.export(folder / "other.keras", out, to=formats, precision=PRECISIONS, force=True)
-    # Written alone: its proof, in a process of its own, would take ten seconds.
+    # Its verification in a process of its own would take ten seconds.
     job = Job(Serving(predictor.model), predictor.metadata, {}, None)
     saved_model.write(job, Artifact("saved_model", "float32"), out / "saved_model")
     return out
@@ -72,7 +72,7 @@ def copy(exported, tmp_path):
 
 
 def relist(folder, *files):
-    """Writes what files are now into the manifest, as whoever changed them could."""
+    """Writes the new sizes and checksums of files into the manifest, as an attacker could."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for row in [manifest["reference"], *manifest["artifacts"]]:
         if row["file"] in files:
@@ -81,7 +81,7 @@ def relist(folder, *files):
 
 
 def keep(folder, *files):
-    """Lists these files alone: what is not at stake takes time."""
+    """Removes all other files from the manifest, which would take time."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["artifacts"] = [row for row in manifest["artifacts"] if row["file"] in files]
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -134,7 +134,7 @@ def test_verification_changes_nothing(copy):
     assert digest(copy) == before
 
 
-def test_with_a_data_set_all_its_images_are_measured(exported, fashion_folder):
+def test_with_a_data_set_all_its_images_are_evaluated(exported, fashion_folder):
     done = run_main("verify", exported, "--dataset", f"folder:{fashion_folder}", "--json")
     assert done.returncode == 0, done.stderr
     found = {row["file"]: row for row in json.loads(done.stdout)["files"]}
@@ -152,7 +152,7 @@ def test_floats_instead_of_images_are_verified_alike(trained_run, fashion_folder
 
 
 # ----------------------------------------------------------------------------------------------
-# Something has
+# Something has changed
 # ----------------------------------------------------------------------------------------------
 
 
@@ -197,7 +197,7 @@ def add_to_saved_model(folder):
     (folder / "saved_model" / "assets" / "more.txt").write_text("more")
 
 
-def remove_card(folder):
+def remove_metadata(folder):
     (folder / "saved_model" / "assets.extra" / "keras_resnet.json").unlink()
 
 
@@ -217,7 +217,7 @@ def replace_by_folder(folder):
         (remove_saved_model, {"saved_model"}),
         (swap, {"model-float32.onnx", "model-int8.onnx"}),
         (add_to_saved_model, {"saved_model"}),
-        (remove_card, {"saved_model"}),
+        (remove_metadata, {"saved_model"}),
         (link_in_saved_model, {"saved_model"}),
         (replace_by_folder, {"model-int8.onnx"}),
     ],
@@ -281,7 +281,7 @@ def test_no_model_at_all_under_its_name_is_found(copy):
 
 
 # ----------------------------------------------------------------------------------------------
-# What is refused in one line
+# Refused in one line
 # ----------------------------------------------------------------------------------------------
 
 

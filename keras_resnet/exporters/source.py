@@ -1,0 +1,86 @@
+"""The Keras model that is exported, and its provenance."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_resnet.evaluation.inference import Predictor, resolve_model_path
+from keras_resnet.runtimes import open_runtime
+from keras_resnet.runtimes.keras_file import KerasRuntime
+from keras_resnet.runtimes.normalized import normalized
+from keras_resnet.training import run_folder
+from keras_resnet.untrusted.manifest import digest
+from keras_resnet.utils.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A Keras model and its provenance.
+
+    Attributes:
+        predictor: The `Predictor` of the model.
+        record: The entry "source" of the manifest.
+        folder: The default export folder; None for a Keras model without a file.
+    """
+
+    predictor: Predictor
+    record: dict
+    folder: Path | None = None
+
+    @property
+    def provenance(self):
+        """The record as strings, for the metadata of a file."""
+        known = {**self.record.get("run", {}), "source_sha256": self.record["sha256"]}
+        known["keras_resnet_version"] = run_folder.versions()["keras-resnet-edge"]
+        return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def open_source(model, normalize=None):
+    """Opens the model that is to be exported.
+
+    Args:
+        model: A run folder, a .keras file, or a Keras model.
+        normalize: See `export`.
+
+    Returns:
+        A `Source`.
+
+    Raises:
+        InputError: If it is something else, or cannot be loaded.
+    """
+    if isinstance(model, keras.Model):
+        weights = hashlib.sha256()
+        for weight in model.get_weights():
+            weights.update(np.ascontiguousarray(weight))
+        record = {"path": "", "sha256": weights.hexdigest(), "of": "the weights"}
+        predictor = Predictor(normalized(KerasRuntime(model), normalize))
+        return Source(predictor, {**record, "normalize": normalize})
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(
+            f"a model is a run folder, a .keras file or a Keras model, got {model!r:.60}"
+        )
+    given, path = Path(model), resolve_model_path(model)
+    if path.is_dir() or path.suffix in (".tflite", ".onnx"):
+        raise InputError(f"{path}: an export is made of a run folder or a .keras file")
+    predictor = Predictor(normalized(open_runtime(path), normalize))
+    size, sha256 = digest(path)
+    record = {"path": str(path.resolve()), "sha256": sha256, "bytes": size, "normalize": normalize}
+    if not given.is_dir():
+        return Source(predictor, record, path.with_name(f"{path.stem}-export"))
+    return Source(predictor, {**record, "run": _describe_run(given)}, given / "export")
+
+
+def _describe_run(run_dir):
+    """Returns model, seed, commit, command and recipe of a run, as far as its config has them."""
+    try:
+        config = json.loads((run_dir / run_folder.CONFIG).read_text(encoding="utf-8"))
+        recipe = config.get("recipe", {}).get("name")
+        known = {name: config.get(name) for name in ("model", "seed", "git_commit", "command")}
+    except (OSError, ValueError, AttributeError):  # the export does not need it
+        return {}
+    return {**known, "recipe": recipe}

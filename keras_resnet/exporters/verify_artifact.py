@@ -1,0 +1,338 @@
+"""Verification of one artifact by its real runtime: contract, batch sizes, answers, tolerances.
+
+`export` compares an artifact with the answers of its Keras model, `verify` with those on record.
+"""
+
+import contextlib
+import dataclasses
+import math
+import statistics
+import time
+
+import numpy as np
+
+from keras_resnet.evaluation.inference import to_probabilities
+from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS
+from keras_resnet.runtimes import Tensor, open_runtime
+from keras_resnet.runtimes.base import CHUNK, LOGITS
+from keras_resnet.training.run_folder import cores
+from keras_resnet.untrusted.manifest import digest
+from keras_resnet.utils.errors import ExportError, InputError
+from keras_resnet.utils.progress import bar
+
+INCONCLUSIVE = "inconclusive"
+
+# Largest difference between the answers to an image in batches of different sizes. Runtimes add in
+# another order for another size; BatchNormalization in training mode is off by percents.
+_BATCH_TOLERANCE = 1e-4
+
+# The answers must spread over the images by this many times the largest difference allowed: an
+# artifact with one answer to all images must not come near to passing.
+_MIN_SPREAD = 10
+
+# Latency: runs before timing starts, the smallest and largest number of timed runs, and the time
+# after which they end.
+_WARM_UP, _MIN_RUNS, _MAX_RUNS, _MAX_SECONDS = 5, 20, 200, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A check that an artifact did not pass.
+
+    Attributes:
+        check: The name of the check.
+        found: Its result; a number or words.
+        limit: The required result.
+        file: The artifact.
+    """
+
+    check: str
+    found: object
+    limit: object
+    file: str = ""
+
+    def __str__(self):
+        found, limit = (
+            f"{value:.3g}" if isinstance(value, float) else value
+            for value in (self.found, self.limit)
+        )
+        return f"{self.check}: {found}, must be {limit}"
+
+
+def verify_artifact(path, artifact, contract, inputs, reference):
+    """Compares a file that was just written with its Keras model, and measures its latency.
+
+    Args:
+        path: The file, or the folder of a SavedModel.
+        artifact: The `Artifact`.
+        contract: The `Contract`.
+        inputs: All test images; see `predict`.
+        reference: The `Reference`.
+
+    Returns:
+        The artifact's row of the manifest, its probabilities, and a list of `Failure`s.
+
+    Raises:
+        ExportError: If its runtime does not load or run it.
+    """
+    size, sha256 = digest(path)
+    latency = {}
+    *fewer, most = sorted({1, cores()})
+    try:
+        with contextlib.closing(open_artifact(path, artifact.format, most, trust=True)) as runtime:
+            with bar(len(inputs), artifact.file) as shown:
+                probabilities, failures = run_checks(
+                    runtime, contract, artifact.batch, inputs, shown.update
+                )
+            latency[str(most)] = measure_latency(runtime, inputs[np.arange(1)])
+        # The number of threads is fixed when a file is opened.
+        for threads in fewer:
+            with contextlib.closing(
+                open_artifact(path, artifact.format, threads, trust=True)
+            ) as other:
+                latency[str(threads)] = measure_latency(other, inputs[np.arange(1)])
+    except InputError as error:
+        # A file that does not run has no figures: `force` cannot publish it either.
+        raise ExportError(
+            f"{artifact.file} is not run by its own runtime: nothing was written",
+            [Failure("loads and runs", str(error), "yes", artifact.file)],
+        ) from error
+    figures = compare_with_reference(probabilities, reference)
+    outside = check_tolerance(artifact.precision, figures)
+    if inconclusive := check_conclusive(artifact.precision, reference):
+        # The largest of nearly equal answers depends on rounding.
+        outside = [failure for failure in outside if failure.check != "agreement"]
+    failures = [
+        dataclasses.replace(failure, file=artifact.file)
+        for failure in [*failures, *outside, *inconclusive]
+    ]
+    row = {
+        "file": artifact.file,
+        **dataclasses.asdict(artifact),
+        "bytes": size,
+        "sha256": sha256,
+        "input": dataclasses.asdict(runtime.input),
+        "output": dataclasses.asdict(runtime.output),
+        **figures,
+        "tolerance": dataclasses.asdict(PRECISIONS[artifact.precision].tolerance),
+        "failures": [str(failure) for failure in failures],
+        "published_by_force": bool(failures),
+        "latency_ms": latency,
+        "operators": runtime.operators,
+    }
+    return row, probabilities, failures
+
+
+def open_artifact(path, format, threads=None, *, trust=False, prober=None):
+    """Opens an artifact with its real runtime; a SavedModel in a process without Keras.
+
+    Args:
+        path: The file or folder; a SavedModel is trusted.
+        format: A row of `FORMATS`.
+        threads: The number of threads that compute one answer; None for the runtime's choice.
+        trust: See `open_runtime`.
+        prober: See `open_runtime`.
+    """
+    if format == "saved_model":
+        from keras_resnet.exporters.fresh import FreshSavedModel
+
+        return FreshSavedModel(path, threads)
+    return open_runtime(path, threads=threads, trust=trust, prober=prober)
+
+
+def run_checks(runtime, contract, batch, inputs, progress=lambda count: None):
+    """Runs an artifact on all images, and checks its contract and its batch sizes.
+
+    Args:
+        runtime: Its `Runtime`.
+        contract: The `Contract`.
+        batch: The batch size that it is made for; None for any.
+        inputs: See `predict`.
+        progress: See `predict`.
+
+    Returns:
+        Its probabilities, float32, [count, classes], and a list of `Failure`s.
+    """
+    failures = check_contract(runtime, contract, batch)
+    probabilities = predict(runtime, inputs, progress)
+    return probabilities, failures + check_batches(runtime, inputs, probabilities)
+
+
+def predict(runtime, inputs, progress=lambda count: None):
+    """Returns the probabilities of an artifact, float32, [count, classes].
+
+    Args:
+        runtime: Its `Runtime`.
+        inputs: The images as it takes them, [count, height, width, channels]: an array, or another
+            object with a length that an array of positions can index.
+        progress: Called with the number of images of each finished call.
+    """
+    parts = []
+    for start in range(0, len(inputs), CHUNK):
+        batch = inputs[np.arange(start, min(start + CHUNK, len(inputs)))]
+        parts.append(_probabilities(runtime, batch))
+        progress(len(batch))
+    return np.concatenate(parts)
+
+
+def _probabilities(runtime, batch):
+    answers = runtime.run(batch)
+    if runtime.output_kind == LOGITS:
+        return to_probabilities(answers, LOGITS, runtime.name)
+    # Not normalised: wrong probabilities would look right.
+    if not np.isfinite(answers).all():
+        raise InputError(f"{runtime.name}: the model answers with numbers that are not finite")
+    return answers
+
+
+def check_contract(runtime, contract, batch=None):
+    """Returns a `Failure` for each name, shape or dtype that breaks the contract."""
+    wanted = {
+        "input": Tensor("image", (batch, *contract.image_shape), contract.dtype),
+        "output": Tensor(contract.output, (batch, contract.classes), "float32"),
+    }
+    return [
+        Failure(f"{side} {name}", found, limit)
+        for side, tensor in wanted.items()
+        for name, limit in vars(tensor).items()
+        if (found := getattr(getattr(runtime, side), name)) != limit
+    ]
+
+
+def check_batches(runtime, inputs, probabilities):
+    """Returns a `Failure` for each batch size that fails, or changes the answers."""
+    failures = []
+    for count in BATCH_SIZES:
+        check = f"batch of {count}"
+        try:
+            found = _probabilities(runtime, inputs[np.arange(count)])
+        except InputError as error:
+            failures.append(Failure(check, str(error), "answered"))
+            continue
+        difference = float(np.abs(found - probabilities[:count]).max())
+        if not difference <= _BATCH_TOLERANCE:
+            failures.append(Failure(f"{check}, difference", difference, _BATCH_TOLERANCE))
+    return failures
+
+
+def compare(probabilities, expected):
+    """Returns the difference between an artifact's answers and others.
+
+    Args:
+        probabilities: float32, [count, classes].
+        expected: The same of the Keras model, or of the artifact itself at its export.
+
+    Returns:
+        A dict: "max_difference", "mean_difference", "agreement".
+    """
+    difference = np.abs(probabilities.astype("float64") - expected)
+    return {
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "agreement": float(np.mean(probabilities.argmax(axis=1) == expected.argmax(axis=1))),
+    }
+
+
+def compare_with_reference(probabilities, reference):
+    """Returns the dict of `compare` for the Keras model on all test images, and more.
+
+    Returns:
+        "images", "accuracy" and "accuracy_change", too, and "max_difference_in_own_precision" if
+        the model has a twin.
+    """
+    accuracy = float(np.mean(probabilities.argmax(axis=1) == reference.labels))
+    figures = {
+        "images": len(probabilities),
+        **compare(probabilities, reference.probabilities),
+        "accuracy": accuracy,
+        "accuracy_change": accuracy - reference.accuracy,
+    }
+    if reference.own is not None:
+        difference = np.abs(probabilities - reference.own).max()
+        figures["max_difference_in_own_precision"] = float(difference)
+    return figures
+
+
+def check_tolerance(precision, figures):
+    """Returns a `Failure` for each figure outside the tolerance of a precision.
+
+    Args:
+        precision: A row of `PRECISIONS`.
+        figures: "max_difference", "agreement" and "accuracy_change"; missing ones are not checked.
+
+    Example:
+        >>> figures = {"max_difference": 2e-5, "agreement": 1.0, "accuracy_change": 0.0}
+        >>> print(*check_tolerance("float32", figures))
+        largest difference: 2e-05, must be at most 1e-05
+    """
+    tolerance = PRECISIONS[precision].tolerance
+    # The accuracy change is negative where the accuracy drops.
+    rows = (
+        ("largest difference", "max_difference", 1, "at most", tolerance.max_difference),
+        ("agreement", "agreement", 1, "at least", tolerance.agreement),
+        ("accuracy drop", "accuracy_change", -1, "at most", tolerance.accuracy_drop),
+    )
+    failures = []
+    for check, key, sign, side, limit in rows:
+        if limit is not None and key in figures:
+            found = sign * figures[key]
+            # A figure that is not a number fails.
+            if not (found >= limit if side == "at least" else found <= limit):
+                failures.append(Failure(check, found, f"{side} {limit:g}"))
+    return failures
+
+
+def check_conclusive(precision, reference):
+    """Returns a `Failure` if an artifact with one answer to all images would be within tolerance.
+
+    An untrained MobileNetV2 answers 1/7 to every image: a comparison with it shows nothing.
+
+    Args:
+        precision: A row of `PRECISIONS`.
+        reference: The `Reference`.
+
+    Example:
+        >>> from keras_resnet.exporters.reference import Reference
+        >>> alike = Reference(np.array([0, 1]), np.full((2, 2), 0.5, "float32"))
+        >>> check_conclusive("float32", alike)[0].limit
+        'at least 0.0001'
+    """
+    max_difference = PRECISIONS[precision].tolerance.max_difference
+    if max_difference is not None:
+        check = "spread of the Keras model's answers over the images"
+        found, least = (
+            float(np.ptp(reference.probabilities, axis=0).max()),
+            _MIN_SPREAD * max_difference,
+        )
+        is_conclusive, limit = found >= least, f"at least {least:g}"
+    else:
+        check, limit = "share of the images that the Keras model gives one class", "smaller"
+        top1 = reference.probabilities.argmax(axis=1)
+        common = np.bincount(top1).argmax()
+        found = float(np.mean(top1 == common))
+        change = float(np.mean(reference.labels == common)) - reference.accuracy
+        is_conclusive = bool(
+            check_tolerance(precision, {"agreement": found, "accuracy_change": change})
+        )
+    return [] if is_conclusive else [Failure(f"{INCONCLUSIVE}, {check}", found, limit)]
+
+
+def measure_latency(runtime, batch):
+    """Returns the latency of a model for a batch, after warm-up.
+
+    Args:
+        runtime: A `Runtime`.
+        batch: Images as it takes them.
+
+    Returns:
+        A dict: "median" and "p95", in milliseconds.
+    """
+    for _ in range(_WARM_UP):
+        runtime.run(batch)
+    taken, began = [], time.perf_counter()
+    while len(taken) < _MIN_RUNS or (
+        len(taken) < _MAX_RUNS and time.perf_counter() - began < _MAX_SECONDS
+    ):
+        taken.append(1000 * runtime.time(batch))
+    p95 = sorted(taken)[math.ceil(0.95 * len(taken)) - 1]
+    return {"median": statistics.median(taken), "p95": p95}
