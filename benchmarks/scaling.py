@@ -40,7 +40,7 @@ import tensorflow as tf
 
 from keras_resnet import SPECS, Spec, Split, build_resnet, with_preprocessing
 from keras_resnet.distribution import Shards, choose_strategy
-from keras_resnet.distribution.launcher import share_cores
+from keras_resnet.distribution.launch import share_cores
 from keras_resnet.training.precision import POLICIES
 from keras_resnet.training.run_folder import describe_surroundings
 from keras_resnet.utils.errors import InputError, check_count, look_up, one_line

@@ -6,6 +6,7 @@ worker finds.
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,21 +28,19 @@ def run(job, folder, workers=1):
         folder: A folder that is not there yet.
         workers: How many processes; more than one get a TF_CONFIG each.
     """
-    from keras_resnet.distribution.launcher import run_local_workers
-
     folder.mkdir()
     path = folder / "job.json"
     path.write_text(json.dumps(job))
-    command = [sys.executable, __file__, str(path), str(folder)]
     with open(folder / "log.txt", "w") as log:
-        status = run_local_workers(
-            command,
-            command,
-            workers,
+        status = subprocess.run(
+            [
+                *(sys.executable, "-m", "keras_resnet.cli", "launch", "-n", str(workers), "--"),
+                *(sys.executable, __file__, str(path), str(folder)),
+            ],
             stdout=log,
             stderr=log,
-            environ={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        )
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        ).returncode
     assert status == 0, (folder / "log.txt").read_text()[-5000:]
     return [folder / str(worker) for worker in range(workers)]
 
@@ -326,7 +325,8 @@ def main(job_path, folder):
     import keras
 
     job, folder = json.loads(Path(job_path).read_text()), Path(folder)
-    worker = folder / os.environ["KERAS_RESNET_LOCAL_WORKER"]
+    task = json.loads(os.environ["TF_CONFIG"]).get("task", {"index": 0})
+    worker = folder / str(task["index"])
     worker.mkdir()
     strategy = start_strategy(job)
     for name, (task, options) in job["tasks"].items():
