@@ -1,7 +1,7 @@
-"""A script that trains under a strategy as a user's own would, and what starts it in tests.
+"""A script that trains under a strategy as a user's own would, and the function that starts it.
 
-`python replica_job.py JOB RESULT`: JOB is a file with a JSON object, RESULT a folder for what each
-worker finds.
+`python replica_job.py JOB RESULT`: JOB is a file with a JSON object, RESULT a folder for the
+results of each worker.
 """
 
 import json
@@ -24,7 +24,7 @@ def run(job, folder, workers=1):
     """Runs a job in a process, or in one for each worker; returns their folders.
 
     Args:
-        job: What `main` reads.
+        job: The JSON object that `main` reads.
         folder: A folder that is not there yet.
         workers: How many processes; more than one get a TF_CONFIG each.
     """
@@ -128,13 +128,13 @@ class Curve:
 
 
 def local_values(variable):
-    """Returns what each replica of this process has of a Keras variable."""
+    """Returns the values of a Keras variable on each replica of this process."""
     values = getattr(variable.value, "values", [variable.value])
     return [np.asarray(value) for value in values]
 
 
 # ----------------------------------------------------------------------------------------------
-# What a job may ask for: functions of the strategy that return arrays
+# The tasks of a job: functions of the strategy that return arrays
 # ----------------------------------------------------------------------------------------------
 
 
@@ -144,11 +144,11 @@ def train_epoch(strategy, sync=True, epochs=1, **options):
 
     from keras_resnet.distribution import AverageMovingStatistics, Shards
 
-    split, measured = read_split(IMAGES), read_split(100, 1000)
+    split, evaluation = read_split(IMAGES), read_split(100, 1000)
     model = build(strategy, len(split), sync, **options)
     curve = Curve()
     shards = Shards(split, BATCH, strategy, lambda epoch: split.order(0, epoch))
-    held = Shards(measured, BATCH, strategy)
+    held = Shards(evaluation, BATCH, strategy)
     history = model.fit(
         shards.dataset,
         steps_per_epoch=shards.steps,
@@ -215,7 +215,7 @@ def with_callbacks(strategy, folder):
     model = build(strategy, len(split))
     place = local_output_path(folder / "written", strategy)
     place.mkdir()
-    watchers = [
+    callbacks = [
         keras.callbacks.ModelCheckpoint(place / "{epoch}.weights.h5", save_weights_only=True),
         keras.callbacks.BackupAndRestore(place / "backup", delete_checkpoint=False),
         keras.callbacks.TensorBoard(place / "tensorboard"),
@@ -224,7 +224,7 @@ def with_callbacks(strategy, folder):
         keras.callbacks.EarlyStopping("loss", patience=1, min_delta=10),
         keras.callbacks.TerminateOnNaN(),
     ]
-    arguments = {"batch_size": BATCH, "epochs": 9, "verbose": 0, "callbacks": watchers}
+    arguments = {"batch_size": BATCH, "epochs": 9, "verbose": 0, "callbacks": callbacks}
     history = model.fit(split.images, split.labels, **arguments).history
     names = sorted(path.name for path in place.iterdir())
     return {
@@ -237,7 +237,7 @@ def with_callbacks(strategy, folder):
 
 
 def refusal(strategy, **compiled):
-    """What is said of a model that cannot be trained under the strategy."""
+    """The error for a model that cannot be trained under the strategy."""
     from keras_resnet.distribution import check_compiled
 
     split = read_split(80)
@@ -264,9 +264,9 @@ def frozen_statistics(strategy):
     layer.moving_mean.assign(np.linspace(0.1, 0.9, 16))
     before = np.asarray(layer.moving_mean)
     shards = Shards(split, BATCH, strategy)
-    watchers = [AverageMovingStatistics()]
+    callbacks = [AverageMovingStatistics()]
     arguments = {"steps_per_epoch": shards.steps, "shuffle": False, "verbose": 0}
-    model.fit(shards.dataset, epochs=3, callbacks=watchers, **arguments)
+    model.fit(shards.dataset, epochs=3, callbacks=callbacks, **arguments)
     return {"before": before, "after": np.asarray(layer.moving_mean)}
 
 
@@ -290,7 +290,7 @@ def train_twice(strategy, folder):
 
 
 def random_numbers(strategy):
-    """What augmentation draws on each replica of this process for the same images."""
+    """The augmented images of each replica of this process, made from the same images."""
     import keras
     import tensorflow as tf
 

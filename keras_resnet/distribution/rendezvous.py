@@ -36,8 +36,8 @@ MAX_BYTES = 2**20
 
 # Seconds.
 _HANDSHAKE = 5.0  # for a connection to be made and authenticated
-_TICK = 0.1  # between two looks at what the handshakes have resulted in
-_LATE = 1.0  # how long a chief that has failed still tells workers that come late
+_TICK = 0.1  # between two checks for workers that have been authenticated
+_LATE = 1.0  # how long a chief that has failed still sends the error to workers that come late
 _MARGIN = 5.0  # how much longer than the chief the other workers wait
 _FIRST_PAUSE, _LAST_PAUSE = 0.02, 1.0  # between two calls of the chief
 
@@ -156,7 +156,7 @@ class _ChiefMeeting(Meeting):
         try:
             text = json.dumps(make())
             if len(text) > MAX_BYTES - 100:
-                raise InputError(f"what the chief shares must fit into 1 MiB, got {len(text)} B")
+                raise InputError(f"the shared value must fit into 1 MiB, got {len(text)} bytes")
         except BaseException as error:
             self._fail(f"the chief ({self.cluster.address}) could not begin: {one_line(error)}")
             with contextlib.suppress(InputError, WorkerLost):
@@ -199,17 +199,16 @@ class _ChiefMeeting(Meeting):
             deliver_challenge(connection, AUTHKEY)
             answer_challenge(connection, AUTHKEY)
             message = json.loads(connection.recv_bytes(MAX_BYTES))
-        except Exception:  # whatever another program sends, the connection is closed
+        except Exception:  # another program's connection is closed, whatever it sends
             message = None
         self.arrivals.put((connection, message))
 
     def _admit(self, connection, message, about):
         """Takes a worker in, or rejects a connection."""
         del self.pending[connection]
-        kinds = {"index": int, "workers": list, "about": dict}
-        if not isinstance(message, dict) or any(
-            type(message.get(key)) is not kind for key, kind in kinds.items()
-        ):
+        message = message if isinstance(message, dict) else {}
+        kinds = [type(message.get(key)) for key in ("index", "workers", "about")]
+        if kinds != [int, list, dict]:
             connection.close()
             return
         index, workers = message["index"], list(self.cluster.workers)
@@ -221,14 +220,11 @@ class _ChiefMeeting(Meeting):
                 "need the same list in the same order"
             )
         elif index in self.workers:
-            _send(
-                connection,
-                InputError(
-                    f"{self.cluster.name(index)} is there already, from "
-                    f"{self.workers[index].origin}, and another process at {connection.origin} has "
-                    "the same index: give each its own"
-                ),
+            error = InputError(
+                f"{self.cluster.name(index)} is there already, from {self.workers[index].origin}, "
+                f"and another process at {connection.origin} has the same index: give each its own"
             )
+            _send(connection, error)
             connection.close()
         elif not 1 <= index < self.cluster.size:
             connection.close()
@@ -264,7 +260,7 @@ class _ChiefMeeting(Meeting):
         self._fail(f"{self.cluster.name(index)} {_GONE}: {_LOOK}", WorkerLost)
 
     def _fail(self, text, kind=InputError):
-        """Records the first error; workers that come within `_LATE` seconds are told, too."""
+        """Records the first error, and waits `_LATE` seconds at most for workers to send it to."""
         if self.error is None:
             self.error = kind(text)
             self.deadline = min(self.deadline, time.monotonic() + _LATE)
@@ -291,10 +287,10 @@ class _WorkerMeeting(Meeting):
         while self.chief is None:
             try:
                 self.chief = self._call()
-            # AssertionError: Python before 3.12, of a program that does not speak the protocol.
+            # Python before 3.12 raises an AssertionError if another program answers.
             except (OSError, EOFError, AuthenticationError, AssertionError) as error:
                 left = self.deadline - time.monotonic()
-                # The last call would be too short to find a reason.
+                # A call that the deadline cuts short would find no reason.
                 time.sleep(max(0, left if left < 2 * pause else pause))
                 if left < 2 * pause:
                     raise InputError(
@@ -303,7 +299,7 @@ class _WorkerMeeting(Meeting):
                     ) from error
                 pause = min(2 * pause, _LAST_PAUSE)
         _send(self.chief, message)
-        # The chief waits for no longer than that from now on.
+        # From now on the chief waits for `timeout` seconds at most.
         self._receive("met", self.timeout + _MARGIN)
 
     def share(self, make):
@@ -320,7 +316,7 @@ class _WorkerMeeting(Meeting):
     def _call(self):
         seconds = max(0.1, min(self.deadline - time.monotonic(), _HANDSHAKE))
         called = socket.create_connection(split_address(self.cluster.workers[0]), seconds)
-        # Linux can connect a socket with itself, if the chief's port is one that it hands out.
+        # Linux can connect a socket to itself, if the chief's port is in the ephemeral range.
         if called.getsockname() == called.getpeername():
             called.close()
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
@@ -334,7 +330,7 @@ class _WorkerMeeting(Meeting):
         return connection
 
     def _receive(self, key, seconds=None):
-        """Returns what the chief's next message holds, or raises the error that it tells."""
+        """Returns the value of the chief's next message, or raises the error in it."""
         try:
             if not self.chief.poll(seconds):
                 raise TimeoutError(errno.ETIMEDOUT, "it says nothing more")
@@ -355,9 +351,11 @@ def _listen(cluster):
     for family in families:
         dual = family == socket.AF_INET6
         try:
-            return socket.create_server(
+            server = socket.create_server(
                 ("", port), family=family, backlog=cluster.size + 256, dualstack_ipv6=dual
             )
+            server.setblocking(False)  # a connection can be gone before it is accepted
+            return server
         except OSError as error:
             if dual and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # no IPv6
                 continue
@@ -369,12 +367,12 @@ def _listen(cluster):
 
 
 def _make_connection(connected, seconds):
-    """Returns a socket as a `Connection` on which a message may stop for some seconds at most."""
+    """Returns a socket as a `Connection` on which a message may stall for `seconds` at most."""
     connected.settimeout(None)
     limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-    # The system finds out within a minute that the other machine has vanished.
+    # The system reports within a minute that the other machine has vanished.
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}.items():
         if hasattr(socket, name):
@@ -383,7 +381,7 @@ def _make_connection(connected, seconds):
 
 
 def _shut_down(connection):
-    """Ends the read that a thread waits in; closing the connection would not."""
+    """Ends a thread's read from the connection, which `close` would not."""
     connected = socket.socket(fileno=connection.fileno())
     with contextlib.suppress(OSError):
         connected.shutdown(socket.SHUT_RDWR)
@@ -391,7 +389,7 @@ def _shut_down(connection):
 
 
 def _send(connection, message):
-    """Sends a message or an error; a receiver that has gone is found when it should answer."""
+    """Sends a message or an error. A lost receiver is detected when it should answer."""
     if isinstance(message, Exception):
         message = {"error": str(message), "lost": isinstance(message, WorkerLost)}
     with contextlib.suppress(OSError):
@@ -428,4 +426,4 @@ def _reason(error):
         # `create_server` appends the address, which the message has already.
         text = (error.strerror or str(error)).partition(" (while ")[0]
         return text[:1].lower() + text[1:]
-    return "what answers there is not the chief of a run"
+    return "the program that answers there is not the chief of a run"

@@ -19,7 +19,7 @@ from keras_resnet.utils.errors import InputError
 
 pytestmark = pytest.mark.thorough
 
-# What the workers of these tests know before their own lines.
+# The beginning of the workers' programs in these tests.
 PREAMBLE = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -33,7 +33,7 @@ def wait_for(path):
         time.sleep(0.01)
 """
 
-# As short as they can be where nothing is to be said or saved.
+# Short times, where the workers have nothing to report or save.
 QUICK = {"GRACE_SECONDS": 0.2, "STOP_SECONDS": 0.5, "TERMINATE_SECONDS": 0.2}
 
 
@@ -68,7 +68,7 @@ def launch(monkeypatch, capfd):
     return run
 
 
-# What a worker finds, in one line.
+# Prints the environment of a worker in one line.
 TELL = """
 cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 names = "TF_CONFIG", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"
@@ -77,7 +77,7 @@ print(json.dumps([index, cores, os.getsid(0) == os.getpid(), [os.environ.get(n) 
 
 
 def told(out, err):
-    """Returns what the workers printed for `TELL`, in their order."""
+    """Returns the output of `TELL` of each worker, by index."""
     lines = out.splitlines() + [line.split(": ", 1)[1] for line in err.splitlines()]
     return sorted(json.loads(line) for line in lines)
 
@@ -218,7 +218,7 @@ def test_a_reader_that_has_gone_stops_nobody(launch, monkeypatch):
 
 
 def test_what_a_worker_started_ends_with_it(launch, tmp_path):
-    # It holds the pipe open: without an end nobody could tell that all was read.
+    # It holds the pipe open, so the pipe does not end with the worker.
     lines = """
 import subprocess
 if index: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -239,7 +239,7 @@ STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
 
 def failing(chief, other):
-    """Returns lines for workers 0 and 1; 1 begins when 0 is ready and says what it wrote last."""
+    """Returns lines for workers 0 and 1; 1 starts when 0 is ready, and writes before it fails."""
     return f"""
 ready = Path(os.environ["READY"])
 if index == 0:
@@ -345,7 +345,7 @@ def test_what_a_restart_cannot_mend_is_not_restarted(launch, status):
 
 # The command's name: by it the library knows that it need not bring Keras.
 AS_COMMAND = "import sys; sys.argv = ['keras-resnet']"
-# What the command line does, in short.
+# A short form of the command line.
 PARENT = """
 from keras_resnet.distribution import launch
 for name, seconds in {settings!r}.items():
@@ -373,7 +373,7 @@ time.sleep(60)
 
 
 class Parent:
-    """A process that runs three workers, each of which is ready and has said its number."""
+    """A process that runs three workers, and waits until each has printed its process's number."""
 
     def __init__(self, chief, other, settings):
         command = worker(MEMBER.format(chief=chief, other=other))
@@ -392,7 +392,7 @@ class Parent:
         self.workers = []
 
     def wait_until_ready(self):
-        # Sorted, the chief's comes first, whoever was first.
+        # Sorted, the chief's line comes first.
         lines = sorted(self.process.stderr.readline() for _ in range(3))
         matches = [re.fullmatch(r"(|worker [12]: )pid (\d+)\n", line) for line in lines]
         assert len({match[1] for match in matches}) == 3, lines

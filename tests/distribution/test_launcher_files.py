@@ -55,7 +55,7 @@ def programs(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     environ = {
-        # What a surrounding job has set is not for these.
+        # The variables of a surrounding job do not count here.
         **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -160,7 +160,7 @@ def test_sbatch_starts_again(programs, tmp_path, statuses, status, starts):
     assert done.stderr.count("restart ") == starts - 1
 
 
-# Prints what each of four tasks would find.
+# Prints the TF_CONFIG of each of four tasks.
 SHOW = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 for SLURM_PROCID in 0 1 2 3; do

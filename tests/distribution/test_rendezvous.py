@@ -52,7 +52,7 @@ def port(cluster):
 
 
 def attend(cluster, about=ABOUT, timeout=5.0, make=lambda: "nothing", late=0.0):
-    """Returns what a worker's meeting came to: the value shared, or the error."""
+    """Returns the result of a worker's meeting: the shared value, or the error."""
     time.sleep(late)
     try:
         with meet(cluster, about, timeout) as meeting:
@@ -75,7 +75,7 @@ def all_attend(clusters, **options):
 
 
 def check_fault(result, text):
-    # A worker that is lost may be started again; a fault in what it was told may not.
+    # A lost worker is worth a restart; a wrong configuration is not.
     assert type(result) is (WorkerLost if "went away" in text else InputError), result
     assert text in str(result) and "\n" not in str(result), result
 
@@ -296,7 +296,7 @@ def test_a_chief_whose_name_is_unknown(clusters):
     check_fault(attend(cluster, timeout=0.3), "its name cannot be resolved")
 
 
-NOT_THE_CHIEF = "what answers there is not the chief of a run"
+NOT_THE_CHIEF = "the program that answers there is not the chief of a run"
 
 
 def frame(content):
@@ -366,7 +366,7 @@ def test_a_worker_killed_before_all_have_met(clusters):
         killed.send_signal(signal.SIGKILL)
         start = time.monotonic()
         assert three[0].name(1) + " went away" in str(chief.result())
-        # A second more for those who come just then.
+        # The chief waits a second more for workers that come late.
         assert time.monotonic() - start < 2
 
 
@@ -581,7 +581,7 @@ def test_no_bytes_can_stop_the_meeting(chunks):
 
 @pytest.fixture
 def many_files():
-    """Lets this process open what a chief and 1,000 workers need."""
+    """Raises the limit of open files to the needs of a chief and 1,000 workers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 4096:
         pytest.skip("the system allows fewer than 4,096 open files")

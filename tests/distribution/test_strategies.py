@@ -1,4 +1,4 @@
-"""Which strategy is chosen, and what is said of it."""
+"""The choice of a strategy, and its line."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_what_is_asked_for_goes_before_tf_config(monkeypatch, name):
 def test_several_gpus_mean_mirrored(monkeypatch):
     import tensorflow as tf
 
-    # There is no GPU to test on: what TensorFlow says is replaced, and nothing is started.
+    # There is no GPU to test on: TensorFlow's answer is replaced, and nothing is started.
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind}:0", f"{kind}:1"])
     decision = strategies.decide()
     assert str(decision) == "strategy: mirrored (2 GPUs), 2 replicas"
