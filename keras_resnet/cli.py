@@ -75,19 +75,25 @@ _PROCESS_OPTIONS = {
 
 _TRAIN_OPTIONS = {**config.options(config.TrainConfig), **_PROCESS_OPTIONS}
 
-# What the process that starts workers on this machine keeps to itself.
 _LAUNCH_OPTIONS = {
-    "--local-workers": {
+    "-n": {
+        "dest": "count",
         "type": positive(int),
+        "required": True,
         "metavar": "N",
-        "help": "start N workers on this machine, each on cores of its own",
+        "help": "the number of workers; each gets cores of its own",
     },
     "--restarts": {
         "type": int,
         "metavar": "K",
         "default": 0,
-        "help": "how often --local-workers starts them again, from the last finished epoch, when "
-        "one was lost (default: 0)",
+        "help": "how often to start the workers again, from the last finished epoch, when one was "
+        "lost (default: 0)",
+    },
+    "worker_command": {
+        "nargs": argparse.REMAINDER,
+        "metavar": "-- COMMAND",
+        "help": "`train` with its options, or a program with its arguments",
     },
 }
 
@@ -228,71 +234,53 @@ def _train(args):
     from keras_resnet.evaluation.report import format_run
     from keras_resnet.training.trainer import train
 
-    if args.restarts:
-        raise InputError(f"--restarts needs --local-workers, got --restarts {args.restarts} alone")
     command = os.environ.get(_COMMAND) or shlex.join(["keras-resnet", *args.words])
     run = train(**_given(args, _TRAIN_OPTIONS), command=command)
     if run.report:  # the chief's
         print(format_run(run.run_dir, run.report))
 
 
-# Tells workers what the user typed, for the report.
+# The environment variable that tells workers which command line the user typed, for the report.
 _COMMAND = "KERAS_RESNET_COMMAND"
 
 
 def _launch(args):
-    """Starts workers with the command that started this process, less the launcher's options."""
-    from keras_resnet.distribution.launcher import run_local_workers
-    from keras_resnet.training.run_folder import default_run_dir
+    from keras_resnet.distribution import launch
 
-    _check_launch(args)
-    words = _without(args.words, _LAUNCH_OPTIONS)
-    if args.run_dir is None:
-        run_dir = default_run_dir(args.model or "resnet18", args.recipe or "quick")
-        words += ["--run-dir", str(run_dir)]
-    program = [sys.executable, "-m", "keras_resnet.cli"]
-    if sys.orig_argv[-len(args.words) :] == args.words:
-        program = sys.orig_argv[: -len(args.words)]
-    restart = words if args.resume else [*words, "--resume", "auto"]
-    return run_local_workers(
-        [*program, *words],
-        [*program, *restart],
-        args.local_workers,
+    words = args.worker_command[args.worker_command[:1] == ["--"] :]
+    if not words:
+        raise InputError("`launch` needs a command, got none: keras-resnet launch -n 2 -- train …")
+    again = []
+    if words[0] == "train":
+        more, again = _launch_train(args, _parser().parse_args(words))
+        words = [*words, *more]
+    if words[0] in _COMMANDS:
+        words = [*launch.PROGRAM, *words]
+    return launch.launch_workers(
+        words,
+        args.count,
         restarts=args.restarts,
-        environ={**os.environ, _COMMAND: shlex.join(["keras-resnet", *args.words])},
+        restart_command=[*words, *again],
+        environment={_COMMAND: shlex.join(["keras-resnet", *args.words])},
     )
 
 
-def _check_launch(args):
-    from keras_resnet.training.run_folder import check_empty
+def _launch_train(args, options):
+    """Returns the options to add to `train`: those of every start, and those of restarts."""
+    from keras_resnet.training.run_folder import check_empty, default_run_dir
 
-    several = args.local_workers > 1
-    if args.strategy in (("none", "mirrored") if several else ("multiworker",)):
+    if options.strategy in (("none", "mirrored") if args.count > 1 else ("multiworker",)):
         raise InputError(
-            f"--local-workers {args.local_workers} is a strategy of "
-            f"{'several workers' if several else 'one process'}, got --strategy {args.strategy}"
+            f"`launch -n {args.count}` trains under {'multiworker' if args.count > 1 else 'none'}, "
+            f"got --strategy {options.strategy}: leave it out"
         )
-    if "KERAS_RESNET_LOCAL_WORKER" in os.environ:
-        raise InputError("a process that --local-workers started starts none itself")
-    if args.resume and args.run_dir is None:
-        raise InputError("--resume needs the --run-dir of the run to go on with")
-    # Now: after a restart it would be taken for a run to go on with.
-    if not args.resume and args.run_dir is not None:
-        check_empty(Path(args.run_dir))
-
-
-def _without(words, options):
-    """Returns a command's words without some options, each of which takes a value."""
-    kept, skip = [], False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if name in options:
-            skip = not equals
-        elif skip:
-            skip = False
-        else:
-            kept.append(word)
-    return kept
+    if options.resume:
+        return [], []
+    if options.run_dir is not None:
+        check_empty(Path(options.run_dir))  # a restart would resume a run that is in it
+        return [], ["--resume", "auto"]
+    run_dir = default_run_dir(options.model or "resnet18", options.recipe or "quick")
+    return ["--run-dir", str(run_dir)], ["--resume", "auto"]
 
 
 def _evaluate(args):
@@ -409,8 +397,17 @@ _COMMANDS = {
         _train,
         "train a network and write a run folder",
         "Train a network with model.fit and write a run folder.",
-        {**_TRAIN_OPTIONS, **_LAUNCH_OPTIONS},
+        _TRAIN_OPTIONS,
         "\n".join(["recipes:", *(f"  {name}: {row.description}" for name, row in RECIPES.items())]),
+    ),
+    "launch": Command(
+        _launch,
+        "start several workers on this machine",
+        "Start N workers on this machine, each with a TF_CONFIG: `launch -n 2 -- train --epochs 3`"
+        " or\n`launch -n 2 -- python my_train.py`. Restarts add `--resume auto` to the options of "
+        "`train`.",
+        _LAUNCH_OPTIONS,
+        None,
     ),
     "evaluate": Command(
         _evaluate,
@@ -486,7 +483,6 @@ def _parser():
             help=command.help,
             description=command.description,
             epilog=command.epilog,
-            # An option that is typed in part would reach the workers of --local-workers as it is.
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -536,9 +532,8 @@ def main(arguments=None):
         # A terminal without "×" or "–" shows "?" in place of a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
-        if getattr(args, "local_workers", None):
-            return _launch(args)
-        _import_keras()
+        if args.command != "launch":  # its process leaves the memory to the workers
+            _import_keras()
         status = _COMMANDS[args.command].run(args) or 0
         sys.stdout.flush()
     except tuple(_STATUS) as error:

@@ -17,7 +17,7 @@ from ray.train.tensorflow import TensorflowTrainer
 
 
 def parse():
-    """Returns what the command line says."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", required=True, help="a folder that all machines share")
     parser.add_argument("--workers", type=int, default=2, help="default: 2")
@@ -29,7 +29,7 @@ def parse():
 
 
 def read_setting(text):
-    """Returns name and value of "epochs=3"; a value that is no Python literal is a text."""
+    """Returns name and value of "epochs=3"; a value that is not a Python literal is a string."""
     name, equals, value = text.partition("=")
     if not equals:
         raise SystemExit(f"ray_train.py: a setting must be NAME=VALUE, got {text!r}")
@@ -40,20 +40,20 @@ def read_setting(text):
 
 
 def train_worker(config):
-    """Trains as one worker of Ray's; TF_CONFIG is set."""
-    # Ray asks TensorFlow for Keras 2, and both must be said before either is imported.
+    """Trains as one of Ray's workers, which have a TF_CONFIG."""
+    # Ray selects Keras 2. Both variables must be set before Keras or TensorFlow is imported.
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
     os.environ["KERAS_BACKEND"] = "tensorflow"
-    # TensorFlow counts the machine's processors, not those that Ray has given.
+    # TensorFlow would count the machine's processors, not those that Ray has assigned.
     os.environ["TF_NUM_INTRAOP_THREADS"] = str(config["cpus"])
     os.environ["TF_NUM_INTEROP_THREADS"] = "2"
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
     import keras_resnet
 
-    # Ray starts all workers anew when one is lost, with this same call.
+    # Ray starts all workers again when one is lost, with this same call.
     run = keras_resnet.train(strategy="multiworker", resume="auto", **config["settings"])
     with tempfile.TemporaryDirectory() as folder:
-        # Of metrics without a checkpoint Ray tells the driver nothing.
+        # Ray does not pass metrics without a checkpoint to the driver.
         checkpoint = None
         if run.report:  # the chief's
             shutil.copy(run.run_dir / "model.keras", folder)
@@ -62,9 +62,9 @@ def train_worker(config):
 
 
 def main():
-    """Trains, and prints what the last epoch gave."""
+    """Trains, and prints the metrics of the last epoch."""
     args = parse()
-    # Ray's workers read it; each line would come twice.
+    # Without it Ray's workers print each line twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     run_dir = Path(args.run_dir).expanduser().resolve()
     settings = {**dict(map(read_setting, args.settings)), "run_dir": str(run_dir)}

@@ -26,7 +26,9 @@ from keras_resnet.datasets import Split, fashion_mnist, load_dataset
 TINY_COMMAND = """
 import sys
 from keras_resnet import models
+from keras_resnet.distribution import launch
 models.SPECS["tiny"] = models.Spec((1, 1), (8, 16))
+launch.PROGRAM = sys.orig_argv[:3]
 from keras_resnet.cli import main
 sys.exit(main())
 """

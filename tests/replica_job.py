@@ -1,11 +1,12 @@
-"""A script that trains under a strategy as a user's own would, and what starts it in tests.
+"""A script that trains under a strategy as a user's own would, and the function that starts it.
 
-`python replica_job.py JOB RESULT`: JOB is a file with a JSON object, RESULT a folder for what each
-worker finds.
+`python replica_job.py JOB RESULT`: JOB is a file with a JSON object, RESULT a folder for the
+results of each worker.
 """
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,25 +24,23 @@ def run(job, folder, workers=1):
     """Runs a job in a process, or in one for each worker; returns their folders.
 
     Args:
-        job: What `main` reads.
+        job: The JSON object that `main` reads.
         folder: A folder that is not there yet.
         workers: How many processes; more than one get a TF_CONFIG each.
     """
-    from keras_resnet.distribution.launcher import run_local_workers
-
     folder.mkdir()
     path = folder / "job.json"
     path.write_text(json.dumps(job))
-    command = [sys.executable, __file__, str(path), str(folder)]
     with open(folder / "log.txt", "w") as log:
-        status = run_local_workers(
-            command,
-            command,
-            workers,
+        status = subprocess.run(
+            [
+                *(sys.executable, "-m", "keras_resnet.cli", "launch", "-n", str(workers), "--"),
+                *(sys.executable, __file__, str(path), str(folder)),
+            ],
             stdout=log,
             stderr=log,
-            environ={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        )
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        ).returncode
     assert status == 0, (folder / "log.txt").read_text()[-5000:]
     return [folder / str(worker) for worker in range(workers)]
 
@@ -129,13 +128,13 @@ class Curve:
 
 
 def local_values(variable):
-    """Returns what each replica of this process has of a Keras variable."""
+    """Returns the values of a Keras variable on each replica of this process."""
     values = getattr(variable.value, "values", [variable.value])
     return [np.asarray(value) for value in values]
 
 
 # ----------------------------------------------------------------------------------------------
-# What a job may ask for: functions of the strategy that return arrays
+# The tasks of a job: functions of the strategy that return arrays
 # ----------------------------------------------------------------------------------------------
 
 
@@ -145,11 +144,11 @@ def train_epoch(strategy, sync=True, epochs=1, **options):
 
     from keras_resnet.distribution import AverageMovingStatistics, Shards
 
-    split, measured = read_split(IMAGES), read_split(100, 1000)
+    split, evaluation = read_split(IMAGES), read_split(100, 1000)
     model = build(strategy, len(split), sync, **options)
     curve = Curve()
     shards = Shards(split, BATCH, strategy, lambda epoch: split.order(0, epoch))
-    held = Shards(measured, BATCH, strategy)
+    held = Shards(evaluation, BATCH, strategy)
     history = model.fit(
         shards.dataset,
         steps_per_epoch=shards.steps,
@@ -216,7 +215,7 @@ def with_callbacks(strategy, folder):
     model = build(strategy, len(split))
     place = local_output_path(folder / "written", strategy)
     place.mkdir()
-    watchers = [
+    callbacks = [
         keras.callbacks.ModelCheckpoint(place / "{epoch}.weights.h5", save_weights_only=True),
         keras.callbacks.BackupAndRestore(place / "backup", delete_checkpoint=False),
         keras.callbacks.TensorBoard(place / "tensorboard"),
@@ -225,7 +224,7 @@ def with_callbacks(strategy, folder):
         keras.callbacks.EarlyStopping("loss", patience=1, min_delta=10),
         keras.callbacks.TerminateOnNaN(),
     ]
-    arguments = {"batch_size": BATCH, "epochs": 9, "verbose": 0, "callbacks": watchers}
+    arguments = {"batch_size": BATCH, "epochs": 9, "verbose": 0, "callbacks": callbacks}
     history = model.fit(split.images, split.labels, **arguments).history
     names = sorted(path.name for path in place.iterdir())
     return {
@@ -238,7 +237,7 @@ def with_callbacks(strategy, folder):
 
 
 def refusal(strategy, **compiled):
-    """What is said of a model that cannot be trained under the strategy."""
+    """The error for a model that cannot be trained under the strategy."""
     from keras_resnet.distribution import check_compiled
 
     split = read_split(80)
@@ -265,9 +264,9 @@ def frozen_statistics(strategy):
     layer.moving_mean.assign(np.linspace(0.1, 0.9, 16))
     before = np.asarray(layer.moving_mean)
     shards = Shards(split, BATCH, strategy)
-    watchers = [AverageMovingStatistics()]
+    callbacks = [AverageMovingStatistics()]
     arguments = {"steps_per_epoch": shards.steps, "shuffle": False, "verbose": 0}
-    model.fit(shards.dataset, epochs=3, callbacks=watchers, **arguments)
+    model.fit(shards.dataset, epochs=3, callbacks=callbacks, **arguments)
     return {"before": before, "after": np.asarray(layer.moving_mean)}
 
 
@@ -291,7 +290,7 @@ def train_twice(strategy, folder):
 
 
 def random_numbers(strategy):
-    """What augmentation draws on each replica of this process for the same images."""
+    """The augmented images of each replica of this process, made from the same images."""
     import keras
     import tensorflow as tf
 
@@ -326,7 +325,8 @@ def main(job_path, folder):
     import keras
 
     job, folder = json.loads(Path(job_path).read_text()), Path(folder)
-    worker = folder / os.environ["KERAS_RESNET_LOCAL_WORKER"]
+    task = json.loads(os.environ["TF_CONFIG"]).get("task", {"index": 0})
+    worker = folder / str(task["index"])
     worker.mkdir()
     strategy = start_strategy(job)
     for name, (task, options) in job["tasks"].items():

@@ -1,13 +1,14 @@
-"""One network trained on many replicas, with `tf.distribute`.
+"""Training of one network on many replicas, with `tf.distribute`.
 
-`strategies` chooses, `cluster` says who the workers are, `rendezvous` lets them meet, `launcher`
-starts those of one machine, `replicas` deals out data and sums up, and `keras_patch` closes
-Keras 3's gaps under several workers.
+`strategies` chooses the strategy, `cluster` reads `TF_CONFIG`, `rendezvous` connects the workers
+before TensorFlow's server starts, `launch` starts the workers of one machine, `replicas` has the
+shards, the loss and the collective operations, and `keras_patch` makes Keras 3's `fit` work under
+several workers.
 """
 
 import importlib
 
-# name -> module. The launcher's process imports this package, and must not bring TensorFlow in.
+# name -> module. `launch` imports this package, and must not import TensorFlow.
 _EXPORTS = {
     "STRATEGIES": "strategies",
     "choose_strategy": "strategies",

@@ -1,9 +1,9 @@
-"""Keras 3's `fit` under `MultiWorkerMirroredStrategy`, which fails as Keras has it.
+"""A patch that makes Keras 3's `fit` work under `MultiWorkerMirroredStrategy`.
 
-Issue 20585 of Keras, open since 3.0. Three functions of its TensorFlow trainer are put right, in
-the form in which they could be sent there. `apply` is called where a multi-worker strategy is
-made; under any other strategy the functions do what Keras's own do, and importing this module
-changes nothing.
+It fixes Keras's issue 20585, open since 3.0, in three functions of the TensorFlow trainer, in a
+form that could be sent upstream. `choose_strategy` calls `apply` when it starts a multi-worker
+strategy. Under any other strategy the functions call Keras's own. The import of this module changes
+nothing.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ import tensorflow as tf
 from keras import tree
 
 TESTED_VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
-"""The minor releases of Keras that the tests of multi-worker training were passed with."""
+"""The minor releases of Keras with which the tests of multi-worker training pass."""
 
 
 def apply():
-    """Puts Keras's TensorFlow trainer right, once in a process.
+    """Patches Keras's TensorFlow trainer, once in a process.
 
-    Of a Keras that this was not tested with, it warns, and leaves it as it is.
+    With a release of Keras that is not in `TESTED_VERSIONS`, it warns and changes nothing.
     """
     from keras.src.backend.tensorflow import trainer
 
@@ -41,7 +41,7 @@ def apply():
 
 
 def is_multi_worker(strategy):
-    """Returns whether a strategy is one of several processes."""
+    """Returns whether a strategy has several processes."""
     return (
         isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
         and strategy.extended._in_multi_worker_mode()
@@ -54,7 +54,7 @@ def _fix_reduce_per_replica(keras_own):
         method = {"auto": "MEAN", "mean": "MEAN", "sum": "SUM"}.get(reduction)
         if method is None or not is_multi_worker(strategy):
             return keras_own(values, strategy, reduction)
-        # Keras says axis=0, over the examples of a batch; a metric's result has no such axis.
+        # Keras passes axis=0, the examples of a batch; the result of a metric has no such axis.
         return tree.map_structure(lambda v: strategy.reduce(method, v, axis=None), values)
 
     reduce_per_replica.multi_worker = True
@@ -69,8 +69,8 @@ def _fix_symbolic_build(keras_own):
             return keras_own(self, iterator=iterator, data_batch=data_batch)
         check_compiled(self)
         *_, batches = next(iter(iterator))
-        # Keras averages the batch over all workers, which cannot be done eagerly, and needs no
-        # more of it than shapes and dtypes: those of this worker's first replica do.
+        # Keras averages the batch over all workers, which fails eagerly. Only shapes and dtypes are
+        # needed, so the batch of this worker's first replica is enough.
         data_batch = tree.map_structure(
             lambda v: strategy.experimental_local_results(v)[0], next(batches)
         )
@@ -87,8 +87,8 @@ def _fix_make_function(keras_own):
         if steps == 1 or not is_multi_worker(self._distribute_strategy):
             return keras_function
 
-        # Keras's loop in the graph cannot hold collective operations. In Python it does what was
-        # asked for, one call of the callbacks for so many steps, without the speed.
+        # Keras's loop in the graph cannot hold collective operations. A loop in Python also calls
+        # the callbacks once for all of its steps, but is no faster than single steps.
         def function(iterator):
             self.steps_per_execution = 1  # Keras reads it when it traces
             try:
@@ -106,17 +106,17 @@ def _fix_make_function(keras_own):
 
 
 def check_compiled(model):
-    """Raises an error for what a model's strategy cannot do, before `fit` fails in its depths.
+    """Raises an error if a model was compiled with options that its strategy does not support.
 
-    Under a multi-worker strategy that `choose_strategy` made, `fit` and `evaluate` call it.
+    Under a multi-worker strategy of `choose_strategy`, `fit` and `evaluate` call it.
 
     Args:
         model: A compiled Keras model.
 
     Raises:
-        ValueError: If it was compiled with `jit_compile=True` and has several replicas that XLA
-            cannot compile as one program; or with `steps_per_execution` above 1 for a strategy of
-            several replicas in one process.
+        ValueError: If there are several replicas and the model was compiled with
+            `jit_compile=True`, since XLA compiles for one device; or if there are several replicas
+            in one process and `steps_per_execution` is above 1.
     """
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync == 1:

@@ -1,65 +1,63 @@
 """The workers of a run meet before TensorFlow's server starts.
 
-TensorFlow blocks for ever if a worker never comes, and trains nonsense if two workers were started
-differently. So the workers meet first, over plain TCP, on the chief's own address: TensorFlow's
-server takes the port when the meeting is closed. It is a star around the chief, of JSON lines:
+TensorFlow blocks forever if a worker does not come, and trains nonsense if two workers were started
+differently. So all workers first connect to the chief, on the address that TensorFlow's server will
+take afterwards, and exchange JSON messages over `multiprocessing.connection`:
 
-    worker -> chief   keras_resnet meeting 1 {"index": …, "workers": …, "about": …}
-    chief -> worker   {"heard": seconds that the chief will wait for the others}
-    chief -> worker   {"met": true}, which the worker answers with {}
+    worker -> chief   {"index": …, "workers": …, "about": …}
+    chief -> worker   {"met": true}
     chief -> worker   {"value": …}, which the worker answers with {}
-    chief -> worker   {"go": true}, once all have the value
+    chief -> worker   {"go": true}, once all workers have the value
 
-In place of any of its lines the chief may send {"fault": message}, with which the worker ends. The
-meeting keeps out strangers and accidents, not attackers: like TensorFlow's own server, it belongs
-into a network that one trusts.
+Instead of any of its messages the chief may send {"error": message, "lost": true or false}, which
+the worker raises. The authentication key is public: it rejects port scanners and other programs,
+not attackers. Like TensorFlow's own server, the rendezvous needs a trusted network.
 """
 
 import contextlib
 import errno
 import json
 import os
+import queue
 import reprlib
-import selectors
 import socket
+import struct
+import threading
 import time
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 
 from keras_resnet.distribution.cluster import split_address
 from keras_resnet.utils.errors import InputError, WorkerLost, one_line
 
-_MAGIC = b"keras_resnet meeting 1 "
-_MAX_LINE = 2**20
-# Connections that have not said who they are: beyond this the oldest is closed.
-_MOST_STRANGERS = 64
-_MOST_NAMED = 5
+AUTHKEY = b"keras_resnet rendezvous 2"
+MAX_BYTES = 2**20
+"""The size of the largest message."""
 
-# Seconds. Python sees Ctrl-C only between two waits on some systems.
-_TICK = 0.5
-# How long a chief that must give up still tells those who come just then.
-_FAREWELL = 1.0
-# How much longer than the chief the others wait for its word.
-_MARGIN = 5.0
-_CONNECT = 5.0
-_FIRST_PAUSE, _LAST_PAUSE = 0.02, 1.0
+# Seconds.
+_HANDSHAKE = 5.0  # for a connection to be made and authenticated
+_TICK = 0.1  # between two checks for workers that have been authenticated
+_LATE = 1.0  # how long a chief that has failed still sends the error to workers that come late
+_MARGIN = 5.0  # how much longer than the chief the other workers wait
+_FIRST_PAUSE, _LAST_PAUSE = 0.02, 1.0  # between two calls of the chief
 
-_NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
-_LOOK = "see its own output"
+_MAX_NAMES = 5
 _GONE = "went away before training began"
-_SAME = "start all with the same command and versions"
+_LOOK = "see its own output"
 
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 80
 
 
 def meet(cluster, about, timeout=300.0):
-    """Waits until all workers have come and say the same, and returns the `Meeting`.
+    """Waits until all workers have come with the same description, and returns the `Meeting`.
 
-    The own port is checked at once, and kept until the meeting is closed.
+    Every worker listens on its own port until the meeting is closed, so a port in use is found at
+    once.
 
     Args:
-        cluster: The `Cluster`. With a single worker there is nothing to wait for.
-        about: What must be equal on all workers, a dict that JSON can hold.
+        cluster: The `Cluster`. A single worker has nothing to wait for.
+        about: What must be equal on all workers, a dict for JSON.
         timeout: How long to wait, in seconds; the same on all workers.
 
     Returns:
@@ -67,23 +65,21 @@ def meet(cluster, about, timeout=300.0):
 
     Raises:
         WorkerLost: If a worker goes away.
-        InputError: If the own port is taken, a worker does not come, or was started
-            differently. All workers that are there raise the same.
+        InputError: If the own port is in use, a worker does not come or was started differently.
+            All workers that have come raise the same error.
 
     Example:
         >>> from keras_resnet.distribution.cluster import Cluster
-        >>> with meet(Cluster(("localhost:2222",), 0, "TF_CONFIG"), {"epochs": 3}) as meeting:
+        >>> with meet(Cluster(("localhost:2222",), 0), {"epochs": 3}) as meeting:
         ...     meeting.share(lambda: {"seed": 1})
         {'seed': 1}
     """
     if not timeout > 0:
         raise InputError(f"the workers' timeout must be over 0 s, got {timeout!r}")
-    if cluster.size == 1:
-        return Meeting(None)
-    side = (_Chief if cluster.is_chief else _Guest)(cluster, timeout)
-    meeting = Meeting(side)
+    meeting = (_ChiefMeeting if cluster.is_chief else _WorkerMeeting)(cluster, timeout)
     try:
-        side.meet(json.loads(json.dumps(about)))
+        if cluster.size > 1:
+            meeting.meet(json.loads(json.dumps(about)))
     except BaseException:
         meeting.close()
         raise
@@ -91,10 +87,12 @@ def meet(cluster, about, timeout=300.0):
 
 
 class Meeting:
-    """All workers of a run, connected with the chief; `meet` makes it."""
+    """All workers of a run, connected to the chief; `meet` makes it."""
 
-    def __init__(self, side):
-        self._side = side
+    def __init__(self, cluster, timeout):
+        self.cluster, self.timeout = cluster, timeout
+        self.deadline = time.monotonic() + timeout
+        self.listener = _listen(cluster) if cluster.size > 1 else None
 
     def __enter__(self):
         return self
@@ -105,363 +103,245 @@ class Meeting:
     def share(self, make):
         """Returns what `make()` returned on the chief, on every worker.
 
-        The others wait for as long as `make` takes, and end if the chief ends.
+        The other workers wait for as long as `make` takes, and fail if the chief ends.
 
         Args:
-            make: A function without arguments, called on the chief only. It returns what JSON can
-                hold in 1 MiB; what comes back has been through JSON everywhere.
+            make: A function without arguments, called on the chief only. Its result must fit into
+                1 MiB of JSON; every worker gets it as JSON returns it.
 
         Raises:
-            InputError: On the others, if `make` raised anything on the chief, where it goes on.
-                On all, if a worker does not come to its own `share` within the timeout of `meet`.
+            InputError: On the other workers, if `make` raised an error on the chief, which raises
+                that error itself. On all, if a worker does not call `share` within the timeout of
+                `meet`.
             WorkerLost: On all, if a worker has gone away.
         """
-        if self._side is None:
-            return json.loads(json.dumps(make()))
-        return self._side.share(make)
+        raise NotImplementedError
 
     def close(self):
-        """Closes all sockets; TensorFlow's server can take the port now."""
-        if self._side is not None:
-            self._side.close()
+        """Closes all sockets, so that TensorFlow's server can take the port."""
+        if self.listener is not None:
+            self.listener.close()
 
 
-class _Foreign(ConnectionError):
-    """What came over a connection is none of ours."""
-
-    def __init__(self):
-        super().__init__(errno.EPROTO, "what answers there is not the chief of a run")
-
-
-class _Wire:
-    """One connection: whole lines out of what was received, and what is still to be sent."""
-
-    def __init__(self, connection, origin=""):
-        self.socket, self.origin = connection, origin
-        self.inbox, self.outbox = bytearray(), bytearray()
-        self.index = None  # which worker it is, once it has said so
-        self.owes = False  # whether it has still to answer
-        with contextlib.suppress(OSError):
-            _watch_over(connection)
-
-    def receive(self):
-        """Returns the lines that have come; raises `OSError` if the other side is gone."""
-        chunk = self.socket.recv(2**16)
-        if not chunk:
-            raise ConnectionResetError(errno.ECONNRESET, "the connection was closed")
-        self.inbox += chunk
-        # Looked for in the chunk alone, so that a long line costs no more than its length.
-        if b"\n" not in chunk and len(self.inbox) <= _MAX_LINE:
-            return []
-        *lines, self.inbox = self.inbox.split(b"\n")
-        if max(map(len, [*lines, self.inbox])) > _MAX_LINE:
-            raise ConnectionAbortedError(errno.ECONNABORTED, "a line of over 1 MiB came")
-        return lines
-
-    def flush(self):
-        """Sends what the system takes without waiting."""
-        with contextlib.suppress(BlockingIOError):
-            while self.outbox:
-                del self.outbox[: self.socket.send(self.outbox)]
-
-
-class _Chief:
-    """Worker 0: listens, and serves all others in one thread."""
+class _ChiefMeeting(Meeting):
+    """The chief's side. A connection is authenticated in a thread, where it cannot block others."""
 
     def __init__(self, cluster, timeout):
-        self.cluster, self.timeout = cluster, timeout
-        self.guests = {}  # index -> _Wire
-        self.strangers = {}  # _Wire -> None, in the order of their coming
-        self.seen = set()  # who has come, whether still there or not
-        self.about = self.fault = None
-        self.parting = False  # whether who goes away has all that there was to have
-        self.deadline = time.monotonic() + timeout
-        self.listener = _listen(cluster)
-        self.listener.setblocking(False)
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.listener, selectors.EVENT_READ)
+        super().__init__(cluster, timeout)
+        self.workers = {}  # index -> connection
+        self.rejected = []  # connections of workers with another list of workers
+        self.pending = {}  # connection -> the thread that authenticates it
+        self.arrivals = queue.SimpleQueue()  # (connection, the worker's message or None)
+        self.error = None
 
     def meet(self, about):
-        self.about = about
-        while len(self.seen) < self.cluster.size - 1:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                self._fail(_missing(self.cluster, self.seen, self.timeout))
-                break
-            self._turn(left)
-        self._tell({"met": True}, answered=True)
+        others = range(1, self.cluster.size)
+        while not self.workers.keys() >= set(others) and time.monotonic() < self.deadline:
+            for source in wait([self.listener, *self.workers.values()], _TICK):
+                if source is self.listener:
+                    self._accept()
+                else:  # workers say nothing before all have come
+                    self._lose(source)
+            while not self.arrivals.empty():
+                self._admit(*self.arrivals.get(), about)
+        missing = [index for index in others if index not in self.workers]
+        if missing:
+            self._fail(
+                f"{_names(self.cluster, missing)} did not come within {self.timeout:g} s: start "
+                f"{'it' if len(missing) == 1 else 'them'}, or correct TF_CONFIG"
+            )
+        self._send({"met": True})
 
     def share(self, make):
         try:
-            value = json.dumps(make())
-            if len(value) > _MAX_LINE - 100:
-                raise InputError(f"what the chief shares must fit into 1 MiB, got {len(value)} B")
+            text = json.dumps(make())
+            if len(text) > MAX_BYTES - 100:
+                raise InputError(f"the shared value must fit into 1 MiB, got {len(text)} bytes")
         except BaseException as error:
-            chief = self.cluster.workers[0]
-            self._fail(f"the chief ({chief}) could not begin: {one_line(error)}")
+            self._fail(f"the chief ({self.cluster.address}) could not begin: {one_line(error)}")
+            with contextlib.suppress(InputError, WorkerLost):
+                self._send(None)
             raise
-        value = json.loads(value)
-        self._tell({"value": value}, answered=True)
-        self.parting = True
-        self._tell({"go": True})
+        value = json.loads(text)
+        self._send({"value": value})
+        self._await_answers()
+        self._send({"go": True})
         return value
 
     def close(self):
-        for wire in (*self.guests.values(), *self.strangers):
-            wire.socket.close()
-        self.guests, self.strangers = {}, {}
-        self.selector.close()
-        self.listener.close()
-
-    def _tell(self, message, answered=False):
-        """Sends a message to all, and waits until all have taken, or answered, it."""
-        line = _encode(message)
-        deadline = time.monotonic() + self.timeout
-        for wire in self.guests.values():
-            wire.outbox += line
-            wire.owes = answered
-            self._push(wire)
-        while waiting := [i for i, wire in self.guests.items() if wire.outbox or wire.owes]:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                silent = _names(self.cluster, waiting)
-                self._fail(f"{silent} gave no answer for {self.timeout:g} s: {_LOOK}")
-            self._turn(left)
-        if self.fault:
-            raise _error(self.fault)
-
-    def _turn(self, seconds):
-        """Waits a while for something to come, and deals with it."""
-        for key, _ in self.selector.select(max(0, min(seconds, _TICK))):
-            wire = key.data
-            if wire is None:
-                self._accept()
-            elif wire in self.strangers or self.guests.get(wire.index) is wire:
-                # The others were closed in this very turn.
-                self._serve(wire)
-
-    def _serve(self, wire):
-        try:
-            lines = wire.receive()
-            wire.flush()
-            self._watch(wire)
-        except BlockingIOError:
-            self._push(wire)
-            return
-        except OSError:
-            self._drop(wire)
-            if wire.index is not None and not self.parting:
-                name = self.cluster.name(wire.index)
-                self._fail(f"{name} {_GONE}: {_LOOK}")
-            return
-        if wire.index is not None:
-            wire.owes = wire.owes and not lines
-        elif lines:
-            self._greet(wire, lines[0])
-        elif not _MAGIC.startswith(wire.inbox[: len(_MAGIC)]):
-            self._drop(wire)
-
-    def _greet(self, wire, line):
-        """Takes in a worker that has said who it is, or dismisses who is wrong here."""
-        hello = _parse_hello(line)
-        index = hello and hello["index"]
-        if hello is None:
-            self._drop(wire)
-        elif hello["workers"] != list(self.cluster.workers):
-            self._fail(self._other_workers(wire, hello))
-            self._dismiss(wire, self.fault)
-        elif not 1 <= index < self.cluster.size:
-            self._drop(wire)
-        elif index in self.guests:
-            self._dismiss(wire, self._second(wire, index))
-        else:
-            self._take_in(wire, index, hello["about"])
-
-    def _take_in(self, wire, index, about):
-        self.seen.add(index)
-        difference = _difference(about, self.about)
-        if difference:
-            self._fail(f"{self.cluster.name(index)} was started with {difference}: {_SAME}")
-        if self.fault:
-            self._dismiss(wire, self.fault)
-            return
-        del self.strangers[wire]
-        self.guests[index] = wire
-        wire.index = index
-        wire.outbox += _encode({"heard": max(0, self.deadline - time.monotonic())})
-        self._push(wire)
-
-    def _other_workers(self, wire, hello):
-        return (
-            f"worker {hello['index']} at {wire.origin} was given the workers "
-            f"{_shown(hello['workers'])}, the chief {_shown(list(self.cluster.workers))}: all "
-            "need the same list in the same order"
-        )
-
-    def _second(self, wire, index):
-        return (
-            f"{self.cluster.name(index)} is there already, from {self.guests[index].origin}, and "
-            f"another process at {wire.origin} has the same index: give each its own"
-        )
-
-    def _fail(self, fault):
-        """Tells all that are there why the run cannot begin; who comes a little later, too."""
-        if self.fault:
-            return
-        self.fault = fault
-        self.deadline = min(self.deadline, time.monotonic() + _FAREWELL)
-        for wire in list(self.guests.values()):
-            self._dismiss(wire, fault)
-
-    def _dismiss(self, wire, fault):
-        wire.outbox += _encode({"fault": fault})
-        with contextlib.suppress(OSError):
-            wire.flush()
-        self._drop(wire)
-
-    def _drop(self, wire):
-        self.selector.unregister(wire.socket)
-        wire.socket.close()
-        self.strangers.pop(wire, None)
-        if self.guests.get(wire.index) is wire:
-            del self.guests[wire.index]
-
-    def _push(self, wire):
-        # Whoever is gone is found when it is next read from.
-        with contextlib.suppress(OSError):
-            wire.flush()
-        self._watch(wire)
-
-    def _watch(self, wire):
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wire.outbox else 0)
-        self.selector.modify(wire.socket, events, wire)
+        super().close()
+        for connection, thread in self.pending.items():
+            _shut_down(connection)
+            thread.join()
+        for connection in (*self.workers.values(), *self.rejected, *self.pending):
+            connection.close()
+        self.workers, self.rejected, self.pending = {}, [], {}
 
     def _accept(self):
         try:
-            connection, origin = self.listener.accept()
+            accepted, address = self.listener.accept()
         except OSError as error:
-            if error.errno in _NO_DESCRIPTORS:
-                self._make_room(error)
+            if error.errno in (errno.EMFILE, errno.ENFILE) and not self.pending:
+                raise InputError(
+                    f"the chief cannot open a connection to each of {self.cluster.size - 1} "
+                    f"workers: {_reason(error)}; allow more open files (ulimit -n)"
+                ) from error
+            time.sleep(_TICK)  # until a pending connection is closed
             return
-        connection.setblocking(False)
-        wire = _Wire(connection, origin[0].removeprefix("::ffff:"))
-        self.strangers[wire] = None
-        self.selector.register(connection, selectors.EVENT_READ, wire)
-        if len(self.strangers) > _MOST_STRANGERS:
-            self._drop(next(iter(self.strangers)))
+        connection = _make_connection(accepted, _HANDSHAKE)
+        connection.origin = address[0].removeprefix("::ffff:")
+        thread = threading.Thread(target=self._authenticate, args=(connection,), daemon=True)
+        self.pending[connection] = thread
+        thread.start()
 
-    def _make_room(self, error):
-        if not self.strangers:
-            raise InputError(
-                f"the chief cannot open a connection to each of {self.cluster.size - 1} workers: "
-                f"{_reason(error)}; allow more open files (ulimit -n)"
-            ) from error
-        self._drop(next(iter(self.strangers)))
+    def _authenticate(self, connection):
+        try:
+            deliver_challenge(connection, AUTHKEY)
+            answer_challenge(connection, AUTHKEY)
+            message = json.loads(connection.recv_bytes(MAX_BYTES))
+        except Exception:  # another program's connection is closed, whatever it sends
+            message = None
+        self.arrivals.put((connection, message))
+
+    def _admit(self, connection, message, about):
+        """Takes a worker in, or rejects a connection."""
+        del self.pending[connection]
+        message = message if isinstance(message, dict) else {}
+        kinds = [type(message.get(key)) for key in ("index", "workers", "about")]
+        if kinds != [int, list, dict]:
+            connection.close()
+            return
+        index, workers = message["index"], list(self.cluster.workers)
+        if message["workers"] != workers:
+            self.rejected.append(connection)
+            self._fail(
+                f"worker {index} at {connection.origin} was given the workers "
+                f"{_shortened.repr(message['workers'])}, the chief {_shortened.repr(workers)}: all "
+                "need the same list in the same order"
+            )
+        elif index in self.workers:
+            error = InputError(
+                f"{self.cluster.name(index)} is there already, from {self.workers[index].origin}, "
+                f"and another process at {connection.origin} has the same index: give each its own"
+            )
+            _send(connection, error)
+            connection.close()
+        elif not 1 <= index < self.cluster.size:
+            connection.close()
+        else:
+            self.workers[index] = connection
+            difference = _difference(message["about"], about)
+            if difference:
+                self._fail(
+                    f"{self.cluster.name(index)} was started with {difference}: start all with the "
+                    "same command and versions"
+                )
+
+    def _await_answers(self):
+        waiting = set(self.workers.values())
+        deadline = time.monotonic() + self.timeout
+        while waiting and not self.error:
+            ready = wait(list(self.workers.values()), max(0, deadline - time.monotonic()))
+            for connection in ready:
+                try:
+                    connection.recv_bytes(MAX_BYTES)
+                    waiting.discard(connection)
+                except (EOFError, OSError):
+                    self._lose(connection)
+            if not ready:
+                silent = [i for i, connection in self.workers.items() if connection in waiting]
+                self._fail(
+                    f"{_names(self.cluster, silent)} gave no answer for {self.timeout:g} s: {_LOOK}"
+                )
+
+    def _lose(self, connection):
+        index = next(i for i, each in self.workers.items() if each is connection)
+        self.workers.pop(index).close()
+        self._fail(f"{self.cluster.name(index)} {_GONE}: {_LOOK}", WorkerLost)
+
+    def _fail(self, text, kind=InputError):
+        """Records the first error, and waits `_LATE` seconds at most for workers to send it to."""
+        if self.error is None:
+            self.error = kind(text)
+            self.deadline = min(self.deadline, time.monotonic() + _LATE)
+
+    def _send(self, message):
+        """Sends a message to all workers. If there is an error, it sends that, and raises it."""
+        for connection in (*self.workers.values(), *self.rejected):
+            _send(connection, self.error or message)
+        if self.error:
+            raise self.error
 
 
-class _Guest:
-    """Any other worker: calls the chief until it answers, then does as it says."""
+class _WorkerMeeting(Meeting):
+    """The side of another worker: it calls the chief until it answers, then follows it."""
 
     def __init__(self, cluster, timeout):
-        self.cluster, self.timeout = cluster, timeout
-        self.wire, self.lines = None, []
-        self.deadline = time.monotonic() + timeout
-        # Nobody else gets the port while this worker waits; nobody is answered on it.
-        self.listener = _listen(cluster)
+        super().__init__(cluster, timeout)
+        self.chief = None
 
     def meet(self, about):
         workers = list(self.cluster.workers)
-        hello = {"index": self.cluster.index, "workers": workers, "about": about}
-        wait = self._join(_MAGIC + _encode(hello))
-        self._expect("met", time.monotonic() + wait + _MARGIN)
-        self._answer()
+        message = {"index": self.cluster.index, "workers": workers, "about": about}
+        pause = _FIRST_PAUSE
+        while self.chief is None:
+            try:
+                self.chief = self._call()
+            # Python before 3.12 raises an AssertionError if another program answers.
+            except (OSError, EOFError, AuthenticationError, AssertionError) as error:
+                left = self.deadline - time.monotonic()
+                # A call that the deadline cuts short would find no reason.
+                time.sleep(max(0, left if left < 2 * pause else pause))
+                if left < 2 * pause:
+                    raise InputError(
+                        f"{self.cluster.name(0)}, the chief, did not answer within "
+                        f"{self.timeout:g} s: {_reason(error)}; start it, or correct TF_CONFIG"
+                    ) from error
+                pause = min(2 * pause, _LAST_PAUSE)
+        _send(self.chief, message)
+        # From now on the chief waits for `timeout` seconds at most.
+        self._receive("met", self.timeout + _MARGIN)
 
     def share(self, make):
-        value = self._expect("value")
-        self._answer()
-        self._expect("go")
+        value = self._receive("value")
+        _send(self.chief, {})
+        self._receive("go")
         return value
 
     def close(self):
-        self._hang_up()
-        self.listener.close()
+        super().close()
+        if self.chief is not None:
+            self.chief.close()
 
-    def _join(self, hello):
-        """Returns how long the chief will wait for the others, in seconds, once it has heard."""
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                return self._call(hello)
-            except OSError as error:
-                reason = _reason(error)
-            self._hang_up()
-            left = self.deadline - time.monotonic()
-            # A call that the deadline cuts short would say nothing of what is wrong.
-            time.sleep(max(0, left if left < 2 * pause else pause))
-            if left < 2 * pause:
-                raise InputError(
-                    f"{self.cluster.name(0)}, the chief, did not answer within "
-                    f"{self.timeout:g} s: {reason}; start it, or {_correct(self.cluster)}"
-                )
-            pause = min(2 * pause, _LAST_PAUSE)
-
-    def _call(self, hello):
-        left = self.deadline - time.monotonic()
-        address = split_address(self.cluster.workers[0])
-        connection = socket.create_connection(address, max(0.1, min(left, _CONNECT)))
-        self.wire, self.lines = _Wire(connection), []
-        # Linux can connect a socket with itself, if it gave it the very port that it calls.
-        if connection.getsockname() == connection.getpeername():
+    def _call(self):
+        seconds = max(0.1, min(self.deadline - time.monotonic(), _HANDSHAKE))
+        called = socket.create_connection(split_address(self.cluster.workers[0]), seconds)
+        # Linux can connect a socket to itself, if the chief's port is in the ephemeral range.
+        if called.getsockname() == called.getpeername():
+            called.close()
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-        connection.sendall(hello)
-        wait = self._await("heard", self.deadline)
-        if not isinstance(wait, (int, float)):
-            raise _Foreign
-        return wait
-
-    def _await(self, key, deadline=None):
-        """Returns what the chief's next message holds; raises what a fault in its place says."""
-        while not self.lines:
-            left = _TICK if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(errno.ETIMEDOUT, "it takes the connection and says nothing")
-            self.wire.socket.settimeout(min(left, _TICK))
-            try:
-                self.lines += self.wire.receive()
-            except TimeoutError as error:
-                # With a number it is the system that has given the connection up.
-                if error.errno is not None:
-                    raise
-        message = _decode(self.lines.pop(0))
-        if "fault" in message:
-            raise _error(one_line(message["fault"]))
-        if key not in message:
-            raise _Foreign
-        return message[key]
-
-    def _expect(self, key, deadline=None):
+        connection = _make_connection(called, seconds)
         try:
-            return self._await(key, deadline)
-        except OSError as error:
-            raise _error(
+            answer_challenge(connection, AUTHKEY)
+            deliver_challenge(connection, AUTHKEY)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _receive(self, key, seconds=None):
+        """Returns the value of the chief's next message, or raises the error in it."""
+        try:
+            if not self.chief.poll(seconds):
+                raise TimeoutError(errno.ETIMEDOUT, "it says nothing more")
+            message = json.loads(self.chief.recv_bytes(MAX_BYTES))
+        except (OSError, EOFError) as error:
+            raise WorkerLost(
                 f"{self.cluster.name(0)}, the chief, {_GONE}: {_reason(error)}; {_LOOK}"
             ) from error
-
-    def _answer(self):
-        # A chief that is gone may have said why: that is found when it is next listened to.
-        with contextlib.suppress(OSError):
-            self.wire.socket.settimeout(_CONNECT)
-            self.wire.socket.sendall(_encode({}))
-
-    def _hang_up(self):
-        if self.wire is not None:
-            self.wire.socket.close()
-        self.wire = None
-
-
-def _error(fault):
-    """Returns the error of a fault: a worker that is lost may be started again, the rest not."""
-    return (WorkerLost if _GONE in fault else InputError)(fault)
+        if "error" in message:
+            raise (WorkerLost if message["lost"] else InputError)(message["error"])
+        return message[key]
 
 
 def _listen(cluster):
@@ -471,54 +351,49 @@ def _listen(cluster):
     for family in families:
         dual = family == socket.AF_INET6
         try:
-            return socket.create_server(
+            server = socket.create_server(
                 ("", port), family=family, backlog=cluster.size + 256, dualstack_ipv6=dual
             )
+            server.setblocking(False)  # a connection can be gone before it is accepted
+            return server
         except OSError as error:
-            if dual and error.errno in _NO_IPV6:
+            if dual and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # no IPv6
                 continue
             raise InputError(
-                f"{cluster.source}: this worker's address {cluster.address} cannot be listened "
-                f"on: {_reason(error)}; end the process that has the port, or "
-                f"{_correct(cluster)}"
+                f"TF_CONFIG: this worker's address {cluster.address} cannot be listened on: "
+                f"{_reason(error)}; end the process that has the port, or correct TF_CONFIG"
             ) from error
     return None
 
 
-def _watch_over(connection):
-    """Has the system find out within a minute if the other machine is gone without a word."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def _make_connection(connected, seconds):
+    """Returns a socket as a `Connection` on which a message may stall for `seconds` at most."""
+    connected.settimeout(None)
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    # The system reports within a minute that the other machine has vanished.
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}.items():
         if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return Connection(connected.detach())
 
 
-def _encode(message):
-    return json.dumps(message).encode() + b"\n"
+def _shut_down(connection):
+    """Ends a thread's read from the connection, which `close` would not."""
+    connected = socket.socket(fileno=connection.fileno())
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
+    connected.detach()
 
 
-def _decode(line):
-    """Returns a line as a dict; raises `_Foreign` if it is none."""
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError):
-        raise _Foreign from None
-    if not isinstance(message, dict):
-        raise _Foreign
-    return message
-
-
-def _parse_hello(line):
-    """Returns what a worker says of itself, or None if it is no worker."""
-    if not line.startswith(_MAGIC):
-        return None
-    try:
-        hello = _decode(line[len(_MAGIC) :])
-    except _Foreign:
-        return None
-    kinds = {"index": int, "workers": list, "about": dict}
-    return hello if all(type(hello.get(key)) is kind for key, kind in kinds.items()) else None
+def _send(connection, message):
+    """Sends a message or an error. A lost receiver is detected when it should answer."""
+    if isinstance(message, Exception):
+        message = {"error": str(message), "lost": isinstance(message, WorkerLost)}
+    with contextlib.suppress(OSError):
+        connection.send_bytes(json.dumps(message).encode())
 
 
 def _difference(theirs, ours):
@@ -527,35 +402,28 @@ def _difference(theirs, ours):
         values = [[about[key]] if key in about else [] for about in (theirs, ours)]
         # As text: 1 and true differ, and NaN is equal to itself.
         if json.dumps(values[0], sort_keys=True) != json.dumps(values[1], sort_keys=True):
-            worker, chief = (_shown(value[0]) if value else "none" for value in values)
-            return f"{key if key.isidentifier() else _shown(key)} {worker}, the chief with {chief}"
+            worker, chief = (_shortened.repr(*value) if value else "none" for value in values)
+            name = key if key.isidentifier() else _shortened.repr(key)
+            return f"{name} {worker}, the chief with {chief}"
     return None
 
 
-def _missing(cluster, seen, timeout):
-    missing = [index for index in range(1, cluster.size) if index not in seen]
-    advice = f"start {'it' if len(missing) == 1 else 'them'}, or {_correct(cluster)}"
-    return f"{_names(cluster, missing)} did not come within {timeout:g} s: {advice}"
-
-
 def _names(cluster, indices):
-    names = [cluster.name(index) for index in indices[:_MOST_NAMED]]
+    names = [cluster.name(index) for index in indices[:_MAX_NAMES]]
     more = len(indices) - len(names)
     return ", ".join(names) + f" and {more} more" * bool(more)
 
 
-def _correct(cluster):
-    return "start the step anew" if cluster.source == "Slurm" else f"correct {cluster.source}"
-
-
-def _shown(value):
-    return _shortened.repr(value)
-
-
 def _reason(error):
-    """Returns what an `OSError` says, in the middle of a sentence."""
+    """Returns the reason of a failed connection, for the middle of a sentence."""
     if isinstance(error, socket.gaierror):
         return f"its name cannot be resolved ({error.strerror})"
-    # `create_server` puts the address behind it, which stands in our message already.
-    text = (error.strerror or one_line(error)).partition(" (while ")[0]
-    return text[:1].lower() + text[1:]
+    if isinstance(error, EOFError):
+        return "the connection was closed"
+    if isinstance(error, BlockingIOError):
+        return "it takes the connection and says nothing"
+    if isinstance(error, TimeoutError) or getattr(error, "strerror", None):
+        # `create_server` appends the address, which the message has already.
+        text = (error.strerror or str(error)).partition(" (while ")[0]
+        return text[:1].lower() + text[1:]
+    return "the program that answers there is not the chief of a run"

@@ -1,8 +1,8 @@
-"""What several replicas need to train one network: their shares of the data, and of the loss.
+"""Shards of the data, the loss, and collective operations for several replicas of a network.
 
-A global batch is cut into as many shards as there are replicas, which differ by an image at most.
-The gradients of the replicas are summed, each weighed by its share of the images: the sum is the
-gradient of one replica that sees the whole batch.
+A global batch is cut into one shard for each replica; the sizes differ by at most one image. The
+gradients of the replicas are summed with each replica's share of the images as its weight, so the
+sum is the gradient of one replica that sees the whole batch.
 """
 
 import hashlib
@@ -17,27 +17,27 @@ from keras_resnet.utils.errors import InputError
 
 
 class Shards:
-    """A split for `model.fit` under a strategy: each replica gets its part of every batch.
+    """A split for `model.fit` under a strategy: each replica gets its shard of every batch.
 
-    A worker reads the images of its own replicas and no others. The data set has no end:
-    `model.fit` takes `steps` of it an epoch; a `steps_per_execution` must divide them, since it
-    would take the rest from the next epoch.
+    A worker reads only the images of its own replicas. The data set is infinite: `model.fit` takes
+    `steps` batches an epoch. `steps_per_execution` must divide `steps`, or `fit` would take the
+    rest from the next epoch.
 
     Args:
         split: A `datasets.Split`.
-        batch_size: Images a step of all replicas together; the last of an epoch may be of another
-            size.
+        batch_size: The number of images a step, over all replicas; the last batch of an epoch may
+            have another size.
         strategy: A `tf.distribute.Strategy`.
         order: A function of the epoch, counted from 0, that returns the order of the images, such
-            as `functools.partial(split.order, seed)`; the split's own by default.
-        first_epoch: The epoch that the data set begins with.
-        least: Images that the last batch of an epoch needs, at least one a replica, which is the
-            default; with fewer it joins the batch before it. See `datasets.base.cut_batches`.
+            as `functools.partial(split.order, seed)`; by default the order of the split.
+        first_epoch: The epoch that the data set starts with.
+        least: The smallest last batch of an epoch, in images; a smaller one joins the batch before
+            it. By default one image a replica. See `datasets.base.cut_batches`.
 
     Attributes:
-        dataset: What `model.fit` takes.
-        steps: Batches an epoch.
-        failure: The `InputError` that reading an image ended in, if any: TensorFlow hides it.
+        dataset: The input of `model.fit`.
+        steps: The number of batches an epoch.
+        failure: The `InputError` of an image that could not be read, or None: TensorFlow hides it.
 
     Example:
         >>> from keras_resnet import Split
@@ -60,7 +60,7 @@ class Shards:
         self.dataset = strategy.distribute_datasets_from_function(self._local)
 
     def _local(self, context):
-        """Returns the data set of this process: the shards of its replicas, one after another."""
+        """Returns the data set of this process: the shards of its replicas, in turn."""
         replicas = context.num_replicas_in_sync // context.num_input_pipelines
         first = context.input_pipeline_id * replicas
 
@@ -77,7 +77,7 @@ class Shards:
         dataset = tf.data.Dataset.from_generator(
             batches, output_signature=(images, tf.TensorSpec((None,), "int64"))
         )
-        # Where a data set may end, the workers ask each other before every step.
+        # If a data set may end, the workers must agree before every step whether it has.
         endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
         return dataset.apply(endless).prefetch(2 * replicas)
 
@@ -90,14 +90,14 @@ class Shards:
 
 
 def check_batches(images, batch_size, replicas):
-    """Raises an `InputError` if a replica would be left without an image.
+    """Raises an `InputError` if a replica would have no image.
 
-    TensorFlow computes wrong shapes for a batch of none, and BatchNormalization no statistics.
+    TensorFlow computes wrong shapes for an empty batch, and BatchNormalization has no statistics.
 
     Args:
-        images: Images an epoch.
-        batch_size: Images a step of all replicas together.
-        replicas: How many replicas there are.
+        images: The number of images an epoch.
+        batch_size: The number of images a step, over all replicas.
+        replicas: The number of replicas.
 
     Example:
         >>> check_batches(60001, 128, 98)
@@ -119,17 +119,17 @@ def check_batches(images, batch_size, replicas):
 class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
     """The mean crossentropy of a batch that is cut into shards of different sizes.
 
-    Keras takes the mean of the replicas' means, which counts an image of a smaller shard for more.
-    Here the gradient of each replica's mean is weighed by its share of the images. The value stays
-    the mean of the shard, which is what Keras's running mean of the loss is made of.
+    Keras takes the mean of the replicas' means, in which an image of a smaller shard has a larger
+    weight. Here the gradient of each replica's mean is weighted by its share of the images. The
+    value is still the mean of the shard, because Keras's running mean of the loss needs that.
 
     Args:
-        from_logits: Whether the network gives logits.
-        **kwargs: What `keras.losses.SparseCategoricalCrossentropy` takes.
+        from_logits: Whether the predictions are logits.
+        **kwargs: Further arguments of `keras.losses.SparseCategoricalCrossentropy`.
     """
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        """Returns the loss of this replica's shard, divided by the number of replicas."""
+        """Returns the mean loss of this replica's shard, with the gradient weighted."""
         loss = super().__call__(y_true, y_pred, sample_weight)
         context = tf.distribute.get_replica_context()
         if context is None or context.num_replicas_in_sync == 1:
@@ -141,16 +141,16 @@ class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
 
 
 def choose_loss(images, batch_size, replicas, least=None):
-    """Returns the loss for logits under several replicas that `Shards` feeds.
+    """Returns the loss of logits for several replicas with `Shards`.
 
     Args:
-        images: Images an epoch.
-        batch_size: Images a step of all replicas together.
-        replicas: How many replicas there are.
+        images: The number of images an epoch.
+        batch_size: The number of images a step, over all replicas.
+        replicas: The number of replicas.
         least: See `Shards`.
 
     Returns:
-        Keras's own where all shards have the same size, which saves a message a step; else
+        Keras's loss if all shards have the same size, which saves a message a step; otherwise
         `GlobalBatchCrossentropy`.
 
     Example:
@@ -164,7 +164,7 @@ def choose_loss(images, batch_size, replicas, least=None):
 
 
 def synchronize_batchnorm(model):
-    """Makes every BatchNormalization take its statistics over the batches of all replicas.
+    """Makes every BatchNormalization compute its statistics over all replicas.
 
     Args:
         model: A Keras model; compile it afterwards.
@@ -174,17 +174,17 @@ def synchronize_batchnorm(model):
 
 
 def batchnorm_layers(model):
-    """Returns the BatchNormalization layers of a model, also those inside other layers."""
+    """Returns the BatchNormalization layers of a model, including nested ones."""
     layers = model._flatten_layers(include_self=False)
     return [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
 
 
 class AverageMovingStatistics(keras.callbacks.Callback):
-    """Averages BatchNormalization's moving statistics over the replicas at each epoch's end.
+    """Averages BatchNormalization's moving statistics over the replicas once an epoch.
 
-    Each replica moves its own by the images that it sees. Averaged, every worker measures and
-    saves the same network. It acts once an epoch, before that is measured, or at its end if it is
-    not. Layers that are frozen or synchronised are equal everywhere, and stay as they are.
+    Each replica updates its own from its own images. After the average, every worker evaluates and
+    saves the same network. The average is taken before the epoch's evaluation, or at the epoch's
+    end if there is none. Frozen and synchronised layers are equal on all replicas already.
     """
 
     def __init__(self):
@@ -193,7 +193,7 @@ class AverageMovingStatistics(keras.callbacks.Callback):
         self._due = False
 
     def on_train_begin(self, logs=None):
-        """Finds the variables."""
+        """Prepares the graph that averages the variables."""
         strategy = self.model.distribute_strategy
         layers = batchnorm_layers(self.model)
         layers = [layer for layer in layers if layer.trainable and not layer.synchronized]
@@ -201,7 +201,7 @@ class AverageMovingStatistics(keras.callbacks.Callback):
 
         def average():
             context = tf.distribute.get_replica_context()
-            # A variable's own tensor names no device; its copy is on the replica's.
+            # The variable's tensor has no device; the copy is on the replica's device.
             means = context.all_reduce("MEAN", [tf.identity(v.value) for v in variables])
             for variable, mean in zip(variables, means, strict=True):
                 variable.assign(mean)
@@ -210,28 +210,28 @@ class AverageMovingStatistics(keras.callbacks.Callback):
         self._average = graph if variables and strategy.num_replicas_in_sync > 1 else None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Notes that there will be something to average."""
+        """Schedules the average of this epoch."""
         self._due = self._average is not None
 
     def on_test_begin(self, logs=None):
-        """Averages, where `fit` measures an epoch."""
+        """Averages before `fit` evaluates the epoch."""
         if self._due:
             self._average()
         self._due = False
 
     def on_epoch_end(self, epoch, logs=None):
-        """Averages, where it does not."""
+        """Averages if there was no evaluation."""
         self.on_test_begin()
 
 
 def broadcast(strategy, variables):
-    """Gives every replica the chief's values.
+    """Assigns the chief's values on every replica.
 
     Args:
         strategy: A `tf.distribute.Strategy`.
-        variables: Keras variables, made under it.
+        variables: Keras variables, created under it.
     """
-    # Messages are packed, and a pack holds one dtype.
+    # An all-reduce packs its tensors, and a pack has one dtype.
     groups = {}
     for variable in variables:
         groups.setdefault(_summable(variable.value).dtype, []).append(variable)
@@ -241,7 +241,7 @@ def broadcast(strategy, variables):
         mine = tf.equal(context.replica_id_in_sync_group, 0)
         for group in groups.values():
             values = [_summable(variable.value) for variable in group]
-            # A sum of one value and zeros is that value, bit by bit.
+            # The sum of one value and zeros is that value, bit by bit.
             values = [tf.where(mine, value, tf.zeros_like(value)) for value in values]
             for variable, value in zip(group, context.all_reduce("SUM", values), strict=True):
                 variable.assign(tf.cast(value, variable.dtype))
@@ -250,24 +250,24 @@ def broadcast(strategy, variables):
 
 
 def _run(strategy, function):
-    """Runs a function on every replica, as a graph; returns what this process's first returns."""
+    """Runs a function on every replica, as a graph; returns the result of the first local one."""
     results = tf.function(lambda: strategy.run(function))()
     return strategy.experimental_local_results(results)[0]
 
 
 def _summable(value):
-    # Collective operations know no unsigned integers and no booleans.
+    # Collective operations do not support unsigned integers and booleans.
     value = tf.convert_to_tensor(value)
     return value if value.dtype.is_floating else tf.cast(value, "int64")
 
 
 def check_same(strategy, what, text):
-    """Raises an `InputError` where a worker has something else than the chief.
+    """Raises an `InputError` on a worker whose text differs from the chief's.
 
     Args:
         strategy: A `tf.distribute.Strategy`.
-        what: What it is, for the message.
-        text: What each worker has.
+        what: A name of the text, for the message.
+        text: The text of this worker.
     """
     number = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
@@ -277,17 +277,17 @@ def check_same(strategy, what, text):
         return context.all_reduce("SUM", tf.where(mine, tf.constant(number, "int64"), 0))
 
     if int(_run(strategy, from_chief)) != number:
-        raise InputError(f"every worker needs the chief's {what}; this one has another: {text}")
+        raise InputError(f"every worker needs the chief's {what}; this worker's differs: {text}")
 
 
 def find_failed(strategy, failed):
-    """Returns the replicas on whose workers something failed: a list of their numbers.
+    """Returns the numbers of the replicas whose workers failed, a list.
 
-    All workers call it, and wait for each other.
+    All workers must call it; they wait for each other.
 
     Args:
         strategy: A `tf.distribute.Strategy`.
-        failed: Whether something failed on this worker.
+        failed: Whether this worker failed.
     """
 
     def collect():
@@ -299,13 +299,13 @@ def find_failed(strategy, failed):
 
 
 def separate_seeds(strategy, model):
-    """Makes each replica draw other random numbers, for augmentation and dropout.
+    """Makes each replica draw different random numbers, for augmentation and dropout.
 
-    As Keras has it, all replicas would flip and shift the images of their shards alike.
+    Otherwise all replicas would flip and shift the images of their shards in the same way.
 
     Args:
         strategy: A `tf.distribute.Strategy`.
-        model: A Keras model, made under it; its seeds are those of the chief on every replica.
+        model: A Keras model, created under it, with the chief's seeds on every replica.
     """
     states = [v for v in model.variables if v.path.endswith("seed_generator_state")]
 

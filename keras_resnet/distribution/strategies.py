@@ -1,4 +1,4 @@
-"""Which `tf.distribute` strategy a process trains under."""
+"""The choice and the start of a `tf.distribute` strategy."""
 
 import dataclasses
 import functools
@@ -15,20 +15,22 @@ import keras
 
 from keras_resnet.distribution import rendezvous
 from keras_resnet.distribution.cluster import Cluster, find_cluster
-from keras_resnet.utils.errors import InputError, look_up, one_line
+from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.quiet import suppress_stderr
 
+STRATEGIES = ("auto", "none", "mirrored", "multiworker")
+
 TIMEOUT = 300.0
-"""Seconds that a worker waits for the others to come."""
+"""How long a worker waits for the others, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a process will train under.
+    """The strategy that a process will train under.
 
     Attributes:
         name: "none", "mirrored" or "multiworker".
-        reason: Why, in a few words.
+        reason: The reason for the choice, in a few words.
         cluster: The `Cluster` of "multiworker", else None.
     """
 
@@ -38,16 +40,16 @@ class Decision:
 
     @property
     def is_chief(self):
-        """Whether this process writes files; one that is alone does."""
+        """Whether this process writes files: the only process, or the chief of several."""
         return self.cluster is None or self.cluster.is_chief
 
     @property
     def num_replicas(self):
-        """How many replicas there will be."""
+        """The number of replicas that there will be."""
         if self.name == "none":
             return 1
         if self.cluster:
-            # Of processors a worker takes one, also where there are several logical ones.
+            # Without GPUs a worker has one replica, even if it has several logical processors.
             return self.cluster.size * max(1, _count_gpus())
         return len(_devices())
 
@@ -57,7 +59,7 @@ class Decision:
 
 
 def _devices():
-    """Returns this process's GPUs, else its (logical) processors; TensorFlow stays as it is."""
+    """Returns the GPUs, else the (logical) processors, without initialising TensorFlow."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
@@ -73,71 +75,62 @@ def _count_gpus():
     return len(tf.config.list_physical_devices("GPU"))
 
 
-def _alone(name, cluster):
-    return Decision(name, "asked for")
-
-
-def _multiworker(name, cluster):
-    if cluster is None:
-        raise InputError(
-            "the strategy multiworker needs TF_CONFIG, or a Slurm step of several tasks (srun), "
-            "got neither; on one machine --local-workers N makes it"
-        )
-    return Decision("multiworker", f"{cluster.source}, {cluster.name(cluster.index)}", cluster)
-
-
-def _auto(name, cluster):
-    if cluster is not None:
-        return _multiworker(name, cluster)
-    if keras.backend.backend() != "tensorflow":
-        return Decision("none", f"tf.distribute is not for the {keras.backend.backend()} backend")
-    gpus = _count_gpus()
-    if gpus > 1:
-        return Decision("mirrored", f"{gpus} GPUs")
-    return Decision("none", f"{gpus or 'no'} GPU, one process")
-
-
-# name -> function of the name and the cluster found, that returns a `Decision`.
-STRATEGIES = {"auto": _auto, "none": _alone, "mirrored": _alone, "multiworker": _multiworker}
-
-
 def decide(name="auto"):
     """Decides which strategy to train under, without starting anything.
 
     Args:
-        name: A row of `STRATEGIES`. "auto" is "multiworker" where TF_CONFIG or Slurm's variables
-            name several workers, "mirrored" where there is more than one GPU, else "none".
+        name: One of `STRATEGIES`. "auto" is "multiworker" where `TF_CONFIG` names several workers,
+            "mirrored" where there are several GPUs, and "none" otherwise.
 
     Returns:
         A `Decision`.
 
     Raises:
-        InputError: If there is no such row, TF_CONFIG is wrong, or Keras runs on a backend that
-            tf.distribute is not for.
+        InputError: If there is no such strategy, `TF_CONFIG` is wrong, or Keras runs on a backend
+            other than TensorFlow, which tf.distribute does not support.
     """
-    choose = look_up(STRATEGIES, name, "strategy")
-    decision = choose(name, find_cluster() if name in ("auto", "multiworker") else None)
-    if decision.name != "none" and keras.backend.backend() != "tensorflow":
+    if name not in STRATEGIES:
+        raise InputError(f"`strategy` must be one of {', '.join(STRATEGIES)}, got {name!r}")
+    backend = keras.backend.backend()
+    cluster = find_cluster() if name in ("auto", "multiworker") else None
+    if cluster:
+        reason = f"TF_CONFIG, {cluster.name(cluster.index)}"
+        decision = Decision("multiworker", reason, cluster)
+    elif name == "multiworker":
+        raise InputError(
+            "the strategy multiworker needs TF_CONFIG, got none; on one machine "
+            "`keras-resnet launch -n N -- train …` makes it"
+        )
+    elif name != "auto":
+        decision = Decision(name, "asked for")
+    elif backend != "tensorflow":
+        decision = Decision("none", f"tf.distribute is not for the {backend} backend")
+    elif (gpus := _count_gpus()) > 1:
+        decision = Decision("mirrored", f"{gpus} GPUs")
+    else:
+        decision = Decision("none", f"{gpus or 'no'} GPU, one process")
+    if decision.name != "none" and backend != "tensorflow":
         raise InputError(
             f"the strategy {decision.name} ({decision.reason}) needs KERAS_BACKEND tensorflow, "
-            f"got {keras.backend.backend()}"
+            f"got {backend}"
         )
     return decision
 
 
 def start(decision):
-    """Returns the strategy that was decided on.
+    """Starts a strategy.
 
-    Of "multiworker" it starts TensorFlow's server, and needs all workers to do so.
+    "multiworker" starts TensorFlow's server, and blocks until all workers have done so.
 
     Args:
         decision: What `decide` returned.
 
     Returns:
-        A `tf.distribute.Strategy`; None for "none" on another backend than TensorFlow.
+        A `tf.distribute.Strategy`; None for "none" on a backend other than TensorFlow.
 
     Raises:
-        InputError: If TensorFlow was used before, or its server cannot start.
+        InputError: If TensorFlow was used before, its server cannot start, or the workers have
+            different numbers of GPUs.
     """
     if keras.backend.backend() != "tensorflow":
         return None
@@ -151,15 +144,15 @@ def start(decision):
     strategy = makers[decision.name]()
     if strategy.num_replicas_in_sync != decision.num_replicas:
         raise InputError(
-            f"{decision}: TensorFlow has {strategy.num_replicas_in_sync} replicas; every worker "
-            "needs as many GPUs as the others"
+            f"{decision}: every worker needs the same number of GPUs, got "
+            f"{strategy.num_replicas_in_sync} replicas in TensorFlow"
         )
     return strategy
 
 
 @functools.cache
 def _start_mirrored():
-    # One for all runs of a process: a second one takes the first one's keys for its messages.
+    # Only one in a process: the collective operations of a second would use the same keys.
     import tensorflow as tf
 
     return tf.distribute.MirroredStrategy()
@@ -172,8 +165,8 @@ def _start_multiworker(cluster):
 
     from keras_resnet.distribution import keras_patch
 
-    # TensorFlow asks each peer three times, 10 s each, and again after this many seconds: with its
-    # own 30 a machine that has vanished is found after up to 65 s.
+    # TensorFlow checks each peer three times, 10 s each, and again after this many seconds. With
+    # its default, 30, a machine that has vanished is found after up to 65 s.
     collective_all_reduce_strategy.CollectiveAllReduceExtended._check_health_interval = 10
     os.environ["TF_CONFIG"] = json.dumps(cluster.tf_config)
     try:
@@ -192,16 +185,16 @@ def _start_multiworker(cluster):
 
 
 def _hide_unclosed_pools():
-    """Keeps Python from printing tracebacks of thread pools when a worker is lost.
+    """Hides ignored exceptions of thread pools, which Python may print when a worker is lost.
 
-    TensorFlow 2.21 leaves the pool of a failed all-reduce unclosed. Python's own clean-up of it
-    writes to a pipe that can be closed by then, and prints that as an exception it ignores.
+    TensorFlow 2.21 does not close the pool of a failed all-reduce. The pool's `__del__` writes to
+    a pipe that may be closed by then, and Python prints the exception.
     """
-    shown = sys.unraisablehook
+    before = sys.unraisablehook
 
     def hook(unraisable):
         if unraisable.object is not multiprocessing.pool.Pool.__del__:
-            shown(unraisable)
+            before(unraisable)
 
     sys.unraisablehook = hook
 
@@ -210,13 +203,13 @@ def check_first():
     """Raises an `InputError` if this process has started a multi-worker strategy already."""
     if _start_multiworker.cache_info().currsize:
         raise InputError(
-            "a process can meet the other workers once, for TensorFlow's server keeps its port: "
-            "start another process for another run"
+            "a process can train under multiworker once, because TensorFlow's server keeps its "
+            "port: start another process for another run"
         )
 
 
 def versions():
-    """Returns what must be equal on all workers, apart from their command."""
+    """Returns the versions and the number of GPUs, which must be equal on all workers."""
     import tensorflow as tf
 
     from keras_resnet import __version__
@@ -226,24 +219,24 @@ def versions():
 
 
 def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
-    """Chooses and starts the `tf.distribute` strategy for a script of one's own.
+    """Chooses and starts the `tf.distribute` strategy for your own script.
 
-    Call it before anything else is done with TensorFlow. Under "multiworker" it waits until all
-    workers have come, and puts Keras's `fit` right, which fails there as it is.
+    Call it before you use TensorFlow in any other way. Under "multiworker" it waits until all
+    workers have come, and patches Keras's `fit`, which fails there otherwise.
 
     Args:
         name: "auto" (the default), "none", "mirrored" or "multiworker"; see `decide`.
-        timeout: Seconds to wait for the other workers.
-        say: Is called with one line that says what was chosen, and why; None for no line.
+        timeout: How long to wait for the other workers, in seconds.
+        say: A function that is called with one line about the choice; None for no line.
 
     Returns:
         A `tf.distribute.Strategy`: build and compile the model in its `scope()`. "none" is
         TensorFlow's default strategy.
 
     Raises:
-        InputError: If TF_CONFIG is wrong, a worker does not come, its versions are others, or
-            there is no such strategy.
-        WorkerLost: If a worker goes away again before all have come.
+        InputError: If there is no such strategy, `TF_CONFIG` is wrong, or a worker does not come
+            or has other versions.
+        WorkerLost: If a worker goes away before all have come.
 
     Example:
         >>> from keras_resnet import build_resnet18
@@ -260,7 +253,7 @@ def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
     if decision.cluster:
         check_first()
         with rendezvous.meet(decision.cluster, versions(), timeout) as meeting:
-            meeting.share(str)  # nothing; but no one leaves before all know that all are there
+            meeting.share(str)  # an empty text: workers leave once all are known to be there
     strategy = start(decision)
     if say:
         say(str(decision))
@@ -268,7 +261,7 @@ def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
 
 
 def is_chief(strategy):
-    """Returns whether this process is the one that writes files.
+    """Returns whether this process is the chief, which writes files.
 
     Args:
         strategy: What `choose_strategy` returned.
@@ -282,14 +275,14 @@ def is_chief(strategy):
 
 
 def local_output_path(path, strategy):
-    """Returns where this process may write what callbacks write: `path` itself on the chief.
+    """Returns the path that this process's callbacks may write to: `path` itself on the chief.
 
     `ModelCheckpoint`, `BackupAndRestore` and `TensorBoard` write on every worker, and workers that
-    write to one place destroy each other's files. The others get a temporary folder, which is
-    removed when they end.
+    write to the same place destroy each other's files. The other workers get a temporary folder,
+    which is removed when they end.
 
     Args:
-        path: What the chief writes to.
+        path: The path for the chief.
         strategy: What `choose_strategy` returned.
 
     Returns:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.thorough
 
 PATCHED = ("reduce_per_replica", "_maybe_symbolic_build", "_make_function")
 
-# What becomes of Keras's functions, in one process: one after another, put back in between.
+# The state of Keras's functions, for one case after another in one process, restored in between.
 LOOK = f"""
 import importlib, json, pkgutil, warnings
 import keras
@@ -66,7 +66,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def looks():
-    """Returns {what was done: [whether Keras's functions are its own, warnings]}."""
+    """Returns {case: [whether Keras's functions are its own, warnings]}."""
     done = subprocess.run(
         [sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=120, check=False
     )

@@ -1,4 +1,4 @@
-"""launchers/: each file starts real trainings on two workers, as it is."""
+"""launchers/: each file, unchanged, starts real trainings on two workers."""
 
 import contextlib
 import itertools
@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import TINY_COMMAND
 
-from keras_resnet.distribution.cluster import slurm_cluster, split_address
+from keras_resnet.distribution.cluster import parse_tf_config, split_address
 from keras_resnet.evaluation.report import read_history
 
 pytestmark = pytest.mark.thorough
@@ -22,13 +22,18 @@ pytestmark = pytest.mark.thorough
 LAUNCHERS = Path(__file__).parents[2] / "launchers"
 SBATCH = LAUNCHERS / "slurm.sbatch"
 
+# The nodes of a job: scontrol expands Slurm's lists.
+SCONTROL = """#!/usr/bin/env bash
+[[ $* == "show hostnames node[7,9]" ]] && printf '%s\n' node7 node9
+[[ $* == "show hostnames here" ]] && echo localhost
+"""
+
 # A step of two tasks on this machine, with the variables that Slurm 22.05 gives its tasks.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
-export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2
-export SLURM_STEP_NODELIST=localhost SLURM_NODEID=0
-SLURM_PROCID=0 SLURM_LOCALID=0 "$@" &
-SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
+export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2
+SLURM_PROCID=0 "$@" &
+SLURM_PROCID=1 "$@" &
 wait -n; first=$?
 wait -n; second=$?
 exit $((first > second ? first : second))
@@ -36,7 +41,8 @@ exit $((first > second ? first : second))
 
 # A step that ends with the next of the statuses that stand in a file.
 STATUSES = """#!/usr/bin/env bash
-echo "$@"
+printf '%s ' "${@//$'\n'/; }"
+echo
 status=$(head -n 1 "$LEFT")
 sed -i 1d "$LEFT"
 exit "$status"
@@ -49,7 +55,7 @@ def programs(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     environ = {
-        # What a surrounding job has set is not for these.
+        # The variables of a surrounding job do not count here.
         **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -99,16 +105,15 @@ def check_run(run_dir, stdout, chief):
 
 def ports(job):
     """Returns the ports that the workers of a job of `SRUN` will have."""
-    step = dict.fromkeys(("SLURM_STEP_ID", "SLURM_PROCID"), "0")
-    step |= dict.fromkeys(("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"), "2")
-    step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(job)}
-    return [split_address(worker)[1] for worker in slurm_cluster(step).workers]
+    first = 12000 + job * 12361 % 20000
+    return [first, first + 1]
 
 
 @pytest.mark.slow
 def test_sbatch_trains(programs, environ, fashion_folder, tmp_path):
-    """The script runs whole; only `srun` is a stand-in, for Slurm itself, which CI has not."""
+    """The script runs whole; only `srun` and `scontrol` are replaced, for CI has no Slurm."""
     programs("srun", SRUN)
+    programs("scontrol", SCONTROL)
     job = next(job for job in itertools.count(os.getpid()) if are_free(ports(job)))
     run_dir = tmp_path / "run"
     done = subprocess.run(
@@ -116,10 +121,16 @@ def test_sbatch_trains(programs, environ, fashion_folder, tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**environ, "SLURM_JOB_ID": str(job), "SLURM_CPUS_PER_TASK": "1"},
+        env={
+            **environ,
+            "SLURM_JOB_ID": str(job),
+            "SLURM_JOB_NODELIST": "here",
+            "SLURM_NTASKS_PER_NODE": "2",
+            "SLURM_CPUS_PER_TASK": "1",
+        },
     )
     assert done.returncode == 0, done.stderr
-    check_run(run_dir, done.stdout, "Slurm, worker 0 (localhost:")
+    check_run(run_dir, done.stdout, "TF_CONFIG, worker 0 (localhost:")
     # Batch size and rate are those of two replicas.
     recipe = json.loads((run_dir / "config.json").read_text())["recipe"]
     assert (recipe["batch_size"], recipe["learning_rate"]) == (64, 4e-3)
@@ -147,6 +158,42 @@ def test_sbatch_starts_again(programs, tmp_path, statuses, status, starts):
     assert len(set(lines)) == 1
     assert "--resume auto --run-dir runs/slurm-7 --epochs 3 --dataset folder:a b" in lines[0]
     assert done.stderr.count("restart ") == starts - 1
+
+
+# Prints the TF_CONFIG of each of four tasks.
+SHOW = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for SLURM_PROCID in 0 1 2 3; do
+    SLURM_PROCID=$SLURM_PROCID bash "${@:2:3}" printenv TF_CONFIG
+done
+"""
+
+
+def test_sbatch_names_the_workers_node_by_node(programs):
+    programs("scontrol", SCONTROL)
+
+    def find(job):
+        environ = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[7,9]"}
+        done = subprocess.run(
+            ["bash", str(SBATCH)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**programs("srun", SHOW), **environ, "SLURM_NTASKS_PER_NODE": "2"},
+        )
+        assert done.returncode == 0, done.stderr
+        clusters = [parse_tf_config(line) for line in done.stdout.splitlines()]
+        assert [cluster.index for cluster in clusters] == [0, 1, 2, 3]
+        [workers] = {cluster.workers for cluster in clusters}
+        hosts, ports = zip(*map(split_address, workers), strict=True)
+        assert hosts == ("node7", "node7", "node9", "node9")
+        assert ports == (ports[0], ports[0] + 1) * 2
+        return ports[0]
+
+    # Jobs that run at the same time have different ports.
+    first_ports = sorted(map(find, range(4700, 4706)))
+    assert first_ports[0] >= 12000 and first_ports[-1] < 32000
+    assert min(b - a for a, b in itertools.pairwise(first_ports)) > 128
 
 
 @pytest.fixture(scope="module")

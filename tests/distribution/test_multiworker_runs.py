@@ -1,4 +1,4 @@
-"""`keras-resnet train` on several workers: real processes, killed, stopped and misled."""
+"""`keras-resnet train` on several workers: real processes, killed, stopped and misconfigured."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -29,9 +30,14 @@ def arguments(folder, run_dir, *more, epochs=3):
     ]
 
 
+def launched(words, *more, count=2):
+    """Returns the words that launch workers of a command on this machine."""
+    return ["launch", "-n", count, *more, "--", *words]
+
+
 @pytest.fixture
 def started(tmp_path):
-    """Returns a function that starts the command line; what it started is gone at the end."""
+    """Returns a function that starts the command line; its processes are killed at the end."""
     processes = []
 
     def start(*words, **environment):
@@ -66,7 +72,7 @@ def workers_of(process):
     """Returns the workers of a launcher, in their order."""
     found = {}
     for child in psutil.Process(process.pid).children():
-        found[int(child.environ()["KERAS_RESNET_LOCAL_WORKER"])] = child
+        found[json.loads(child.environ()["TF_CONFIG"])["task"]["index"]] = child
     return [found[index] for index in sorted(found)]
 
 
@@ -84,8 +90,8 @@ def check_finished(run_dir, trained_run):
     assert ours == theirs - {"stdout.txt"}
     config = json.loads((run_dir / "config.json").read_text())
     assert (config["strategy"], config["replicas"]) == ("multiworker", 2)
-    assert config["command"].startswith("keras-resnet train --model tiny")
-    assert "--local-workers 2" in config["command"]
+    assert config["command"].startswith("keras-resnet launch -n 2 ")
+    assert " -- train --model tiny" in config["command"]
     # The artifact knows nothing of workers.
     assert load_model(run_dir / "model.keras").count_params() > 0
     history, unbroken = (read_history(path / "history.csv") for path in (run_dir, trained_run))
@@ -103,9 +109,9 @@ def check_finished(run_dir, trained_run):
 
 
 @pytest.mark.slow
-def test_two_local_workers_train_the_network_of_one_process(fashion_folder, tmp_path, trained_run):
+def test_two_workers_train_the_network_of_one_process(fashion_folder, tmp_path, trained_run):
     run_dir = tmp_path / "run"
-    done = run_command(*arguments(fashion_folder, run_dir, "--local-workers", 2))
+    done = run_command(*launched(arguments(fashion_folder, run_dir)))
     assert done.returncode == 0, done.stderr
     assert "strategy: multiworker (TF_CONFIG, worker 0 (localhost:" in done.stdout
     epochs = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
@@ -120,7 +126,7 @@ def test_a_lost_worker_ends_the_run_and_the_same_command_resumes(
     victim, number, fashion_folder, tmp_path, trained_run, started
 ):
     run_dir = tmp_path / "run"
-    words = arguments(fashion_folder, run_dir, "--local-workers", 2, "--resume", "auto")
+    words = launched(arguments(fashion_folder, run_dir, "--resume", "auto"))
     process = started(*words)
     wait_for(process, "epoch 1/3")
     time.sleep(0.2)  # into the second epoch
@@ -147,8 +153,7 @@ def test_a_lost_worker_ends_the_run_and_the_same_command_resumes(
 
 def test_restarts_do_that_by_themselves(fashion_folder, tmp_path, trained_run, started):
     run_dir = tmp_path / "run"
-    more = ("--local-workers", 2, "--restarts", 1)
-    process = started(*arguments(fashion_folder, run_dir, *more))
+    process = started(*launched(arguments(fashion_folder, run_dir), "--restarts", 1))
     wait_for(process, "epoch 1/3")
     workers_of(process)[1].kill()
     rest = process.stdout.read()
@@ -165,7 +170,7 @@ def test_restarts_do_that_by_themselves(fashion_folder, tmp_path, trained_run, s
 @pytest.mark.slow
 def test_ctrl_c_saves_and_leaves_no_worker(fashion_folder, tmp_path, started):
     run_dir = tmp_path / "run"
-    process = started(*arguments(fashion_folder, run_dir, "--local-workers", 2, epochs=1000))
+    process = started(*launched(arguments(fashion_folder, run_dir, epochs=1000)))
     wait_for(process, "epoch 1/1000")
     workers = workers_of(process)
     process.send_signal(signal.SIGINT)
@@ -261,8 +266,8 @@ def test_workers_of_different_commands_are_told_apart(fashion_folder, tmp_path, 
 
 @pytest.mark.slow
 def test_a_fault_that_only_the_chief_finds_ends_all(fashion_folder, tmp_path):
-    words = arguments(fashion_folder, tmp_path / "run", "--local-workers", 2, "--variant", "v9")
-    done = run_command(*words)
+    words = arguments(fashion_folder, tmp_path / "run", "--variant", "v9")
+    done = run_command(*launched(words))
     assert done.returncode == 2
     assert "keras-resnet: `variant` must be one of" in done.stderr
     assert re.search(r"worker 1: keras-resnet: the chief .* could not begin", done.stderr)
@@ -273,8 +278,7 @@ def test_restarts_never_go_on_with_a_folder_that_is_not_theirs(fashion_folder, t
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "notes.txt").write_text("mine")
-    more = ("--local-workers", 2, "--restarts", 1)
-    done = run_main(*arguments(fashion_folder, run_dir, *more))
+    done = run_main(*launched(arguments(fashion_folder, run_dir), "--restarts", 1))
     assert done.returncode == 2
     assert f"keras-resnet: {run_dir}: the folder is not empty" in done.stderr
     assert "worker 1" not in done.stderr  # none was started
@@ -283,8 +287,8 @@ def test_restarts_never_go_on_with_a_folder_that_is_not_theirs(fashion_folder, t
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_is_not_started_again(fashion_folder, tmp_path):
-    more = ("--local-workers", 2, "--restarts", 2, "--learning-rate", 1e38)
-    done = run_command(*arguments(fashion_folder, tmp_path / "run", *more))
+    words = arguments(fashion_folder, tmp_path / "run", "--learning-rate", 1e38)
+    done = run_command(*launched(words, "--restarts", 2))
     assert done.returncode == 1 and "the loss became" in done.stderr
     assert "restart" not in done.stderr
 
@@ -307,30 +311,53 @@ def test_data_that_one_worker_cannot_load_end_all(fashion_folder, tmp_path, star
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("option", ["--local", "--local-worker", "--restart"])
-def test_the_launchers_options_are_not_abbreviated(option, fashion_folder, tmp_path):
-    done = run_main(*arguments(fashion_folder, tmp_path / "run", option, 1))
-    assert done.returncode == 2 and f"unrecognized arguments: {option}" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("--local-workers", 1, "--strategy", "multiworker"), "one process, got --strategy multi"),
-        (("--restarts", 1), "--restarts needs --local-workers"),
+        (("launch", "-n", 2, "--restart", 1, "--", "train"), "unrecognized arguments: --restart"),
+        (("launch", "-n", 2, "--", "train", "--epoch", 1), "unrecognized arguments: --epoch"),
+        (("launch", "-n", 2, "--", "train", "--restarts", 1), "unrecognized arguments: --restarts"),
+        (("train", "--restarts", 1), "unrecognized arguments: --restarts"),
+        (("launch", "--", "train"), "arguments are required: -n"),
+        (("launch", "-n", 2, "--"), "`launch` needs a command, got none"),
+        (("launch", "-n", 2, "--", "no-such-program"), "no-such-program: No such file"),
     ],
 )
-def test_options_that_contradict_each_other(words, reason, fashion_folder, tmp_path):
-    done = run_main(*arguments(fashion_folder, tmp_path / "run", *words))
-    check_refused(done, tmp_path / "run", reason)
+def test_wrong_options_are_named_before_a_worker_starts(words, reason):
+    done = run_main(*words)
+    assert done.returncode == 2 and reason in done.stderr
 
 
-def test_resume_needs_the_folder_under_local_workers_too():
-    done = run_main("train", "--resume", "--local-workers", 2)
-    assert done.returncode == 2 and "--resume needs the --run-dir" in done.stderr
+@pytest.mark.parametrize(("count", "strategy"), [(1, "multiworker"), (2, "mirrored"), (2, "none")])
+def test_a_strategy_that_the_number_of_workers_contradicts(
+    count, strategy, fashion_folder, tmp_path
+):
+    words = arguments(fashion_folder, tmp_path / "run", "--strategy", strategy)
+    done = run_main(*launched(words, count=count))
+    check_refused(done, tmp_path / "run", f"`launch -n {count}` trains under ")
+    assert f"got --strategy {strategy}: leave it out" in done.stderr
 
 
-def test_local_workers_need_a_strategy_of_several(fashion_folder, tmp_path):
-    words = arguments(fashion_folder, tmp_path / "run", "--local-workers", 2)
-    done = run_main(*words, "--strategy", "mirrored")
-    check_refused(done, tmp_path / "run", "mirrored")
+def test_resume_needs_the_folder_under_a_launcher_too():
+    done = run_command("launch", "-n", 1, "--", "train", "--resume")
+    assert done.returncode == 2 and "`resume` needs the `run_dir`" in done.stderr
+
+
+SCRIPT = """
+import json, os, sys
+index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+print("worker", index, sys.argv[1:])
+sys.exit(3 * index)
+"""
+
+
+@pytest.mark.parametrize("dashes", [["--"], []])
+def test_any_program_can_be_launched(dashes, tmp_path):
+    script = tmp_path / "my_train.py"
+    script.write_text(SCRIPT)
+    words = (sys.executable, script, "--epochs", "3", "--", "a b")
+    done = run_command("launch", "-n", 2, *dashes, *words)
+    assert done.returncode == 3
+    assert done.stdout == "worker 0 ['--epochs', '3', '--', 'a b']\n"
+    assert "worker 1: worker 1 ['--epochs', '3', '--', 'a b']\n" in done.stderr
+    assert done.stderr.endswith("keras-resnet: worker 1 ended with exit status 3\n")

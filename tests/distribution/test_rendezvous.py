@@ -1,19 +1,18 @@
-"""Workers that meet over real sockets of this machine, and all that can keep them from it."""
+"""Workers that meet over real sockets of this machine, and everything that can prevent it."""
 
 import contextlib
 import itertools
 import json
 import os
 import resource
-import selectors
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Client
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_resnet
+from keras_resnet.distribution import rendezvous
 from keras_resnet.distribution.cluster import Cluster
-from keras_resnet.distribution.rendezvous import _MAGIC, meet
+from keras_resnet.distribution.rendezvous import AUTHKEY, MAX_BYTES, meet
 from keras_resnet.utils.errors import InputError, WorkerLost
 
 pytestmark = pytest.mark.thorough
@@ -44,7 +44,7 @@ def make_clusters(size, host="localhost"):
         for server in servers:
             server.bind(("", 0))
         workers = tuple(f"{host}:{server.getsockname()[1]}" for server in servers)
-    return [Cluster(workers, index, "TF_CONFIG") for index in range(size)]
+    return [Cluster(workers, index) for index in range(size)]
 
 
 def port(cluster):
@@ -52,7 +52,7 @@ def port(cluster):
 
 
 def attend(cluster, about=ABOUT, timeout=5.0, make=lambda: "nothing", late=0.0):
-    """Returns what a worker's meeting came to: the value shared, or the error."""
+    """Returns the result of a worker's meeting: the shared value, or the error."""
     time.sleep(late)
     try:
         with meet(cluster, about, timeout) as meeting:
@@ -75,7 +75,7 @@ def all_attend(clusters, **options):
 
 
 def check_fault(result, text):
-    # A worker that is lost may be started again; a fault in what it was told may not.
+    # A lost worker is worth a restart; a wrong configuration is not.
     assert type(result) is (WorkerLost if "went away" in text else InputError), result
     assert text in str(result) and "\n" not in str(result), result
 
@@ -138,9 +138,17 @@ def connect(cluster, patience=5.0):
             time.sleep(0.01)
 
 
-def hello(cluster, index, about=ABOUT):
-    said = {"index": index, "workers": list(cluster.workers), "about": about}
-    return _MAGIC + json.dumps(said).encode() + b"\n"
+def call(cluster, index, about=ABOUT):
+    """Comes to the chief as a worker does; returns the connection."""
+    connection = Client(("localhost", port(cluster)), authkey=AUTHKEY)
+    message = {"index": index, "workers": list(cluster.workers), "about": about}
+    connection.send_bytes(json.dumps(message).encode())
+    return connection
+
+
+def hear(connection):
+    """Returns the chief's next message."""
+    return json.loads(connection.recv_bytes())
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
@@ -234,7 +242,7 @@ def test_equal_means_equal_as_json(clusters):
 
 def test_another_list_of_workers_is_told_on_both_sides(clusters):
     chief, other = clusters(2)
-    longer = Cluster((chief.address, other.address, "elsewhere:1"), 1, "TF_CONFIG")
+    longer = Cluster((chief.address, other.address, "elsewhere:1"), 1)
     for result in all_attend([chief, longer]):
         check_fault(result, "all need the same list in the same order")
         check_fault(result, "elsewhere:1")
@@ -261,16 +269,17 @@ def test_the_own_port_is_kept_while_waiting(clusters):
 
 def test_the_second_with_an_index_does_not_disturb_the_first(clusters):
     three = clusters(3)
-    with attending(three[0]) as chief, connect(three[0]) as first, first.makefile() as heard:
-        first.sendall(hello(three[0], 1))
-        assert "heard" in json.loads(heard.readline())
-        check_fault(attend(three[1]), f"{three[0].name(1)} is there already, from 127.0.0.1")
-        with attending(three[2]) as last:
-            assert json.loads(heard.readline()) == {"met": True}
-            first.sendall(b"{}\n{}\n")
-            assert "value" in json.loads(heard.readline())
-            first.sendall(b"{}\n")
-            assert last.result() == chief.result() == "nothing"
+    with attending(three[0]) as chief:
+        connect(three[0]).close()
+        with call(three[0], 1) as first:
+            time.sleep(0.5)
+            check_fault(attend(three[1]), f"{three[0].name(1)} is there already, from 127.0.0.1")
+            with attending(three[2]) as last:
+                assert hear(first) == {"met": True}
+                assert "value" in hear(first)
+                first.send_bytes(b"{}")
+                assert "go" in hear(first)
+                assert last.result() == chief.result() == "nothing"
 
 
 def test_a_chief_that_never_comes(clusters):
@@ -283,23 +292,30 @@ def test_a_chief_that_never_comes(clusters):
 
 def test_a_chief_whose_name_is_unknown(clusters):
     own = clusters(1)[0].address
-    cluster = Cluster(("nobody.invalid:2222", own), 1, "TF_CONFIG")
+    cluster = Cluster(("nobody.invalid:2222", own), 1)
     check_fault(attend(cluster, timeout=0.3), "its name cannot be resolved")
+
+
+NOT_THE_CHIEF = "the program that answers there is not the chief of a run"
+
+
+def frame(content):
+    """Returns a message as `multiprocessing.connection` sends it."""
+    return struct.pack("!i", len(content)) + content
 
 
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is not the chief of a run"),
-        (b"[]\n", "what answers there is not the chief of a run"),
-        (b"{}\n", "what answers there is not the chief of a run"),
-        (b'{"heard": "you"}\n', "what answers there is not the chief of a run"),
-        (b"[" * 10**5 + b"\n", "what answers there is not the chief of a run"),
-        (b"x" * (2**20 + 2), "a line of over 1 MiB came"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", NOT_THE_CHIEF),
+        (b"[]\n", NOT_THE_CHIEF),
+        (b"x" * (2**20 + 2), NOT_THE_CHIEF),
+        (frame(b"220 mail.example.com"), NOT_THE_CHIEF),
+        (frame(b"#CHALLENGE#" + b"x" * 20) + frame(b"#FAILURE#"), NOT_THE_CHIEF),
         (b"", "the connection was closed"),
         (None, "it takes the connection and says nothing"),
     ],
-    ids=["http", "list", "empty", "no number", "nested", "long", "closed", "silent"],
+    ids=["http", "short", "long", "mail", "other key", "closed", "silent"],
 )
 def test_something_else_on_the_chiefs_port(clusters, answer, text):
     chief, other = clusters(2)
@@ -313,11 +329,12 @@ def test_something_else_on_the_chiefs_port(clusters, answer, text):
             with contextlib.suppress(OSError):
                 connection, _ = server.accept()
                 with connection:
-                    connection.recv(2**16)
                     if answer is None:
                         result.exception()
                     else:
                         connection.sendall(answer)
+                        connection.shutdown(socket.SHUT_WR)
+                        connection.recv(2**16)
         check_fault(result.result(), text)
 
 
@@ -330,7 +347,7 @@ def test_who_does_not_come_is_named_to_those_who_did(clusters):
 
 def test_of_many_missing_five_are_named(clusters):
     workers = (clusters(1)[0].address, *(f"node{i}:1" for i in range(1, 19)))
-    result = attend(Cluster(workers, 0, "Slurm"), timeout=0.1)
+    result = attend(Cluster(workers, 0), timeout=0.1)
     check_fault(result, "worker 1 (node1:1), worker 2 (node2:1), ")
     check_fault(result, "worker 5 (node5:1) and 13 more did not come within 0.1 s")
 
@@ -349,7 +366,7 @@ def test_a_worker_killed_before_all_have_met(clusters):
         killed.send_signal(signal.SIGKILL)
         start = time.monotonic()
         assert three[0].name(1) + " went away" in str(chief.result())
-        # A second more for those who come just then.
+        # The chief waits a second more for workers that come late.
         assert time.monotonic() - start < 2
 
 
@@ -365,15 +382,12 @@ def test_a_worker_killed_while_the_chief_makes(clusters):
             check_fault(result, three[0].name(1) + " went away before training began")
 
 
-@pytest.mark.parametrize("answers", [b"", b"{}\n"], ids=["in meet", "in share"])
-def test_a_worker_that_falls_silent_ends_the_wait(clusters, answers):
+def test_a_worker_that_falls_silent_ends_the_wait(clusters):
     two = clusters(2)
-    # So large that it is not even taken.
-    with attending(two[0], timeout=0.5, make=lambda: "x" * 10**6) as chief, connect(two[0]) as mute:
-        mute.sendall(hello(two[0], 1))
-        mute.recv(2**10)
-        mute.sendall(answers)
-        check_fault(chief.result(), two[0].name(1) + " gave no answer for 0.5 s")
+    with attending(two[0], timeout=2, make=lambda: "x" * 10**6) as chief:
+        connect(two[0]).close()
+        with call(two[0], 1):
+            check_fault(chief.result(), two[0].name(1) + " gave no answer for 2 s")
 
 
 @pytest.mark.parametrize("size", [2, 3], ids=["in share", "in meet"])
@@ -454,56 +468,91 @@ os._exit(0)
         assert f"grpc://{two[0].address}" in output, errors
 
 
-STRANGERS = {
+STRAY = {
     "scanner": b"",
     "http": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "grpc": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "almost": _MAGIC + b"{}\n",
-    "number": _MAGIC + b"7\n",
-    "no utf-8": _MAGIC + b"\xff\n",
-    "nested": _MAGIC + b"[" * 10**5 + b"\n",
-    "types": _MAGIC + b'{"index": "1", "workers": [], "about": {}}\n',
-    "long": _MAGIC + b"x" * (2**20 + 1),
-    "half": _MAGIC[:9],
+    "wrong digest": frame(b"x" * 16),
+    "empty": frame(b""),
+    "long": struct.pack("!i", 2**30) + b"x" * 2**20,
+    "very long": struct.pack("!iQ", -1, 2**60),
+    "negative": struct.pack("!i", -7),
+    "half": frame(b"x" * 16)[:9],
+}
+
+# Messages of programs that have the key and are no workers.
+NO_WORKER = {
+    "empty": b"{}",
+    "number": b"7",
+    "no utf-8": b"\xff",
+    "nested": b"[" * 10**5,
+    "types": b'{"index": "1", "workers": [], "about": {}}',
+    "long": b"x" * (MAX_BYTES + 1),
 }
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["gone", "staying"])
-def test_strangers_are_ignored(clusters, silent):
+def test_stray_connections_are_ignored(clusters, silent):
     two = clusters(2)
     with attending(two[0]) as chief, contextlib.ExitStack() as stack:
-        for content in STRANGERS.values():
-            stranger = stack.enter_context(connect(two[0]))
+        for content in STRAY.values():
+            stray = stack.enter_context(connect(two[0]))
             with contextlib.suppress(ConnectionError):
-                stranger.sendall(content)
+                stray.sendall(content)
             if not silent:
                 # The connection ends with a reset, not in good order.
-                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                stranger.close()
+                stray.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                stray.close()
+        assert attend(two[1]) == chief.result() == "nothing"
+
+
+def is_closed(connection):
+    """Returns whether the chief closes a connection without a message."""
+    try:
+        connection.recv_bytes()
+    except (EOFError, ConnectionError):
+        return True
+    return False
+
+
+def test_messages_of_no_worker_are_ignored(clusters):
+    two = clusters(2)
+    with attending(two[0]) as chief:
+        connect(two[0]).close()
+        for content in NO_WORKER.values():
+            with Client(("localhost", port(two[0])), authkey=AUTHKEY) as connection:
+                with contextlib.suppress(ConnectionError):
+                    connection.send_bytes(content)
+                assert is_closed(connection)
         assert attend(two[1]) == chief.result() == "nothing"
 
 
 @pytest.mark.parametrize("index", [-1, 0, 2, 10**30])
-def test_an_index_that_no_worker_has_is_a_strangers(clusters, index):
+def test_an_index_that_no_worker_has_is_ignored(clusters, index):
     two = clusters(2)
     with attending(two[0]) as chief:
-        assert say(two[0], index) == ""
+        connect(two[0]).close()
+        with call(two[0], index) as connection:
+            assert is_closed(connection)
         assert attend(two[1]) == chief.result() == "nothing"
-
-
-def say(cluster, index):
-    """Says a worker's hello to the chief; returns the answer."""
-    with connect(cluster) as connection, connection.makefile() as lines:
-        connection.sendall(hello(cluster, index))
-        return lines.readline()
 
 
 def test_many_silent_connections_do_not_keep_the_workers_out(clusters):
     two = clusters(2)
     with attending(two[0]) as chief, contextlib.ExitStack() as stack:
-        strangers = [stack.enter_context(connect(two[0])) for _ in range(200)]
-        # Of so many the oldest are closed again.
-        assert strangers[0].recv(1) == b""
+        for _ in range(200):
+            stack.enter_context(connect(two[0]))
+        assert attend(two[1]) == chief.result() == "nothing"
+
+
+def test_a_silent_connection_is_closed(clusters, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_HANDSHAKE", 0.3)
+    two = clusters(2)
+    with attending(two[0]) as chief:
+        with connect(two[0]) as stray:
+            while stray.recv(100):
+                pass
+        assert not chief.done()
         assert attend(two[1]) == chief.result() == "nothing"
 
 
@@ -513,8 +562,8 @@ def test_many_silent_connections_do_not_keep_the_workers_out(clusters):
         st.lists(
             st.one_of(
                 st.binary(max_size=40),
-                st.sampled_from([_MAGIC, b"\n", b"{", b"[", *STRANGERS.values()]),
-                st.sampled_from([b'{"index": 1', b'"workers": []', b'"about": {}}\n', b", "]),
+                st.binary(max_size=40).map(frame),
+                st.sampled_from([b"#CHALLENGE#", b"#WELCOME#", *STRAY.values()]),
             ),
             max_size=6,
         ).map(b"".join),
@@ -523,16 +572,16 @@ def test_many_silent_connections_do_not_keep_the_workers_out(clusters):
 )
 def test_no_bytes_can_stop_the_meeting(chunks):
     two = make_clusters(2)
-    with attending(two[0]) as chief, connect(two[0]) as stranger:
+    with attending(two[0]) as chief, connect(two[0]) as stray:
         with contextlib.suppress(ConnectionError):
             for chunk in chunks:
-                stranger.sendall(chunk)
+                stray.sendall(chunk)
         assert attend(two[1]) == chief.result() == "nothing"
 
 
 @pytest.fixture
 def many_files():
-    """Lets this process open what a chief and 1,000 workers need."""
+    """Raises the limit of open files to the needs of a chief and 1,000 workers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 4096:
         pytest.skip("the system allows fewer than 4,096 open files")
@@ -543,37 +592,32 @@ def many_files():
 
 def test_a_thousand_workers_meet(clusters, many_files):
     own = clusters(1)[0].address
-    chief = Cluster((own, *(f"node{i}:1" for i in range(1, 1000))), 0, "TF_CONFIG")
+    chief = Cluster((own, *(f"node{i}:1" for i in range(1, 1000))), 0)
     value = "x" * 10**4
-    threads = threading.active_count()
     with (
-        attending(chief, make=lambda: value, timeout=20) as result,
+        attending(chief, make=lambda: value, timeout=60) as result,
         contextlib.ExitStack() as stack,
     ):
-        selector = stack.enter_context(selectors.DefaultSelector())
-        for index in range(1, chief.size):
-            worker = stack.enter_context(connect(chief))
-            worker.sendall(hello(chief, index))
-            selector.register(worker, selectors.EVENT_READ, stack.enter_context(worker.makefile()))
-        # Each hears four things: heard, met, the value, go.
-        assert threading.active_count() == threads + 1
-        for key in ("heard", "met", "value", "go"):
-            for worker in list(selector.get_map().values()):
-                assert key in json.loads(worker.data.readline())
-                if key in ("met", "value"):
-                    worker.fileobj.sendall(b"{}\n")
+        connect(chief).close()
+        indices = range(1, chief.size)
+        workers = [stack.enter_context(call(chief, index)) for index in indices]
+        for key in ("met", "value", "go"):
+            for worker in workers:
+                assert key in hear(worker)
+                if key == "value":
+                    worker.send_bytes(b"{}")
         assert result.result() == value
 
 
 def test_too_few_open_files_are_named(clusters):
     own = clusters(1)[0].address
-    chief = Cluster((own, *(f"node{i}:1" for i in range(1, 100))), 0, "TF_CONFIG")
+    chief = Cluster((own, *(f"node{i}:1" for i in range(1, 100))), 0)
     code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"
     with process(chief, before=code) as waiting, contextlib.ExitStack() as stack:
         # Workers call again for as long as they are not heard.
-        with contextlib.suppress(ConnectionError, AssertionError):
+        connect(chief).close()
+        with contextlib.suppress(ConnectionError, EOFError):
             for index in itertools.cycle(range(1, chief.size)):
-                worker = stack.enter_context(connect(chief, 0.1))
-                worker.sendall(hello(chief, index))
+                stack.enter_context(call(chief, index))
         _, errors = waiting.communicate(timeout=10)
         assert "to each of 99 workers: too many open files; allow more open files" in errors

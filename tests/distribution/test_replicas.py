@@ -18,7 +18,7 @@ from keras_resnet.utils.errors import InputError
 
 
 class Pipeline:
-    """What `Shards` asks of a strategy, for one of several workers; the rest needs processes."""
+    """The part of a strategy that `Shards` uses, for one of several workers."""
 
     def __init__(self, workers, replicas, index):
         self.num_replicas_in_sync = workers * replicas
@@ -49,7 +49,7 @@ def number_split(count):
 @settings(max_examples=25, deadline=None)
 def test_every_image_comes_once_an_epoch(images, batch_size, workers, replicas, first_epoch, each):
     split, least = number_split(images), each * workers * replicas
-    feeds = [
+    inputs = [
         Shards(
             split,
             batch_size,
@@ -60,14 +60,14 @@ def test_every_image_comes_once_an_epoch(images, batch_size, workers, replicas, 
         )
         for i in range(workers)
     ]
-    streams = [feed.dataset.as_numpy_iterator() for feed in feeds]
+    streams = [shards.dataset.as_numpy_iterator() for shards in inputs]
     for epoch in (first_epoch, first_epoch + 1):
         seen = []
-        for step in range(feeds[0].steps):
+        for step in range(inputs[0].steps):
             shards = [next(stream)[1] for stream in streams for _ in range(replicas)]
             sizes = [len(shard) for shard in shards]
             assert max(sizes) - min(sizes) <= 1
-            last = step == feeds[0].steps - 1
+            last = step == inputs[0].steps - 1
             assert sum(sizes) == (images - step * batch_size if last else batch_size)
             # Two images on every replica, wherever there are as many.
             assert min(sizes) >= min(each, images // (workers * replicas))
@@ -95,9 +95,9 @@ def test_a_worker_reads_the_images_of_its_replicas_alone():
             return np.zeros((len(chosen), 2, 2, 1), "uint8")
 
     images = Noting()
-    feed = Shards(Split(images, np.arange(40)), 8, Pipeline(2, 1, 1))
-    stream = feed.dataset.as_numpy_iterator()
-    labels = [next(stream)[1].tolist() for _ in range(feed.steps)]
+    shards = Shards(Split(images, np.arange(40)), 8, Pipeline(2, 1, 1))
+    stream = shards.dataset.as_numpy_iterator()
+    labels = [next(stream)[1].tolist() for _ in range(shards.steps)]
     assert labels[:2] == [[4, 5, 6, 7], [12, 13, 14, 15]]
     assert {image % 8 for image in images.read} == {4, 5, 6, 7}
 
@@ -114,10 +114,10 @@ def test_an_image_that_cannot_be_read_is_remembered():
 
     import tensorflow as tf
 
-    feed = Shards(Split(Broken(), np.arange(8)), 4, Pipeline(1, 2, 0))
+    shards = Shards(Split(Broken(), np.arange(8)), 4, Pipeline(1, 2, 0))
     with pytest.raises(tf.errors.OpError):
-        next(iter(feed.dataset))
-    assert str(feed.failure) == "cat.png: truncated"
+        next(iter(shards.dataset))
+    assert str(shards.failure) == "cat.png: truncated"
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,9 @@ def test_no_replica_may_be_left_without_an_image(images, batch_size, replicas, r
     ],
 )
 def test_a_last_batch_that_is_too_small_joins_the_one_before(least, expected):
-    feed = Shards(number_split(7), 4, Pipeline(1, 2, 0), least=least)
-    stream = feed.dataset.as_numpy_iterator()
-    steps = [[next(stream)[1].tolist() for _ in range(2)] for _ in range(feed.steps)]
+    shards = Shards(number_split(7), 4, Pipeline(1, 2, 0), least=least)
+    stream = shards.dataset.as_numpy_iterator()
+    steps = [[next(stream)[1].tolist() for _ in range(2)] for _ in range(shards.steps)]
     assert steps == expected
 
 

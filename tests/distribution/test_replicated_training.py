@@ -1,4 +1,4 @@
-"""Networks trained under every strategy: the same network, and what of Keras works there.
+"""Networks trained under every strategy: the same network, and Keras's features there.
 
 `TABLE` is the table of the README: each of its cells is a test here.
 """
@@ -78,7 +78,7 @@ def marked(settings, task):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, idx_folder):
-    """Returns a function of a setting and a task: what each worker found."""
+    """Returns a function of a setting and a task that returns the results of each worker."""
     folders = {}
 
     def find(setting, task):
@@ -128,7 +128,7 @@ def test_in_float32_the_weights_are_those_of_one_replica(done, setting):
     (one,) = done("none", "float32")
     weights = part(one, "weight")
     (other,) = done("none", "float64")
-    assert distance(weights, part(other, "weight")) > 1e-3  # what another rate makes of them
+    assert distance(weights, part(other, "weight")) > 1e-3  # the weights of another rate
     for found in done(setting, "float32"):
         difference = distance(weights, part(found, "weight"))
         print(f"{setting}: {difference:.1e}")
@@ -175,7 +175,7 @@ def test_all_workers_have_the_same_bits(done, setting, task):
 
 @pytest.mark.slow
 def test_keras_own_loss_counts_images_of_small_shards_for_more(done):
-    # What `GlobalBatchCrossentropy` is for: two replicas cannot share 37 images evenly.
+    # `GlobalBatchCrossentropy` is needed here: two replicas cannot share 37 images evenly.
     (one,) = done("none", "float64")
     (found,) = done("mirrored-2", "unweighed")
     assert distance(part(one, "weight"), part(found, "weight")) > 1e-7
@@ -223,7 +223,7 @@ def test_each_replica_draws_its_own_random_numbers(done, setting):
 
 
 # ----------------------------------------------------------------------------------------------
-# What works: the README's table
+# The README's table of features
 # ----------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Which strategy is chosen, and what is said of it."""
+"""The choice of a strategy, and its line."""
 
 import json
 import re
@@ -20,7 +20,7 @@ WORKERS = ["a:1", "b:2", "c:3"]
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
     """As on a machine that nothing is set on."""
-    for name in ("TF_CONFIG", "SLURM_PROCID", "SLURM_STEP_ID", "KERAS_RESNET_LOCAL_WORKER"):
+    for name in ("TF_CONFIG", "SLURM_PROCID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -41,14 +41,13 @@ def test_a_tf_config_means_multiworker(monkeypatch, name, index):
     assert f"TF_CONFIG, worker {index} ({WORKERS[index]})" in str(decision)
 
 
-def test_slurm_means_multiworker(monkeypatch):
-    step = {"JOB_ID": 7, "STEP_ID": 0, "PROCID": 1, "LOCALID": 0, "NODEID": 1, "NTASKS": 2}
-    step |= {"STEP_NODELIST": "node[1-2]", "STEP_TASKS_PER_NODE": "1(x2)", "STEP_NUM_TASKS": 2}
-    for name, value in step.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    decision = strategies.decide()
-    assert decision.name == "multiworker" and decision.cluster.source == "Slurm"
-    assert decision.cluster.address.startswith("node2:")
+@pytest.mark.parametrize("name", ["auto", "multiworker"])
+def test_a_slurm_step_without_tf_config_is_refused(monkeypatch, name):
+    for variable, value in {"STEP_ID": 0, "PROCID": 1, "STEP_NUM_TASKS": 2}.items():
+        monkeypatch.setenv(f"SLURM_{variable}", str(value))
+    with pytest.raises(InputError, match="each of 2 tasks of a Slurm step needs a TF_CONFIG"):
+        strategies.decide(name)
+    assert strategies.decide("none").name == "none"
 
 
 @pytest.mark.parametrize("name", ["none", "mirrored"])
@@ -60,14 +59,15 @@ def test_what_is_asked_for_goes_before_tf_config(monkeypatch, name):
 def test_several_gpus_mean_mirrored(monkeypatch):
     import tensorflow as tf
 
-    # There is no GPU to test on: what TensorFlow says is replaced, and nothing is started.
+    # There is no GPU to test on: TensorFlow's answer is replaced, and nothing is started.
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind}:0", f"{kind}:1"])
     decision = strategies.decide()
     assert str(decision) == "strategy: mirrored (2 GPUs), 2 replicas"
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("mirored", "one of auto, none"), ("multiworker", "--local-workers N")]
+    ("name", "reason"),
+    [("mirored", "one of auto, none"), ("multiworker", "keras-resnet launch -n N")],
 )
 def test_what_cannot_be_is_said(name, reason):
     with pytest.raises(InputError, match=reason):

@@ -1,7 +1,6 @@
-"""`--local-workers`: how workers are started, what they write, and how all of them end."""
+"""`keras-resnet launch`: how workers are started, what they write, and how all of them end."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -14,17 +13,17 @@ import psutil
 import pytest
 from conftest import default_signals
 
-from keras_resnet.distribution import launcher
-from keras_resnet.distribution.launcher import run_local_workers, share_cores, share_gpus
+from keras_resnet.distribution import launch as launcher
+from keras_resnet.distribution.launch import launch_workers, share_cores, share_gpus
 from keras_resnet.utils.errors import InputError
 
 pytestmark = pytest.mark.thorough
 
-# What the workers of these tests know before their own lines.
+# The beginning of the workers' programs in these tests.
 PREAMBLE = """
 import json, os, signal, sys, time
 from pathlib import Path
-index = int(os.environ["KERAS_RESNET_LOCAL_WORKER"])
+index = json.loads(os.environ["TF_CONFIG"]).get("task", {}).get("index", 0)
 
 def die(number):
     os.kill(os.getpid(), number)
@@ -34,7 +33,7 @@ def wait_for(path):
         time.sleep(0.01)
 """
 
-# As short as they can be where nothing is to be said or saved.
+# Short times, where the workers have nothing to report or save.
 QUICK = {"GRACE_SECONDS": 0.2, "STOP_SECONDS": 0.5, "TERMINATE_SECONDS": 0.2}
 
 
@@ -49,29 +48,27 @@ def survivors():
 
 
 @pytest.fixture
-def launch(monkeypatch):
+def launch(monkeypatch, capfd):
     """Runs workers from here; returns status, standard output and standard error."""
     for name, seconds in QUICK.items():
         monkeypatch.setattr(launcher, name, seconds)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
 
-    def run(lines, count=2, again="sys.exit(99)", **options):
+    def run(lines, count=2, again=None, environ=None, **options):
+        for name, value in (environ or {}).items():
+            monkeypatch.setenv(name, value)
         before = survivors()
-        out, err = io.StringIO(), io.StringIO()
-        status = run_local_workers(
-            worker(lines), worker(again), count, stdout=out, stderr=err, **options
-        )
+        capfd.readouterr()
+        if again:
+            options["restart_command"] = worker(again)
+        status = launch_workers(worker(lines), count, **options)
         assert not survivors() - before
-        return status, out.getvalue(), err.getvalue()
+        return status, *capfd.readouterr()
 
     return run
 
 
-def without(*names, **more):
-    """Returns this process's environment variables without some, with others."""
-    return {**{name: os.environ[name] for name in os.environ if name not in names}, **more}
-
-
-# What a worker finds, in one line.
+# Prints the environment of a worker in one line.
 TELL = """
 cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 names = "TF_CONFIG", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"
@@ -80,13 +77,14 @@ print(json.dumps([index, cores, os.getsid(0) == os.getpid(), [os.environ.get(n) 
 
 
 def told(out, err):
-    """Returns what the workers printed for `TELL`, in their order."""
+    """Returns the output of `TELL` of each worker, by index."""
     lines = out.splitlines() + [line.split(": ", 1)[1] for line in err.splitlines()]
     return sorted(json.loads(line) for line in lines)
 
 
-def test_each_worker_knows_its_place(launch):
-    status, out, err = launch(TELL, 3, environ=without("TF_CONFIG", "CUDA_VISIBLE_DEVICES"))
+def test_each_worker_knows_its_place(launch, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    status, out, err = launch(TELL, 3)
     assert status == 0
     configs = []
     for index, (own, cores, leads, (config, _, unbuffered)) in enumerate(told(out, err)):
@@ -102,7 +100,7 @@ def test_each_worker_knows_its_place(launch):
 
 
 def test_a_single_worker_has_no_cluster(launch):
-    status, out, err = launch(TELL, 1, environ=without(TF_CONFIG='{"task": 1}'))
+    status, out, err = launch(TELL, 1, environ={"TF_CONFIG": '{"task": 1}'})
     assert (status, err) == (0, "")
     [(index, cores, _, (config, _, _))] = told(out, err)
     assert (index, config) == (0, "{}")
@@ -114,7 +112,7 @@ def test_a_single_worker_has_no_cluster(launch):
     [("4,GPU-7,5", ["4", "GPU-7"]), ("3", ["-1"] * 2), ("", [""] * 2), ("-1", ["-1"] * 2)],
 )
 def test_gpus_are_shared(launch, visible, expected):
-    _, out, err = launch(TELL, environ=without("TF_CONFIG", CUDA_VISIBLE_DEVICES=visible))
+    _, out, err = launch(TELL, environ={"CUDA_VISIBLE_DEVICES": visible})
     assert [variables[1] for *_, variables in told(out, err)] == expected
 
 
@@ -143,7 +141,7 @@ def test_no_cores_known_no_cores_set():
 @pytest.mark.parametrize(
     ("count", "options", "message"),
     [
-        (0, {}, "`--local-workers` must be a whole number of at least 1, got 0"),
+        (0, {}, "`-n` must be a whole number of at least 1, got 0"),
         (2, {"restarts": -1}, "`--restarts` must be a whole number of at least 0, got -1"),
         (2, {"environ": {"TF_CONFIG": '{\n"task": 1}'}}, 'one is set already: { "task": 1}'),
     ],
@@ -159,24 +157,27 @@ def test_a_system_without_process_groups_is_refused(launch, monkeypatch):
         launch("")
 
 
-def test_a_program_that_is_not_there_leaves_nothing(monkeypatch):
+def test_a_program_that_is_not_there_leaves_nothing(launch, monkeypatch):
     # The first worker has been started when the second one cannot be.
-    start = launcher._Worker
+    start = subprocess.Popen
     monkeypatch.setattr(
-        launcher,
-        "_Worker",
-        lambda index, command, *more: start(index, ["/no/such"] if index else command, *more),
+        launcher.subprocess,
+        "Popen",
+        lambda command, **options: start(
+            ["/no/such"] if "stdout" in options else command, **options
+        ),
     )
     before = survivors()
     with pytest.raises(FileNotFoundError):
-        run_local_workers(worker("time.sleep(60)"), [], 2)
+        launch_workers(worker("time.sleep(60)"), 2)
     assert not survivors() - before
 
 
 def test_lines_carry_their_worker(launch):
     lines = """
 print("to", end=" "); print("out")
-sys.stderr.write(f"first of {index}\\n\\nlast of {index}")
+# The last line of worker 1 has no end.
+sys.stderr.write(f"first of {index}\\n\\nlast of {index}" + "\\n" * (not index))
 """
     status, out, err = launch(lines)
     assert (status, out) == (0, "to out\n")
@@ -206,17 +207,18 @@ for number in range(50_000 * index):
     assert err.count("\n") == 100_000
 
 
-def test_a_reader_that_has_gone_stops_nobody(launch):
-    class Gone(io.StringIO):
+def test_a_reader_that_has_gone_stops_nobody(launch, monkeypatch):
+    class Gone:
         def write(self, text):
             raise BrokenPipeError
 
+    monkeypatch.setattr(sys, "stderr", Gone())
     lines = "for number in range(20_000): print('a line that nobody will read', number)"
-    assert run_local_workers(worker(lines), [], 2, stdout=Gone(), stderr=Gone()) == 0
+    assert launch_workers(worker(lines), 2) == 0
 
 
 def test_what_a_worker_started_ends_with_it(launch, tmp_path):
-    # It holds the pipe open: without an end nobody could tell that all was read.
+    # It holds the pipe open, so the pipe does not end with the worker.
     lines = """
 import subprocess
 if index: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -237,7 +239,7 @@ STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
 
 def failing(chief, other):
-    """Returns lines for workers 0 and 1; 1 begins when 0 is ready and says what it wrote last."""
+    """Returns lines for workers 0 and 1; 1 starts when 0 is ready, and writes before it fails."""
     return f"""
 ready = Path(os.environ["READY"])
 if index == 0:
@@ -262,7 +264,7 @@ else:
 )
 def test_one_fails_and_all_end(launch, tmp_path, chief, other, status, how):
     began = time.monotonic()
-    ready = without("TF_CONFIG", READY=str(tmp_path / "ready"))
+    ready = {"READY": str(tmp_path / "ready")}
     assert launch(failing(chief, other), environ=ready) == (
         status,
         "",
@@ -289,10 +291,12 @@ ASKED = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130)); time.sleep(60)
 def test_which_status_counts(launch, monkeypatch, tmp_path, chief, expected):
     if chief is not ASKED:
         monkeypatch.setattr(launcher, "GRACE_SECONDS", 20)
-    ready = without("TF_CONFIG", READY=str(tmp_path / "ready"))
+    ready = {"READY": str(tmp_path / "ready")}
     status, _, err = launch(failing(chief, "sys.exit(1)"), environ=ready)
     assert status == expected
-    assert err.endswith("keras-resnet: worker 1 ended with exit status 1; the others were ended\n")
+    # A chief that is done was not ended.
+    others = "" if "sys.exit(0)" in chief else "; the others were ended"
+    assert err.endswith(f"keras-resnet: worker 1 ended with exit status 1{others}\n")
 
 
 def test_a_single_worker_that_fails_has_no_others(launch):
@@ -319,7 +323,7 @@ def test_restarts_until_it_works(launch, tmp_path, restarts, expected):
         TRY.format(word="new"),
         again=TRY.format(word="resume"),
         restarts=restarts,
-        environ=without("TF_CONFIG", TRIES=str(tries)),
+        environ={"TRIES": str(tries)},
     )
     starts = [line.split(" ", 1) for line in tries.read_text().splitlines()]
     used = min(restarts, 2)
@@ -341,12 +345,12 @@ def test_what_a_restart_cannot_mend_is_not_restarted(launch, status):
 
 # The command's name: by it the library knows that it need not bring Keras.
 AS_COMMAND = "import sys; sys.argv = ['keras-resnet']"
-# What the command line does, in short.
+# A short form of the command line.
 PARENT = """
-from keras_resnet.distribution import launcher
+from keras_resnet.distribution import launch
 for name, seconds in {settings!r}.items():
-    setattr(launcher, name, seconds)
-sys.exit(launcher.run_local_workers({command!r}, {command!r}, 3, restarts=3))
+    setattr(launch, name, seconds)
+sys.exit(launch.launch_workers({command!r}, {count}, restarts=3))
 """
 
 # The chief notes how many workers are there while it saves.
@@ -355,8 +359,8 @@ import psutil
 
 def save(number, frame):
     time.sleep(0.3)
-    crew = psutil.Process(os.getppid()).children()
-    print("signal", number, "saved with", len(crew), flush=True)
+    workers = psutil.Process(os.getppid()).children()
+    print("signal", number, "saved with", len(workers), flush=True)
     sys.exit(130)
 
 if index == 0:
@@ -369,7 +373,7 @@ time.sleep(60)
 
 
 class Parent:
-    """A process that runs three workers, each of which is ready and has said its number."""
+    """A process that runs three workers, and waits until each has printed its process's number."""
 
     def __init__(self, chief, other, settings):
         command = worker(MEMBER.format(chief=chief, other=other))
@@ -377,18 +381,18 @@ class Parent:
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-c"),
-                AS_COMMAND + PARENT.format(settings=settings, command=command),
+                AS_COMMAND + PARENT.format(settings=settings, command=command, count=3),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=without("TF_CONFIG"),
+            env={**os.environ, "TF_CONFIG": ""},
             preexec_fn=default_signals,
         )
         self.workers = []
 
     def wait_until_ready(self):
-        # Sorted, the chief's comes first, whoever was first.
+        # Sorted, the chief's line comes first.
         lines = sorted(self.process.stderr.readline() for _ in range(3))
         matches = [re.fullmatch(r"(|worker [12]: )pid (\d+)\n", line) for line in lines]
         assert len({match[1] for match in matches}) == 3, lines
@@ -499,16 +503,20 @@ def test_the_chief_has_the_terminal():
     # A real one, whose other side is read here.
     ours, theirs = os.openpty()
     lines = "print(index, sys.stdout.isatty(), sys.stderr.isatty(), file=sys.stderr)"
+    code = AS_COMMAND + PARENT.format(settings=QUICK, command=worker(lines), count=2)
     with open(ours, "rb", buffering=0) as screen, open(theirs, "w") as terminal:
-        status = run_local_workers(worker(lines), [], 2, stdout=terminal, stderr=terminal)
+        environ = {**os.environ, "TF_CONFIG": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=terminal, stderr=terminal, env=environ
+        )
         shown = ""
         while shown.count("\n") < 2:
             shown += screen.read(1000).decode()
-    assert status == 0
+    assert done.returncode == 0
     assert sorted(shown.splitlines()) == ["0 True True", "worker 1: 1 False False"]
 
 
 def test_keras_and_tensorflow_stay_outside():
-    code = f"{AS_COMMAND}; import keras_resnet.distribution.launcher; print(*sys.modules)"
+    code = f"{AS_COMMAND}; import keras_resnet.distribution.launch; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"keras", "tensorflow", "numpy"} & set(done.stdout.split())
