@@ -16,8 +16,7 @@ from pathlib import Path
 import h5py
 import keras
 
-from keras_resnet import preprocessing  # noqa: F401  (registers our layers with Keras)
-from keras_resnet.blocks import PACKAGE
+from keras_resnet import PACKAGE
 from keras_resnet.untrusted import checksums
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import replacing
