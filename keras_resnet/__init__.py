@@ -5,7 +5,6 @@ packages have been imported, in either order; `keras.models.load_model` finds th
 """
 
 import importlib
-import importlib.abc
 import sys
 
 __version__ = "0.1.0"
@@ -82,8 +81,8 @@ def _register_layers():
         importlib.import_module(f"{__name__}.{module}")
 
 
-class _KerasFinder(importlib.abc.MetaPathFinder):
-    """Finds Keras for the import system such that the layers are registered after its import."""
+class _KerasFinder:
+    """An entry of `sys.meta_path` that registers the layers right after Keras is imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "keras":

@@ -95,9 +95,9 @@ def open_artifact(path, format, threads=None, prober=None):
         prober: See `open_runtime`.
     """
     if format == "saved_model":
-        from keras_resnet.exporters.fresh import FreshSavedModel
+        from keras_resnet.runtimes.saved_model import IsolatedSavedModel
 
-        return FreshSavedModel(path, threads)
+        return IsolatedSavedModel(path, threads)
     return open_runtime(path, threads=threads, prober=prober)
 
 

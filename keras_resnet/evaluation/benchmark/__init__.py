@@ -1,6 +1,4 @@
-"""Exported files side by side with Keras and with the textbook's PyTorch, measured in one run."""
+"""Benchmark of an export's files, of Keras, and of PyTorch with the same weights.
 
-from keras_resnet.evaluation.benchmark.results import format_benchmark, plot_benchmark
-from keras_resnet.evaluation.benchmark.run import benchmark
-
-__all__ = ["benchmark", "format_benchmark", "plot_benchmark"]
+Nothing is imported here: the workers, whose memory is measured, import a module of this package.
+"""

@@ -1,7 +1,9 @@
-"""The measurement: all contestants in turns, each in a process of its own."""
+"""The measurement: all candidates in turns, each in a process of its own."""
 
 import contextlib
+import dataclasses
 import datetime
+import functools
 import statistics
 import tempfile
 import time
@@ -10,49 +12,57 @@ from pathlib import Path
 import numpy as np
 
 from keras_resnet.evaluation.benchmark import results
-from keras_resnet.evaluation.benchmark.contestants import find_all
-from keras_resnet.evaluation.benchmark.processes import Worker, WorkerError
+from keras_resnet.evaluation.benchmark.candidates import Candidate, find_all
+from keras_resnet.runtimes.remote import Remote, RemoteError
 from keras_resnet.training.run_folder import cores, describe_surroundings
 from keras_resnet.untrusted.manifest import digest, read_manifest
-from keras_resnet.utils.errors import InputError, check_count
+from keras_resnet.utils.errors import InputError, check_count, one_line
 from keras_resnet.utils.files import write_json
 from keras_resnet.utils.progress import bar
 
+WORKER = "keras_resnet.evaluation.benchmark.worker:Worker"
+# All candidates are measured on the processor; TensorFlow would otherwise use a GPU.
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "KERAS_BACKEND": "tensorflow",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 BATCHES = (1, 8, 32)
 TURN_SECONDS = 0.25
 LEAST_CALLS = {1: 10, 8: 3, 32: 3}
-# Half of the pause between two turns.
+# Half of the pause after each turn.
 SETTLE_SECONDS = 0.03
-# How many of the reference images each contestant is asked about.
+# How many of the reference images the answers are compared on.
 MAX_CHECKED = 256
 
 
 def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=False, timeout=300):
-    """Measures the files of an export, in turns in one run, and writes what came out.
+    """Measures the files of an export in turns, and writes benchmark.json and benchmark.png.
 
-    Beside them runs the Keras model they were made from, if it is still there, and the textbook's
-    network in PyTorch with the same weights, if PyTorch is installed and has such a network. Each
-    contestant lives in a process of its own, which is idle while another is measured; all must
-    answer the export's reference images, so that none can win by being wrong.
+    The Keras model that they were made from is measured too, if it still exists, and the network
+    of Dive into Deep Learning (d2l) in PyTorch with the same weights, if PyTorch is installed and
+    the book has such a network. Each candidate lives in a process of its own, which is idle while
+    another is measured; all must answer the export's reference images, so that none can win by
+    being wrong.
 
     Args:
         folder: An export's folder, with its manifest.json.
-        rounds: How often each contestant has its turn; a figure is the median over the rounds.
+        rounds: How many turns each candidate has; a figure is the median over the rounds.
         threads: How many threads "all threads" are; by default those of the machine.
         out: The folder for benchmark.json and benchmark.png, by default `folder`.
-        torch: Whether PyTorch may take part.
-        trust: Whether a SavedModel may, which is code.
+        torch: Whether to include PyTorch.
+        trust: Whether to include SavedModels, which can run code.
         timeout: Seconds that one turn may take.
 
     Returns:
-        The report, a dict as benchmark.json holds it: "model", "machine", "threads", "rounds",
-        "idle_load" (how busy the processor was between the turns),
-        "baseline" (whose latency divided by a row's is its "speed_up"), "rows", one dict a
-        contestant, and "left_out". A row whose contestant failed has "failed", the reason.
+        The report, a dict as in benchmark.json: "model", "machine", "threads", "rounds",
+        "idle_load" (how busy the processor was between the turns), "baseline" (the row whose
+        latency divided by a row's is its "speed_up"), "rows", one dict for each candidate, and
+        "left_out". A row whose candidate failed has "failed", the reason.
 
     Raises:
         InputError: If an argument is out of range, the folder is no export, one of its files is
-            not as the manifest says, or none of them runs.
+            not as the manifest says, or no candidate runs.
     """
     check_count("rounds", rounds)
     threads = cores() if threads is None else threads
@@ -64,18 +74,26 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
         raise InputError(f"{out}: there is no such folder")
     settings = sorted({1, threads})
     with tempfile.TemporaryDirectory() as scratch:
-        reference = _read_reference(folder, manifest, scratch)
-        contestants, left_out = find_all(folder, manifest, scratch, torch, trust)
-        measured, idle_load = _measure(contestants, reference, settings, rounds, timeout)
-    rows = [_row(each, measured[each.name]) for each in contestants]
+        reference, probabilities = _read_reference(folder, manifest)
+        # Workers map this file into memory, so that only the images they read count as theirs.
+        images = str(Path(scratch) / "images.npy")
+        np.save(images, reference)
+        candidates, left_out = find_all(folder, manifest, scratch, torch, trust)
+        entries = [_Entry(candidate) for candidate in candidates]
+        idle_load = _measure(entries, images, probabilities, settings, rounds, timeout)
+    rows = [entry.row() for entry in entries]
     if all("failed" in row for row in rows):
-        raise InputError(f"{folder}: nothing could be measured: {rows[0]['failed']}")
+        raise InputError(f"{folder}: no candidate could be measured: {rows[0]['failed']}")
+    surroundings = describe_surroundings()
     report = {
-        **_describe(manifest),
+        "benchmark_version": 1,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": manifest["model"],
+        **{name: surroundings[name] for name in ("machine", "versions", "git_commit")},
         "threads": settings,
         "rounds": rounds,
         "idle_load": idle_load,
-        "images_checked": len(reference.probabilities),
+        "images_checked": len(probabilities),
         **results.add_speed_ups(rows, str(threads)),
         "left_out": left_out,
     }
@@ -84,40 +102,8 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
     return report
 
 
-def _describe(manifest):
-    surroundings = describe_surroundings()
-    return {
-        "benchmark_version": 1,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "model": manifest["model"],
-        **{name: surroundings[name] for name in ("machine", "versions", "git_commit")},
-    }
-
-
-class _Reference:
-    """The images that all are asked about, and Keras's answers.
-
-    The images lie in a file of their own, which workers map into memory: what they read of it is
-    all that counts as theirs.
-    """
-
-    def __init__(self, images, probabilities, scratch):
-        self.path = str(Path(scratch) / "images.npy")
-        self.probabilities = probabilities
-        np.save(self.path, images)
-
-    def compare(self, answer):
-        """Returns the share of equal labels, and the largest difference of a probability."""
-        if answer.shape != self.probabilities.shape or not np.isfinite(answer).all():
-            raise WorkerError(f"answers of shape {answer.shape}, or not finite")
-        same = answer.argmax(axis=1) == self.probabilities.argmax(axis=1)
-        return {
-            "agreement": float(same.mean()),
-            "max_difference": float(np.abs(answer - self.probabilities).max()),
-        }
-
-
-def _read_reference(folder, manifest, scratch):
+def _read_reference(folder, manifest):
+    """Returns the export's first reference images, and Keras's probabilities for them."""
     listed = manifest["reference"]
     path = folder / listed["file"]
     if digest(path) != (listed["bytes"], listed["sha256"]):
@@ -130,7 +116,7 @@ def _read_reference(folder, manifest, scratch):
     fits = images.ndim == 4 and probabilities.ndim == 2 and len(images) == len(probabilities) > 0
     if images.dtype != "uint8" or not fits:
         raise InputError(f"{path}: must hold uint8 images and as many rows of probabilities")
-    return _Reference(images, probabilities, scratch)
+    return images, probabilities
 
 
 # ----------------------------------------------------------------------------------------------
@@ -138,136 +124,133 @@ def _read_reference(folder, manifest, scratch):
 # ----------------------------------------------------------------------------------------------
 
 
-def _measure(contestants, reference, settings, rounds, timeout):
-    """Returns what was found, by contestants' names, and how busy all was between the turns.
+def _measure(entries, images, probabilities, settings, rounds, timeout):
+    """Measures all candidates in turns; returns the processor's load between the turns.
+
     The settings of threads are measured one after the other, since most runtimes fix theirs when
     they start: half as many processes are in memory at a time.
     """
-    found = {each.name: {"calls": {}} for each in contestants}
-    steps = len(contestants) * sum(
-        2 + rounds * (len(BATCHES) if threads == settings[-1] else 1) for threads in settings
-    )
+    batches = {threads: BATCHES if threads == settings[-1] else (1,) for threads in settings}
+    steps = len(entries) * sum(2 + rounds * len(sizes) for sizes in batches.values())
+    loads = []
     with bar(steps, "benchmark", unit=" turns") as shown:
-        turns = _Turns(found, shown)
+        take_turns = functools.partial(_take_turns, entries, shown, loads)
         for threads in settings:
-            whole = threads == settings[-1]
             with contextlib.ExitStack() as stack:
-                alive = [each for each in contestants if "failed" not in found[each.name]]
-                for each in alive:
-                    turns.take(each, _start, stack, reference, threads, timeout)
+                take_turns(_Entry.start, stack, threads, images, timeout)
                 for _ in range(rounds):
-                    for batch in BATCHES if whole else (1,):
-                        for each in alive:
-                            turns.take(each, _time, batch, threads)
-                for each in alive:
-                    turns.take(each, _compare, reference)
-    return found, turns.pauses.share()
+                    for batch in batches[threads]:
+                        take_turns(_Entry.measure, batch, threads)
+                take_turns(_Entry.compare, probabilities)
+    busy, whole = np.sum(loads, axis=0)
+    return float(busy / whole) if whole else None
 
 
-class _Turns:
-    """Gives one contestant after the other its turn; one that failed gets no more."""
-
-    def __init__(self, found, shown):
-        self.found, self.shown, self.pauses = found, shown, _Pauses()
-
-    def take(self, contestant, turn, *arguments):
-        own = self.found[contestant.name]
-        if "failed" not in own:
+def _take_turns(entries, shown, loads, action, *arguments):
+    """Performs an action for each candidate in turn; one that fails gets no more turns."""
+    for entry in entries:
+        if entry.failed is None:
             try:
-                turn(contestant, own, *arguments)
-            except WorkerError as error:
-                own["failed"] = str(error)
-                if "worker" in own:
-                    own["worker"].end()
-        self.pauses.take()
-        self.shown.update(1)
-
-
-class _Pauses:
-    """Lets threads that spin come to rest between two turns, and looks whether all is quiet."""
-
-    def __init__(self):
-        self.busy = self.whole = 0
-
-    def take(self):
-        time.sleep(SETTLE_SECONDS)
+                action(entry, *arguments)
+            except (InputError, RemoteError) as error:
+                entry.failed = one_line(error)
+                entry.remote.close()
+        time.sleep(SETTLE_SECONDS)  # threads that spin come to rest
         before = _processor_times()
         time.sleep(SETTLE_SECONDS)
-        after = _processor_times()
-        if before and after:
-            self.busy += after[0] - before[0]
-            self.whole += after[1] - before[1]
-
-    def share(self):
-        return self.busy / self.whole if self.whole else None
+        loads.append(np.subtract(_processor_times(), before))
+        shown.update(1)
 
 
 def _processor_times():
-    """Returns how long all cores have worked, and worked or not; None where Linux is missing."""
+    """Returns how long all cores have worked, and worked or not; zeros on systems without it."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             user, nice, system, idle, *others = map(int, file.readline().split()[1:9])
     except (OSError, ValueError):
-        return None
+        return 0, 0
     waiting, *others = others  # for disks: not working
     busy = user + nice + system + sum(others)
     return busy, busy + idle + waiting
 
 
-def _start(contestant, own, stack, reference, threads, timeout):
-    """Loads the network, and takes the memory that one image at a time needs."""
-    own["worker"] = stack.enter_context(Worker(contestant.runtime, threads, timeout))
-    own["loaded"] = own["worker"].ask(
-        "load", path=str(contestant.path), images=reference.path, options=contestant.options
-    )
-    own["worker"].ask("measure", batch=1, seconds=0, least=1)
-    own["memory"] = own["worker"].ask("peak_memory")["bytes"]
+@dataclasses.dataclass
+class _Entry:
+    """A candidate, its process, and what was measured.
 
+    Attributes:
+        candidate: The `Candidate`.
+        remote: The `Remote` of its `worker.Worker`.
+        failed: Why it gets no more turns; None while it does.
+        calls: (threads, batch) -> for each turn, the seconds of each call.
+        figures: Further cells of its row.
+    """
 
-def _time(contestant, own, batch, threads):
-    if contestant.batch in (None, batch):
-        answer = own["worker"].ask(
-            "measure", batch=batch, seconds=TURN_SECONDS, least=LEAST_CALLS[batch]
+    candidate: Candidate
+    remote: Remote | None = None
+    failed: str | None = None
+    calls: dict = dataclasses.field(default_factory=dict)
+    figures: dict = dataclasses.field(default_factory=dict)
+
+    def start(self, stack, threads, images, timeout):
+        """Loads the network, and reads the memory that one image at a time needs."""
+        arguments = {"runtime": self.candidate.format, "threads": threads, "images": images}
+        self.remote = stack.enter_context(
+            Remote(WORKER, arguments, timeout=timeout, environment=ENVIRONMENT)
         )
-        own["calls"].setdefault((threads, batch), []).append(answer["calls"])
+        path, options = str(self.candidate.path), self.candidate.options
+        self.figures["runtime"] = self.remote.call("load", path=path, options=options)
+        self.figures["load_ms"] = self.remote.seconds * 1e3
+        self.remote.call("measure", batch=1, seconds=0, least=1)
+        self.figures["peak_memory_bytes"] = self.remote.call("peak_memory")
 
+    def measure(self, batch, threads):
+        """Times single calls of `batch` images."""
+        if self.candidate.batch in (None, batch):
+            calls = self.remote.call(
+                "measure", batch=batch, seconds=TURN_SECONDS, least=LEAST_CALLS[batch]
+            )
+            self.calls.setdefault((threads, batch), []).append(calls)
 
-def _compare(contestant, own, reference):
-    answer = own["worker"].ask("answer", batch=contestant.batch or max(BATCHES))
-    own["answers"] = reference.compare(np.array(answer["probabilities"]))
+    def compare(self, probabilities):
+        """Compares the answers with Keras's: the share of equal labels, the largest difference."""
+        answers = self.remote.call("answer", batch=self.candidate.batch or max(BATCHES))
+        if answers.shape != probabilities.shape or not np.isfinite(answers).all():
+            raise RemoteError(
+                f"the answers must be finite, of shape {probabilities.shape}, got {answers.shape}"
+            )
+        answers = answers.astype("float64")
+        same = answers.argmax(axis=1) == probabilities.argmax(axis=1)
+        self.figures["agreement"] = float(same.mean())
+        self.figures["max_difference"] = float(np.abs(answers - probabilities).max())
 
-
-def _row(contestant, own):
-    row = {
-        name: getattr(contestant, name)
-        for name in ("name", "format", "precision", "batch", "bytes", "accuracy")
-    }
-    if "failed" in own:
-        return {**row, "failed": own["failed"]}
-    most = max(threads for threads, _ in own["calls"])
-    if contestant.runtime == "torch" and own["answers"]["agreement"] < 1:
-        row["accuracy"] = None  # not the same network, then
-    return {
-        **row,
-        "runtime": own["loaded"]["runtime"],
-        "load_ms": own["loaded"]["seconds"] * 1e3,
-        "peak_memory_bytes": own["memory"],
-        **own["answers"],
-        "latency_ms": {
-            str(threads): {
-                "median": _median(calls, lambda turn: statistics.median(turn) * 1e3),
-                "p95": _median(calls, lambda turn: float(np.percentile(turn, 95)) * 1e3),
-            }
-            for (threads, batch), calls in own["calls"].items()
-            if batch == 1
-        },
-        "images_per_second": {
-            str(batch): _median(calls, lambda turn, batch=batch: batch * len(turn) / sum(turn))
-            for (threads, batch), calls in own["calls"].items()
-            if threads == most
-        },
-    }
+    def row(self):
+        """Returns the candidate's row of the report."""
+        row = dataclasses.asdict(self.candidate)
+        del row["path"], row["options"]
+        if self.failed is not None:
+            return {**row, "failed": self.failed}
+        if self.candidate.format == "torch" and self.figures["agreement"] < 1:
+            row["accuracy"] = None  # it is not the same network
+        most = max(threads for threads, _ in self.calls)
+        return {
+            **row,
+            **self.figures,
+            "latency_ms": {
+                str(threads): {
+                    "median": _median(turns, lambda calls: statistics.median(calls) * 1e3),
+                    "p95": _median(turns, lambda calls: float(np.percentile(calls, 95)) * 1e3),
+                }
+                for (threads, batch), turns in self.calls.items()
+                if batch == 1
+            },
+            "images_per_second": {
+                str(batch): _median(turns, lambda calls, n=batch: n * len(calls) / sum(calls))
+                for (threads, batch), turns in self.calls.items()
+                if threads == most
+            },
+        }
 
 
 def _median(turns, figure):
-    return statistics.median(figure(turn) for turn in turns)
+    return statistics.median(figure(calls) for calls in turns)
