@@ -1,12 +1,18 @@
-"""Residual networks in Keras 3, from the block of Dive into Deep Learning (d2l) to a phone."""
+"""Residual networks in Keras 3: build, train, export with verification.
+
+Importing this package does not import Keras. The layers are registered with Keras as soon as both
+packages have been imported, in either order; `keras.models.load_model` finds them then.
+"""
 
 import importlib
 import sys
-from pathlib import Path
 
 __version__ = "0.1.0"
 
-# name -> module. A module is imported when one of its names is first used.
+PACKAGE = "keras_resnet"
+"""The name under which Keras registers the layers: a part of each .keras file."""
+
+# Public name -> module. A module is imported when one of its names is first used.
 _EXPORTS = {
     "BottleneckBlock": "blocks",
     "DenseResidualBlock": "blocks",
@@ -45,12 +51,12 @@ _EXPORTS = {
     "load": "evaluation.inference",
     "export": "exporters.exporter",
     "verify": "exporters.verify_folder",
-    "benchmark": "evaluation.benchmark",
+    "benchmark": "evaluation.benchmark.run",
     "InputError": "utils.errors",
     "TrainingError": "utils.errors",
     "ExportError": "utils.errors",
 }
-# Modules that are used under their own name, as in `keras_resnet.weights.load_torch_weights`.
+# Modules used under their own name, as in `keras_resnet.weights.load_torch_weights`.
 _MODULES = ("distribution", "weights")
 __all__ = ["__version__", *_EXPORTS]
 
@@ -61,7 +67,7 @@ def __getattr__(name):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # the next access does not call `__getattr__`
     return value
 
 
@@ -69,7 +75,33 @@ def __dir__():
     return sorted({*globals(), *_EXPORTS})
 
 
-# `keras.models.load_model` finds our layers once they are registered, so they are imported here.
-# The console script does without: Keras takes seconds, and `keras-resnet --help` needs none of it.
-if Path(sys.argv[0] if sys.argv else "").name not in ("keras-resnet", "keras-resnet.exe"):
-    from keras_resnet import preprocessing  # noqa: F401  (imports blocks, too)
+def _register_layers():
+    """Registers the layers with Keras, by importing the modules that define them."""
+    for module in ("blocks", "preprocessing"):
+        importlib.import_module(f"{__name__}.{module}")
+
+
+class _KerasFinder:
+    """An entry of `sys.meta_path` that registers the layers right after Keras is imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "keras":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                _register_layers()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if sys.modules.get("keras"):
+    _register_layers()
+else:
+    sys.meta_path.insert(0, _KerasFinder())

@@ -12,8 +12,7 @@ import zipfile
 
 import keras
 
-from keras_resnet import preprocessing  # noqa: F401  (registers our layers with Keras)
-from keras_resnet.blocks import PACKAGE
+from keras_resnet import PACKAGE
 from keras_resnet.untrusted import checksums, keras_files
 from keras_resnet.untrusted.common import refusing
 from keras_resnet.utils.errors import InputError, one_line

@@ -9,9 +9,8 @@ Layouts are channels last throughout, whatever `keras.config.image_data_format()
 import keras
 from keras import ops
 
+from keras_resnet import PACKAGE
 from keras_resnet.utils.errors import InputError, check_count, check_share
-
-PACKAGE = "keras_resnet"
 
 # PyTorch's BatchNorm2d defaults: eps=1e-5, and momentum=0.1, which is 0.9 for Keras.
 BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}

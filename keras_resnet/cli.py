@@ -369,7 +369,8 @@ def _verify(args):
 
 
 def _benchmark(args):
-    from keras_resnet.evaluation.benchmark import benchmark, format_benchmark
+    from keras_resnet.evaluation.benchmark.results import format_benchmark
+    from keras_resnet.evaluation.benchmark.run import benchmark
 
     report = benchmark(args.folder, rounds=args.rounds, out=args.out, trust=args.trust)
     print(json.dumps(report) if args.json else format_benchmark(report))

@@ -7,7 +7,7 @@ repeat a resize or a normalisation. Pure Keras 3: any backend.
 import keras
 from keras import ops
 
-from keras_resnet.blocks import PACKAGE
+from keras_resnet import PACKAGE
 from keras_resnet.utils.errors import InputError, check_count, look_up
 
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.

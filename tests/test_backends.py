@@ -110,6 +110,27 @@ def test_import_brings_nothing_but_keras():
     assert modules <= {"keras_resnet", "keras", *sys.stdlib_module_names}
 
 
-def test_command_line_costs_no_keras():
-    code = "import sys; sys.argv = ['bin/keras-resnet']; import keras_resnet"
-    assert run_python(f"{code}; print('keras' in sys.modules)").strip() == "False"
+def test_the_package_imports_no_keras():
+    """So that `keras-resnet --help` and the processes of `runtimes.remote` start without it."""
+    code = "import keras_resnet, keras_resnet.cli, keras_resnet.runtimes"
+    assert run_python(f"import sys; {code}; print('keras' in sys.modules)").strip() == "False"
+
+
+SLOW = pytest.mark.slow
+
+
+# `LOAD_AND_TRAIN` imports Keras first.
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import keras_resnet; import keras",
+        "from keras_resnet import ResidualBlock; import keras",
+        pytest.param("from keras_resnet import Augmentation; import keras", marks=SLOW),
+        pytest.param("from keras_resnet import build_resnet18; import keras", marks=SLOW),
+        pytest.param("import keras_resnet; from keras import layers; import keras", marks=SLOW),
+    ],
+)
+def test_layers_are_registered_whatever_is_imported_first(folder, imports):
+    load = "print(keras.models.load_model(sys.argv[1]).count_params())"
+    printed = run_python(f"import sys; {imports}; {load}", folder / "model.keras", backend="torch")
+    assert int(printed) > 0

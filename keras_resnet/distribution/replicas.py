@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_resnet.blocks import PACKAGE
+from keras_resnet import PACKAGE
 from keras_resnet.datasets.base import cut_batches
 from keras_resnet.utils.errors import InputError
 

@@ -134,9 +134,9 @@ def open_artifact(path, format, threads=None, *, trust=False, prober=None):
         prober: See `open_runtime`.
     """
     if format == "saved_model":
-        from keras_resnet.exporters.fresh import FreshSavedModel
+        from keras_resnet.runtimes.saved_model import IsolatedSavedModel
 
-        return FreshSavedModel(path, threads)
+        return IsolatedSavedModel(path, threads)
     return open_runtime(path, threads=threads, trust=trust, prober=prober)
 
 

@@ -1,7 +1,7 @@
 """One way to open a model, whatever its format.
 
-`open_runtime` finds the format by the file's name, guards what must hold before a parser sees
-the file, and returns a `Runtime`.
+`open_runtime` finds the format by the file's name, checks the file before a parser reads it, and
+returns a `Runtime`.
 """
 
 import contextlib
@@ -14,32 +14,36 @@ from keras_resnet.runtimes.probe import Prober
 from keras_resnet.untrusted import checksums, manifest
 from keras_resnet.utils.errors import InputError
 
-__all__ = ["FORMATS", "Prober", "Runtime", "Tensor", "open_runtime"]
-
-FORMATS = {".keras": "a .keras file", ".tflite": "a .tflite file", ".onnx": "an .onnx file"}
-"""What can be opened, by suffix; a SavedModel is a folder."""
+__all__ = ["Prober", "Runtime", "Tensor", "open_runtime"]
 
 MAX_FILE_BYTES = 2 * 2**30
-"""What a .tflite or .onnx file can have: both formats end there."""
+"""The size that a .tflite or .onnx file must stay below: both formats end there."""
 
-# Each module brings libraries with it. Keras's answers for HDF5: it says why not.
-_OPEN_KERAS = ("keras_file", "open_keras")
-_KERAS = dict.fromkeys((".keras", ".h5", ".hdf5"), _OPEN_KERAS)
-_NATIVE = {".tflite": ("tflite", "TFLiteRuntime"), ".onnx": ("onnx", "OnnxRuntime")}
+# Suffix -> format. The opener of Keras files says why HDF5 is refused.
+_FORMATS = dict.fromkeys((".keras", ".h5", ".hdf5"), "keras")
+_FORMATS |= {".tflite": "tflite", ".onnx": "onnx"}
+# Format -> module and what opens a model in it.
+_OPENERS = {
+    "keras": ("keras_file", "open_keras"),
+    "saved_model": ("saved_model", "SavedModelRuntime"),
+    "tflite": ("tflite", "TFLiteRuntime"),
+    "onnx": ("onnx", "OnnxRuntime"),
+}
+_CHECKSUMS = {"tflite": checksums.read_tflite_metadata, "onnx": checksums.check_onnx_checksum}
 
 
 def open_runtime(path, *, threads=None, trust=False, prober=None):
     """Opens a model.
 
-    Before it is parsed, a file is compared with the manifest beside it and with its own seal;
-    a .tflite or .onnx file is then tried in another process (see `seals` and `probe`).
+    Before it is parsed, a file is compared with the manifest beside it and with its own checksum;
+    a .tflite or .onnx file is then tried in another process (see `checksums` and `probe`).
 
     Args:
         path: A .keras, .tflite or .onnx file, or a SavedModel folder.
-        threads: How many threads compute one answer; None leaves it to the runtime. Keras and
+        threads: How many threads compute one answer; None for the runtime's choice. Keras and
             TensorFlow use those of this process.
-        trust: Whether to load what runs code, a SavedModel, and to load .tflite and .onnx files
-            without trying them in another process.
+        trust: Whether to load a SavedModel, which can run code, and to load .tflite and .onnx
+            files without trying them in another process.
         prober: A `Prober`, for many files; by default one for this file alone.
 
     Returns:
@@ -50,61 +54,63 @@ def open_runtime(path, *, threads=None, trust=False, prober=None):
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path, threads, trust)
-    suffix = path.suffix.lower()
-    if suffix in _KERAS:
-        manifest.check_listed(path)
-        return _imported(*_KERAS[suffix])(path, threads)
-    content = _read(path)
+        format = "saved_model"
+        _check_folder(path, trust)
+    else:
+        format = _FORMATS.get(path.suffix.lower())
+    content = None if format in ("saved_model", "keras") else _read(path, format)
     manifest.check_listed(path, content)
-    module, name = _NATIVE[suffix]
+    if content is None:
+        return find_opener(format)(path, threads)
     if not trust:
-        # In this order: a file that is damaged need not be tried.
-        {".tflite": checksums.read_tflite_metadata, ".onnx": checksums.check_onnx_checksum}[suffix](
-            content, path
-        )
+        _CHECKSUMS[format](content, path)  # a damaged file need not be tried
         with contextlib.nullcontext(prober) if prober else Prober() as used:
-            used.probe(path, suffix[1:], content)
-    return _imported(module, name)(content, path, threads)
+            used.probe(path, format, content)
+    return find_opener(format)(content, path, threads)
 
 
-def _imported(module, name):
+def find_opener(format):
+    """Imports the module that opens a format, with its libraries.
+
+    Args:
+        format: "keras", "saved_model", "tflite" or "onnx".
+
+    Returns:
+        A function of (path, threads); for "tflite" and "onnx" of (content, path, threads).
+    """
+    module, name = _OPENERS[format]
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
-def _open_folder(path, threads, trust):
+def _check_folder(path, trust):
     if not (path / "saved_model.pb").is_file():
         raise InputError(f"{path}: no SavedModel: the folder has no saved_model.pb")
     if not trust:
         raise InputError(
-            f"{path}: a SavedModel is code that runs on loading: pass --trust (trust=True) if you "
-            "know where it comes from"
+            f"{path}: a SavedModel can run code when it is loaded: pass --trust (trust=True) if "
+            "you know where it comes from"
         )
-    manifest.check_listed(path)
-    return _imported("saved_model", "open_saved_model")(path, threads)
 
 
-def _read(path):
+def _read(path, format):
     """Returns the bytes of a .tflite or .onnx file."""
     try:
         status = path.stat()
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise InputError(f"{path}: no such model file") from None
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if path.suffix.lower() not in _NATIVE:
-        raise InputError(
-            f"{path}: a model is {', '.join(FORMATS.values())} or the folder of a SavedModel"
-        )
-    # A pipe would be waited on for ever.
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: no regular file")
-    if not 0 < status.st_size < MAX_FILE_BYTES:
-        raise InputError(
-            f"{path}: a model file has from 1 to {MAX_FILE_BYTES - 1} bytes, this one has "
-            f"{status.st_size}"
-        )
-    try:
+        if format is None:
+            raise InputError(
+                f"{path}: a model must be a .keras, .tflite or .onnx file or the folder of a "
+                f"SavedModel, got the suffix {path.suffix!r}"
+            )
+        # Reading a named pipe would wait for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: must be a regular file")
+        if not 0 < status.st_size < MAX_FILE_BYTES:
+            raise InputError(
+                f"{path}: a model file must have from 1 to {MAX_FILE_BYTES - 1} bytes, got "
+                f"{status.st_size}"
+            )
         return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such model file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -1,5 +1,7 @@
 """ONNX files, run by ONNX Runtime on the CPU."""
 
+import onnxruntime
+
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 from keras_resnet.untrusted import checksums
@@ -16,7 +18,7 @@ _ROLES = {
     "Sigmoid": base.SIGMOID,
     "Softmax": base.SOFTMAX,
 }
-# How ONNX Runtime writes a type -> NumPy's name.
+# ONNX Runtime's name of a type -> NumPy's.
 _DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(int8)": "int8",
@@ -24,6 +26,19 @@ _DTYPES = {
     "tensor(float16)": "float16",
     "tensor(double)": "float64",
 }
+
+
+def open_session(content, threads=None):
+    """Returns ONNX Runtime's session for a model.
+
+    Args:
+        content: The file, bytes. A path would let the model name files beside it.
+        threads: How many threads compute one answer; None for as many as there are cores.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as exceptions
+    options.intra_op_num_threads = threads or 0
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 class OnnxRuntime(Runtime):
@@ -49,7 +64,10 @@ class OnnxRuntime(Runtime):
             for output in node.output
         }
         del model  # as large as the file
-        self._session = self._open(content)
+        try:
+            self._session = open_session(content, threads)
+        except Exception as error:
+            raise InputError(f"{self.name}: cannot be loaded: {reason(error)}") from error
         self.input = self._tensor("input", self._session.get_inputs())
         self.output = self._tensor("output", self._session.get_outputs())
         self.graph_kind = base.kind_by_graph(
@@ -57,7 +75,7 @@ class OnnxRuntime(Runtime):
         )
 
     def _operators(self, model):
-        """Returns the name of each operator; refuses what reaches beyond the file or standard."""
+        """Returns the operators' names; refuses custom ones, and tensors in other files."""
         names = []
         for message in _messages(model):
             kind = message.DESCRIPTOR.name
@@ -69,33 +87,20 @@ class OnnxRuntime(Runtime):
                 named = f"{message.domain}.{getattr(message, 'op_type', message.name)}"
                 raise InputError(
                     f"{self.name}: custom operators ({printable(named)[:80]}) are refused: the "
-                    "model must be made of ONNX's own"
+                    "model must have ONNX's own operators only"
                 )
             if kind == "NodeProto":
                 names.append(message.op_type)
         return names
 
-    def _open(self, content):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors come as exceptions
-        # What is asked for, or as many as there are cores.
-        options.intra_op_num_threads = self.threads or 0
-        try:
-            # From bytes: a path would let the model name files beside it.
-            return onnxruntime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise InputError(f"{self.name}: cannot be loaded: {reason(error)}") from error
-
     def _tensor(self, what, found):
         found = only_one(self.name, what, {each.name: each for each in found})
-        # A size that is no number is the name of one that is not known.
+        # An open size is a name or None.
         shape = tuple(size if isinstance(size, int) else None for size in found.shape)
         if found.type not in _DTYPES:
-            raise InputError(f"{self.name}: its {what} must hold numbers, got {found.type}")
+            raise InputError(
+                f"{self.name}: its {what} must hold uint8, int8 or floats, got {found.type}"
+            )
         return Tensor(found.name, shape, _DTYPES[found.type])
 
     def call(self, images):
@@ -104,6 +109,7 @@ class OnnxRuntime(Runtime):
 
 
 def _parse(content, path):
+    # A benchmark counts the memory that this module takes: it needs no parser.
     import onnx
 
     try:
@@ -113,7 +119,7 @@ def _parse(content, path):
 
 
 def _messages(message):
-    """Yields a protocol buffer and all that it holds, however deep."""
+    """Yields a protocol buffer message and all messages in it, at any depth."""
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:

@@ -1,34 +1,39 @@
 """Tries a file in another process before this one loads it.
 
-LiteRT and ONNX Runtime are C++ that trusts its input: a damaged file can end the process that
-loads it, or take all its memory or time. The other process has a limit of each.
+LiteRT and ONNX Runtime are C++ that trusts its input: a damaged file can crash the process that
+loads it, or use all its memory or time. The other process has a limit of each.
 """
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
+import importlib
+import math
 
-from keras_resnet.runtimes import child
+import numpy as np
+
+from keras_resnet.runtimes import remote
+from keras_resnet.runtimes.base import reason
 from keras_resnet.utils.errors import InputError
 
 MEMORY = 4 * 2**30
-"""Bytes of address space that a small model may take, beyond what the libraries have."""
-MEMORY_A_BYTE = 8
+"""Bytes of address space that a small model may use, in addition to the libraries'."""
+MEMORY_PER_BYTE = 8
 """Further bytes of address space for each byte of the file."""
 SECONDS = 60
-"""How long a model may take to load and to answer a few times."""
+"""Seconds that a model may take to load and to answer a few batches."""
+MAX_ELEMENTS = 2**26
+"""The most numbers that an input or output of two images may have."""
+
+# Height and width of the images for a model that takes any.
+_PIXELS = 64
+# Format -> the library that parses the file besides the runtime.
+_PARSERS = {"tflite": "ai_edge_litert.schema_py_generated", "onnx": "onnx"}
 
 
 class Prober:
-    """Tries one file after the other in a child process, which is started when first needed.
+    """Tries files, one after the other, in a process that is started when first needed.
 
     Args:
-        memory: Bytes that a file may take; by default `MEMORY` and `MEMORY_A_BYTE`.
-        seconds: How long a file may take.
+        memory: Bytes that a file may use; by default `MEMORY` and `MEMORY_PER_BYTE`.
+        seconds: Seconds that a file may take.
 
     Example:
         >>> with Prober() as prober:  # doctest: +ELLIPSIS
@@ -41,7 +46,7 @@ class Prober:
     def __init__(self, memory=None, seconds=SECONDS):
         self.memory = memory
         self.seconds = seconds
-        self._process = None
+        self._remote = None
 
     def __enter__(self):
         return self
@@ -50,17 +55,13 @@ class Prober:
         self.close()
 
     def close(self):
-        """Ends the child process."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-            process.stdout.close()
+        """Ends the process."""
+        if self._remote is not None:
+            self._remote.close()
+            self._remote = None
 
     def probe(self, path, form, content):
-        """Loads and runs a model in the child process.
+        """Loads and runs a model in the process.
 
         Args:
             path: The file's path, for messages.
@@ -71,71 +72,68 @@ class Prober:
             InputError: If the model is refused there, or the process ends, runs out of memory,
                 or does not answer in time.
         """
-        task = {
-            "path": str(path),
-            "format": form,
-            "bytes": len(content),
-            "memory": self.memory or MEMORY + MEMORY_A_BYTE * len(content),
-            "seconds": self.seconds,
-            # An empty entry is the folder that the caller happens to be in.
-            "import_path": [entry for entry in sys.path if entry],
-        }
-        answer, late = self._ask(json.dumps(task).encode() + b"\n", content)
-        if answer is not None:
-            if "refused" in answer:
-                raise InputError(answer["refused"])
-            return
-        status = self._process.wait()
-        self.close()
-        what = f"took more than {self.seconds} s for it" if late else _fate(status)
-        raise InputError(f"{path}: damaged or hostile: the process that tried it {what}")
-
-    def _ask(self, line, content):
-        """Returns the child's answer, None if it ended, and whether its time ran out."""
-        process = self._started()
-        late = threading.Event()
-
-        def stop():
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(self.seconds, stop)
-        timer.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(line)
-                process.stdin.write(content)
-                process.stdin.flush()
-            answer = process.stdout.readline()
-        finally:
-            timer.cancel()
-        try:
-            return json.loads(answer), False
-        except ValueError:
-            # It is ending; if it talks nonsense instead, it is ended.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-            process.kill()
-            return None, late.is_set()
-
-    def _started(self):
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", child.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+        if self._remote is None:
+            self._remote = remote.Remote(
+                f"{__name__}:Trial",
+                timeout=self.seconds,
                 # NumPy's threads would take gigabytes of address space on a large machine.
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                environment={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
-        return self._process
+        try:
+            self._remote.call(
+                "load_and_run",
+                np.frombuffer(content, "uint8"),
+                path=str(path),
+                form=form,
+                memory=self.memory or MEMORY + MEMORY_PER_BYTE * len(content),
+                # Reached only where the process that waits for the answer has ended.
+                seconds=2 * self.seconds,
+            )
+        except remote.RemoteError as error:
+            self.close()
+            raise InputError(f"{path}: damaged or hostile: {error} on loading it") from None
 
 
-def _fate(status):
-    """Returns in words how a process ended."""
-    if status >= 0:
-        return f"ended with status {status}"
-    with contextlib.suppress(ValueError):
-        return f"crashed ({signal.Signals(-status).name})"
-    return f"crashed (signal {-status})"
+class Trial:
+    """The object in the process."""
+
+    def load_and_run(self, content, path, form, memory, seconds):
+        """Loads a model and runs it on zeros and on noise, in batches of one and two.
+
+        Args:
+            content: The file, a uint8 array.
+            path: See `Prober.probe`.
+            form: See `Prober.probe`.
+            memory: See `remote.limited`.
+            seconds: See `remote.limited`.
+
+        Raises:
+            InputError: If the model cannot be loaded or run.
+        """
+        from keras_resnet.runtimes import find_opener
+
+        try:
+            open_model = find_opener(form)
+            importlib.import_module(_PARSERS[form])
+            with remote.limited(memory, seconds):
+                _run(open_model(content.tobytes(), path, threads=1))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{path}: cannot be loaded: {reason(error)}") from error
+
+
+def _run(runtime):
+    for tensor in (runtime.input, runtime.output):
+        if 2 * math.prod(size or 1 for size in tensor.shape) > MAX_ELEMENTS:
+            raise InputError(
+                f"{runtime.path}: an input or output of two images must have at most "
+                f"{MAX_ELEMENTS} numbers, got {tensor.described}"
+            )
+    batch, *image = runtime.input.shape
+    image = [_PIXELS if size is None else size for size in image]
+    random = np.random.default_rng(0)
+    for count in [batch] if batch else [1, 2, 1]:
+        shape = [count, *image]
+        runtime.run(np.zeros(shape, runtime.input.dtype))
+        runtime.run(random.integers(0, 256, shape).astype(runtime.input.dtype))

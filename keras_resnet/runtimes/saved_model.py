@@ -1,10 +1,12 @@
 """SavedModel folders, run by TensorFlow."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
+from keras_resnet.runtimes.remote import Remote, RemoteError
 from keras_resnet.untrusted import checksums
 from keras_resnet.utils.errors import InputError
 
@@ -19,12 +21,14 @@ _ROLES = {
     "Sigmoid": base.SIGMOID,
     "Softmax": base.SOFTMAX,
 }
-# They stand for arguments and results, and compute nothing.
+# Nodes for arguments and results, which compute nothing.
 _NO_OPERATORS = {"Placeholder", "NoOp", "Const", *_CALLS}
 
 
 class SavedModelRuntime(Runtime):
     """A SavedModel's signature `serving_default`; see `Runtime`.
+
+    Loading a SavedModel can run code: see `open_runtime`.
 
     Args:
         path: The folder.
@@ -34,8 +38,8 @@ class SavedModelRuntime(Runtime):
     format = "saved_model"
 
     def __init__(self, path, threads=None):
-        super().__init__(path, _read_card(Path(path)), threads)
-        self._loaded, self._function = _open(path)
+        super().__init__(path, _read_metadata(Path(path)), threads)
+        self._loaded, self._function = load_signature(path)
         _, arguments = self._function.structured_input_signature
         outputs = self._function.structured_outputs
         argument = only_one(path, "input", {name: name for name in sorted(arguments)})
@@ -59,8 +63,102 @@ class SavedModelRuntime(Runtime):
         return (tf.cast(answers, tf.float32) if answers.dtype == tf.bfloat16 else answers).numpy()
 
 
-def _open(path):
-    """Returns what is loaded, which must be kept, and the signature's function."""
+class IsolatedSavedModel(Runtime):
+    """A trusted SavedModel in a process that can import neither Keras nor this package.
+
+    Args:
+        path: The folder.
+        threads: How many threads TensorFlow computes in; None for its own choice.
+
+    Raises:
+        InputError: If it cannot be loaded there.
+    """
+
+    format = "saved_model"
+
+    def __init__(self, path, threads=None):
+        self.path = path
+        self._remote = Remote(
+            f"{__name__}:_Isolated",
+            {"path": str(path), "threads": threads},
+            environment={"TF_CPP_MIN_LOG_LEVEL": "3"},
+            blocked=("keras", "tf_keras", "keras_resnet"),
+        )
+        try:
+            facts = self._ask("describe")
+        except BaseException:
+            self.close()
+            raise
+        super().__init__(path, facts["metadata"], threads)
+        self.input, self.output = (
+            Tensor(**{**facts[end], "shape": tuple(facts[end]["shape"])})
+            for end in ("input", "output")
+        )
+        self.operators, self.graph_kind = facts["operators"], facts["graph_kind"]
+
+    def _ask(self, method, *images):
+        try:
+            return self._remote.call(method, *images)
+        except RemoteError as error:
+            raise InputError(
+                f"{self.path}: a process without Keras cannot run it: {error}"
+            ) from error
+
+    def call(self, images):
+        """Returns the output for one batch."""
+        return self._ask("call", images)
+
+    def time(self, images):
+        """Returns how many seconds the answers take in the process."""
+        self.run(images)
+        return self._remote.seconds
+
+    def close(self):
+        """Ends the process."""
+        self._remote.close()
+
+
+class _Isolated(SavedModelRuntime):
+    """The object in the process of an `IsolatedSavedModel`."""
+
+    def __init__(self, path, threads):
+        set_tensorflow_threads(threads)
+        super().__init__(path, threads)
+
+    def describe(self):
+        """Returns everything that is known about the model, as JSON values."""
+        return {
+            **{name: getattr(self, name) for name in ("metadata", "operators", "graph_kind")},
+            **{end: dataclasses.asdict(getattr(self, end)) for end in ("input", "output")},
+        }
+
+
+def set_tensorflow_threads(threads):
+    """Sets how many threads TensorFlow computes in, before its first operation; None: its choice.
+
+    Args:
+        threads: A number, or None.
+    """
+    import tensorflow as tf
+
+    if threads:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+def load_signature(path):
+    """Loads a SavedModel.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The loaded object, and the function of the signature `SIGNATURE`, which works only while
+        the object exists.
+
+    Raises:
+        InputError: If it cannot be loaded, or has no such signature.
+    """
     import tensorflow as tf
 
     try:
@@ -73,15 +171,15 @@ def _open(path):
     return loaded, signatures[SIGNATURE]
 
 
-def _read_card(folder):
+def _read_metadata(folder):
     path = folder / METADATA
     if not path.is_file():
         return {}
     try:
         with open(path, "rb") as file:
-            content = file.read(checksums.MAX_MEMBER_BYTES + 1)
-        if len(content) > checksums.MAX_MEMBER_BYTES:
-            raise ValueError(f"larger than {checksums.MAX_MEMBER_BYTES} bytes")
+            content = file.read(MAX_MEMBER_BYTES + 1)
+        if len(content) > MAX_MEMBER_BYTES:
+            raise ValueError(f"larger than {MAX_MEMBER_BYTES} bytes")
         metadata = json.loads(content)
         if not isinstance(metadata, dict):
             raise ValueError("it must be a JSON object")
@@ -96,7 +194,7 @@ def _tensor(name, spec):
 
 
 def _operators(nodes, functions, above=()):
-    """Yields the name of each operator, of the functions that are called too."""
+    """Yields the name of each operator, also those in the functions that are called."""
     for node in nodes:
         if node.op not in _NO_OPERATORS:
             yield node.op
@@ -111,7 +209,7 @@ def _called(node):
 
 
 def _producers(nodes, functions):
-    """Returns name of a node -> what `base.kind_by_graph` looks up; calls are seen through."""
+    """Returns node name -> (role, inputs) for `base.kind_by_graph`; a call passes its result on."""
     found = {}
     for scope, inside in [("", nodes), *((name, f.node_def) for name, f in functions.items())]:
         for node in inside:
@@ -126,11 +224,6 @@ def _producers(nodes, functions):
 
 
 def _scoped(scope, name):
-    """Returns a node's name with the function it is in, without the number of its output."""
+    """Returns a node's name after the name of its function, without the number of its output."""
     node = name.split(":")[0]
     return f"{scope}/{node}" if scope else node
-
-
-def open_saved_model(path, threads=None):
-    """Loads a SavedModel folder. It is code: see `open_runtime`."""
-    return SavedModelRuntime(path, threads)

@@ -3,12 +3,12 @@
 import dataclasses
 
 import numpy as np
+from ai_edge_litert import interpreter as litert
 
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 from keras_resnet.untrusted import checksums
 from keras_resnet.utils.errors import InputError
-from keras_resnet.utils.quiet import suppress_stderr
 from keras_resnet.utils.tables import printable
 
 _ROLES = {
@@ -18,6 +18,47 @@ _ROLES = {
     "LOGISTIC": base.SIGMOID,
     "SOFTMAX": base.SOFTMAX,
 }
+
+
+class Interpreter:
+    """LiteRT's interpreter of a model with one input and one output, for batches of any size.
+
+    Args:
+        source: The file, bytes; or its path, a string, which LiteRT maps into memory.
+        threads: How many threads compute one answer; None for LiteRT's choice.
+
+    Attributes:
+        litert: LiteRT's own `Interpreter`.
+        inputs: Its `get_input_details()`.
+        outputs: Its `get_output_details()`.
+    """
+
+    def __init__(self, source, threads=None):
+        given = {"model_content" if isinstance(source, bytes) else "model_path": source}
+        self.litert = litert.Interpreter(**given, num_threads=threads)
+        self.inputs = self.litert.get_input_details()
+        self.outputs = self.litert.get_output_details()
+        self._shape = None
+
+    def allocate(self, shape=None):
+        """Prepares for batches of a shape, by default the one in the file."""
+        own = tuple(self.inputs[0]["shape"])
+        shape = shape or own
+        if shape == self._shape:
+            return
+        # LiteRT writes to standard error that it has created a delegate.
+        with suppress_stderr():
+            if shape != (self._shape or own):
+                self.litert.resize_tensor_input(self.inputs[0]["index"], shape)
+            self.litert.allocate_tensors()
+        self._shape = shape
+
+    def run(self, images):
+        """Returns the output for one batch of the input's type."""
+        self.allocate(images.shape)
+        self.litert.set_tensor(self.inputs[0]["index"], images)
+        self.litert.invoke()
+        return self.litert.get_tensor(self.outputs[0]["index"])
 
 
 class TFLiteRuntime(Runtime):
@@ -33,65 +74,59 @@ class TFLiteRuntime(Runtime):
 
     def __init__(self, content, path, threads=None):
         super().__init__(path, checksums.read_tflite_metadata(content, path), threads)
-        self._interpreter = self._open(content)
+        try:
+            self._interpreter = Interpreter(content, threads)
+        except Exception as error:
+            raise InputError(f"{self.name}: cannot be loaded: {reason(error)}") from error
         self.operators = count(self._operators(content))
-        ends = (self._interpreter.get_input_details(), self._interpreter.get_output_details())
+        ends = (self._interpreter.inputs, self._interpreter.outputs)
         self._in, self._out = (
             only_one(path, what, {each["index"]: each for each in found})
             for what, found in zip(("input", "output"), ends, strict=True)
         )
-        keys = self._signature()
-        self.input = _tensor(self._in, keys["inputs"])
-        self.output = _tensor(self._out, keys["outputs"])
+        signatures = list(self._interpreter.litert.get_signature_list().values())
+        names = signatures[0] if len(signatures) == 1 else {"inputs": [], "outputs": []}
+        self.input = _tensor(self._in, names["inputs"])
+        self.output = _tensor(self._out, names["outputs"])
         if _is_quantized(self._in):
-            # Asked for the numbers that its integers stand for.
+            # `call` takes the numbers that the integers stand for.
             ends = np.iinfo(self._in["dtype"])
-            self.input_range = tuple(_dequantized(np.array([ends.min, ends.max]), self._in))
+            self.input_range = tuple(_dequantize(np.array([ends.min, ends.max]), self._in))
             self.input = dataclasses.replace(self.input, dtype="float32")
         self.graph_kind = self._kind()
-        self._batch = None
-
-    def _open(self, content):
-        from ai_edge_litert.interpreter import Interpreter
-
-        try:
-            # None would be one thread for each core and operator.
-            return Interpreter(model_content=content, num_threads=self.threads)
-        except Exception as error:
-            raise InputError(f"{self.name}: cannot be loaded: {reason(error)}") from error
 
     def _operators(self, content):
-        """Returns the name of each operator, of all subgraphs; refuses those of others."""
+        """Returns the name of each operator in all subgraphs; refuses custom operators."""
+        # A benchmark counts the memory that this module takes: it needs no parser.
         from ai_edge_litert import schema_py_generated as schema
 
-        names = {
-            code: name for name, code in vars(schema.BuiltinOperator).items() if name[0] != "_"
-        }
+        builtin = schema.BuiltinOperator
+        names = {code: name for name, code in vars(builtin).items() if name[0] != "_"}
         model = schema.Model.GetRootAs(content, 0)
         kinds = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
-        custom = [kind.CustomCode() or b"" for kind in kinds if _code(kind) == _code_of(schema)]
+        # Files written before there were 127 operators have the deprecated code alone.
+        codes = [max(kind.DeprecatedBuiltinCode(), kind.BuiltinCode()) for kind in kinds]
+        custom = [
+            printable((kind.CustomCode() or b"").decode("utf-8", "replace"))[:40]
+            for kind, code in zip(kinds, codes, strict=True)
+            if code == builtin.CUSTOM
+        ]
         if custom:
-            shown = ", ".join(printable(name.decode("utf-8", "replace"))[:40] for name in custom)
             raise InputError(
-                f"{self.name}: custom operators ({shown}) are refused: a phone has none of them; "
-                "convert with built-in operators only"
+                f"{self.name}: custom operators ({', '.join(custom)}) are refused: a phone has "
+                "none of them; convert with built-in operators only"
             )
         found = []
         for i in range(model.SubgraphsLength()):
             graph = model.Subgraphs(i)
             for j in range(graph.OperatorsLength()):
-                code = _code(kinds[graph.Operators(j).OpcodeIndex()])
+                code = codes[graph.Operators(j).OpcodeIndex()]
                 found.append(names.get(code, f"operator {code}"))
         return found
 
-    def _signature(self):
-        """Returns the names that the only signature gives to input and output."""
-        signatures = list(self._interpreter.get_signature_list().values())
-        return signatures[0] if len(signatures) == 1 else {"inputs": [], "outputs": []}
-
     def _kind(self):
         producers = {}
-        for operator in self._interpreter._get_ops_details():
+        for operator in self._interpreter.litert._get_ops_details():
             inputs = [int(i) for i in operator["inputs"]]
             for output in operator["outputs"]:
                 producers[int(output)] = (_ROLES.get(operator["op_name"]), inputs)
@@ -100,32 +135,13 @@ class TFLiteRuntime(Runtime):
 
     def call(self, images):
         """Returns the output for one batch."""
-        interpreter = self._interpreter
-        if self._batch != images.shape:
-            # LiteRT says on standard error that it has a delegate.
-            with suppress_stderr():
-                if tuple(self._in["shape"]) != images.shape or self._batch:
-                    interpreter.resize_tensor_input(self._in["index"], images.shape)
-                interpreter.allocate_tensors()
-            self._batch = images.shape
         if _is_quantized(self._in):
-            images = _quantized(images, self._in)
-        interpreter.set_tensor(self._in["index"], images)
-        interpreter.invoke()
-        return _dequantized(interpreter.get_tensor(self._out["index"]), self._out)
-
-
-def _code(kind):
-    # A file from before operator 127 has the first alone.
-    return max(kind.DeprecatedBuiltinCode(), kind.BuiltinCode())
-
-
-def _code_of(schema):
-    return schema.BuiltinOperator.CUSTOM
+            images = _quantize(images, self._in)
+        return _dequantize(self._interpreter.run(images), self._out)
 
 
 def _tensor(details, names):
-    # Its shape as it is now has 1 for what can be of any size.
+    # "shape" has 1 where "shape_signature" says that any size is allowed.
     sizes = details["shape_signature"] if len(details["shape_signature"]) else details["shape"]
     shape = tuple(None if size < 0 else int(size) for size in sizes)
     name = names[0] if len(names) == 1 else details["name"]
@@ -137,16 +153,16 @@ def _is_quantized(details):
     return np.dtype(details["dtype"]).kind in "iu" and details["quantization"][0] != 0
 
 
-def _quantized(numbers, details):
-    """Returns the integers that stand for numbers, the nearest ones."""
+def _quantize(numbers, details):
+    """Returns the nearest integers that stand for numbers."""
     scale, zero = details["quantization"]
     ends = np.iinfo(details["dtype"])
     rounded = np.round(numbers / scale) + zero
     return np.clip(rounded, ends.min, ends.max).astype(details["dtype"])
 
 
-def _dequantized(answers, details):
-    """Returns what a full-integer model's numbers stand for."""
+def _dequantize(answers, details):
+    """Returns the numbers that a full-integer model's answers stand for."""
     if answers.dtype.kind not in "iu":
         return answers
     scale, zero = details["quantization"]

@@ -21,15 +21,17 @@ from PIL import Image
 
 from keras_resnet import SPECS, Spec, build_resnet, with_preprocessing
 from keras_resnet.evaluation import inference
-from keras_resnet.evaluation.benchmark import benchmark, format_benchmark, plot_benchmark, run
-from keras_resnet.evaluation.benchmark.contestants import (
+from keras_resnet.evaluation.benchmark import run
+from keras_resnet.evaluation.benchmark.candidates import (
     TORCH_LAYOUTS,
-    Contestant,
-    describe_chapter_network,
+    Candidate,
+    describe_d2l_network,
     find_all,
     find_torch,
 )
-from keras_resnet.evaluation.benchmark.processes import Worker, WorkerError
+from keras_resnet.evaluation.benchmark.results import format_benchmark, plot_benchmark
+from keras_resnet.evaluation.benchmark.run import benchmark
+from keras_resnet.runtimes.remote import Remote, RemoteError
 from keras_resnet.training.run_folder import cores
 from keras_resnet.untrusted import checksums
 from keras_resnet.untrusted.manifest import digest, read_manifest
@@ -126,22 +128,28 @@ def workers():
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if any("worker.py" in word for word in process.cmdline()):
+            if any(run.WORKER in word for word in process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
     return found
 
 
+def start(runtime, images):
+    """Starts a worker as `run` does."""
+    arguments = {"runtime": runtime, "threads": 1, "images": str(images)}
+    return Remote(run.WORKER, arguments, timeout=60, environment=run.ENVIRONMENT)
+
+
 @pytest.fixture(scope="module")
 def report(run_dir):
-    # A process for each contestant and each setting of threads: one setting is enough of all.
+    # A process for each candidate and each setting of threads: one setting is enough of all.
     found = benchmark(run_dir / "export", rounds=2, threads=1, trust=True)
     assert not workers()
     return found
 
 
-def test_every_contestant_has_a_row(report):
+def test_every_candidate_has_a_row(report):
     rows = {row["name"]: row for row in report["rows"]}
     files = {"saved_model", "model.tflite", "model.onnx", "model-batch1.onnx"}
     assert set(rows) == {*files, SOURCE, *TORCH_LAYOUTS}
@@ -254,7 +262,7 @@ def take_floats(folder):
         (lambda folder: (folder / "model.tflite").unlink(), r"model\.tflite"),
         (change_reference, r"reference\.npz: not the file that the manifest lists"),
         (lambda folder: (folder / "reference.npz").unlink(), r"reference\.npz"),
-        (take_floats, r"model\.tflite: takes float32 and no images"),
+        (take_floats, r"model\.tflite: the input must be uint8 images, got float32"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json"),
     ],
 )
@@ -309,7 +317,7 @@ def test_nothing_that_runs_is_an_error(light):
     (light / "model.tflite").write_text("no model")
     write_manifest(light, ["model.tflite"])
     (light.parent / SOURCE).unlink()
-    with pytest.raises(InputError, match="nothing could be measured: "):
+    with pytest.raises(InputError, match="no candidate could be measured: "):
         benchmark(light, rounds=1, threads=1)
 
 
@@ -321,7 +329,7 @@ def test_a_changed_source_takes_no_part(light):
 
 
 # ----------------------------------------------------------------------------------------------
-# The textbook's network
+# The network of Dive into Deep Learning (d2l)
 # ----------------------------------------------------------------------------------------------
 
 
@@ -340,12 +348,11 @@ def test_torch_worker_resizes_and_normalises_as_keras_does(tmp_path, layout):
     tiny_exports.archive.save_model(model, tmp_path / SOURCE, {})
     images = tiny_exports.images(5, (31, 37, 3))
     np.save(tmp_path / "images.npy", images)
-    source = Contestant(SOURCE, "keras", "keras", "float32", None, tmp_path / SOURCE, 1, None)
+    source = Candidate(SOURCE, "keras", "float32", None, tmp_path / SOURCE, 1, None)
     row = find_torch(source, tmp_path)[layout]
-    with Worker("torch", 1, 60) as worker:
-        request = {"path": str(row.path), "images": str(tmp_path / "images.npy")}
-        worker.ask("load", **request, options=row.options)
-        found = np.array(worker.ask("answer", batch=2)["probabilities"])
+    with start("torch", tmp_path / "images.npy") as worker:
+        worker.call("load", path=str(row.path), options=row.options)
+        found = worker.call("answer", batch=2)
     expected = inference.load(tmp_path / SOURCE)(images)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert np.ptp(expected, axis=0).max() > 1e-3  # the answers tell images apart
@@ -360,43 +367,37 @@ def test_torch_worker_resizes_and_normalises_as_keras_does(tmp_path, layout):
         (lambda: classifier().layers[-1], "preprocessing"),
     ],
 )
-def test_other_networks_are_not_the_textbooks(make, reason):
+def test_d2l_has_no_other_networks(make, reason):
     with pytest.raises(InputError, match=reason):
-        describe_chapter_network(make())
+        describe_d2l_network(make())
 
 
-def test_resnet18_is_the_textbooks():
-    found = describe_chapter_network(classifier(SPECS["resnet18"]))
+def test_resnet18_is_that_of_d2l():
+    found = describe_d2l_network(classifier(SPECS["resnet18"]))
     assert [len(blocks) for blocks in found["stages"]] == [2, 2, 2, 2]
     assert found["stages"][1] == [(128, 2, True), (128, 1, False)]
 
 
 # ----------------------------------------------------------------------------------------------
-# Processes
+# Workers
 # ----------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_takes_too_long_is_ended():
-    with Worker("saved_model", 1, 0.2) as worker, pytest.raises(WorkerError, match="longer than"):
-        worker.ask("load", path="", images="", options={})
-    assert not psutil.pid_exists(worker.pid)
-
-
-def test_a_worker_that_fails_or_dies_says_why(run_dir):
-    with Worker("onnx", 1, 60) as worker:
-        with pytest.raises(WorkerError, match=r"FileNotFoundError: .*none\.npy"):
-            worker.ask("load", path="none", images="none.npy", options={})
-        with pytest.raises(WorkerError, match="`do` must be one of"):
-            worker.ask("sing")
+def test_a_worker_that_fails_or_ends_says_why(run_dir, tmp_path):
+    """Time limits and crashes: see test_remote.py."""
+    np.save(tmp_path / "images.npy", tiny_exports.images(1))
+    with start("onnx", tmp_path / "images.npy") as worker:
+        with pytest.raises(RemoteError, match=r"FileNotFoundError: .*none\.onnx"):
+            worker.call("load", path="none.onnx", options={})
         psutil.Process(worker.pid).kill()
-        with pytest.raises(WorkerError, match="ended with status"):
-            worker.ask("peak_memory")
+        with pytest.raises(RemoteError, match=r"the process crashed \(SIGKILL\)"):
+            worker.call("peak_memory")
 
 
 # A benchmark in a process of its own, whose turns would take minutes.
 LONG = """
 import sys
-from keras_resnet.evaluation.benchmark import benchmark
+from keras_resnet import benchmark
 benchmark(sys.argv[1], rounds=1000, torch=False)
 """
 

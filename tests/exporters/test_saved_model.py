@@ -11,7 +11,7 @@ from keras_resnet import InputError
 from keras_resnet.exporters import saved_model
 from keras_resnet.exporters.exporter import Job
 from keras_resnet.exporters.formats import Artifact
-from keras_resnet.exporters.fresh import FreshSavedModel
+from keras_resnet.runtimes.saved_model import IsolatedSavedModel
 
 pytestmark = pytest.mark.thorough
 
@@ -33,7 +33,7 @@ def test_every_weight_is_stored_once(folder, small_model):
 
 def test_a_process_without_keras_and_this_package_answers_the_same(folder, small_model, fashion):
     images = fashion.splits["test"].images[:50]
-    fresh = FreshSavedModel(folder)
+    fresh = IsolatedSavedModel(folder)
     try:
         answers = fresh.run(images)
     finally:
@@ -61,7 +61,7 @@ def test_what_needs_keras_is_found_out(tmp_path):
         return {"probabilities": tf.ensure_shape(sums, [None, 1])}
 
     tf.saved_model.save(module, str(tmp_path), signatures={"serving_default": serve})
-    fresh = FreshSavedModel(tmp_path)
+    fresh = IsolatedSavedModel(tmp_path)
     with pytest.raises(InputError, match="a process without Keras cannot run it"):
         fresh.run(np.zeros((1, 4, 4, 1), "uint8"))
     fresh.close()

@@ -48,12 +48,12 @@ def test_a_missing_file_is_named(tmp_path, name):
 def test_what_is_no_whole_file_is_refused(tmp_path, name):
     path = tmp_path / name
     path.touch()
-    refuse(path, "from 1 to 2147483647 bytes, this one has 0")
+    refuse(path, "from 1 to 2147483647 bytes, got 0")
     os.truncate(path, 2**31)  # a hole: it takes no space
-    refuse(path, "this one has 2147483648")
+    refuse(path, "got 2147483648")
     path.unlink()
     os.mkfifo(path)
-    refuse(path, "no regular file")
+    refuse(path, "must be a regular file")
     path.unlink()
     path.mkdir()
     refuse(path, "the folder has no saved_model.pb")
@@ -62,7 +62,10 @@ def test_what_is_no_whole_file_is_refused(tmp_path, name):
 def test_other_names_are_answered_with_those_there_are(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"x")
-    refuse(path, r"a \.keras file, a \.tflite file, an \.onnx file or the folder of a SavedModel")
+    refuse(
+        path,
+        r"must be a \.keras, \.tflite or \.onnx file or the folder of a SavedModel, got .* '\.pt'",
+    )
     refuse(path.with_suffix(".h5"), "HDF5 models can carry code")
 
 
@@ -118,7 +121,7 @@ def test_a_manifest_beside_the_file_must_fit(exports, tmp_path, prober, name):
 
 
 def test_a_saved_model_needs_trust(exports):
-    refuse(exports / "saved_model", r"code that runs on loading: pass --trust \(trust=True\)")
+    refuse(exports / "saved_model", r"can run code when it is loaded: pass --trust \(trust=True\)")
 
 
 @pytest.mark.parametrize(

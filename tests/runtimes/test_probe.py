@@ -80,7 +80,7 @@ def test_a_model_that_never_ends_is_refused_and_the_next_one_is_tried(tmp_path, 
     path.write_bytes(never_ends())
     with Prober(seconds=5) as prober:
         start = time.monotonic()
-        with pytest.raises(InputError, match="hostile: the process that tried it took more than 5"):
+        with pytest.raises(InputError, match="hostile: the process took more than 5 s"):
             open_runtime(path, prober=prober)
         assert time.monotonic() - start < 15
         assert open_runtime(exports / "model.onnx", prober=prober).output.shape == (None, 10)
@@ -93,9 +93,9 @@ def test_a_crash_is_an_error_and_the_next_file_is_tried(tmp_path, exports):
     with Prober(seconds=60) as prober:
 
         def crash():
-            while prober._process is None or _cpu_seconds(prober._process.pid) < 1:
+            while prober._remote is None or _cpu_seconds(prober._remote.pid) < 1:
                 time.sleep(0.05)
-            os.kill(prober._process.pid, signal.SIGSEGV)
+            os.kill(prober._remote.pid, signal.SIGSEGV)
 
         thread = threading.Thread(target=crash)
         thread.start()
@@ -143,16 +143,16 @@ def test_a_file_that_makes_the_runtime_crash_is_refused(tmp_path, exports):
                 open_runtime(path, prober=prober)
             except InputError as error:
                 reasons.append(str(error))
-    crashed = [each for each in reasons if each.endswith("crashed (SIGSEGV)")]
+    crashed = [each for each in reasons if "crashed (SIGSEGV)" in each]
     assert crashed and crashed[0].startswith(f"{path}: damaged or hostile: ")
 
 
 def test_one_child_tries_many_files_without_keras(exports):
     with Prober() as prober:
         open_runtime(exports / "model.tflite", prober=prober)
-        child = prober._process.pid
+        child = prober._remote.pid
         open_runtime(exports / "model.onnx", prober=prober)
-        assert prober._process.pid == child
+        assert prober._remote.pid == child
         loaded = Path(f"/proc/{child}/maps").read_text()
         assert "onnxruntime" in loaded and "ai_edge_litert" in loaded
         assert "tensorflow/" not in loaded and "h5py" not in loaded

@@ -1,9 +1,4 @@
-"""`keras-resnet benchmark`: speed and size of exported files, of Keras and of PyTorch, in one run.
+"""Benchmark of an export's files, of Keras, and of PyTorch with the same weights.
 
-The programs behind the numbers of the README are in `benchmarks/`, at the top of the repository.
+Nothing is imported here: the workers, whose memory is measured, import a module of this package.
 """
-
-from keras_resnet.evaluation.benchmark.results import format_benchmark, plot_benchmark
-from keras_resnet.evaluation.benchmark.run import benchmark
-
-__all__ = ["benchmark", "format_benchmark", "plot_benchmark"]

@@ -1,7 +1,9 @@
-"""The measurement of a benchmark: all candidates in turns, each in a process of its own."""
+"""The measurement: all candidates in turns, each in a process of its own."""
 
 import contextlib
+import dataclasses
 import datetime
+import functools
 import statistics
 import tempfile
 import time
@@ -10,49 +12,57 @@ from pathlib import Path
 import numpy as np
 
 from keras_resnet.evaluation.benchmark import results
-from keras_resnet.evaluation.benchmark.contestants import find_all
-from keras_resnet.evaluation.benchmark.processes import Worker, WorkerError
+from keras_resnet.evaluation.benchmark.candidates import Candidate, find_all
+from keras_resnet.runtimes.remote import Remote, RemoteError
 from keras_resnet.training.run_folder import cores, describe_surroundings
 from keras_resnet.untrusted.manifest import digest, read_manifest
-from keras_resnet.utils.errors import InputError, check_count
+from keras_resnet.utils.errors import InputError, check_count, one_line
 from keras_resnet.utils.files import write_json
 from keras_resnet.utils.progress import bar
 
+WORKER = "keras_resnet.evaluation.benchmark.worker:Worker"
+# All candidates are measured on the processor; TensorFlow would otherwise use a GPU.
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "KERAS_BACKEND": "tensorflow",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 BATCHES = (1, 8, 32)
 TURN_SECONDS = 0.25
 LEAST_CALLS = {1: 10, 8: 3, 32: 3}
-# Half of the pause between two turns.
+# Half of the pause after each turn.
 SETTLE_SECONDS = 0.03
-# The number of reference images that each candidate predicts.
+# How many of the reference images the answers are compared on.
 MAX_CHECKED = 256
 
 
 def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=False, timeout=300):
-    """Measures the files of an export, in turns in one run, and writes the results.
+    """Measures the files of an export in turns, and writes benchmark.json and benchmark.png.
 
-    The Keras model that was exported takes part if it still exists, and the network of Dive into
-    Deep Learning (d2l) in PyTorch with the same weights, if PyTorch is installed and the model is
-    such a network. Each candidate runs in a process of its own, which is idle while another one is
-    measured. All predict the export's reference images, so that a fast but wrong file is seen.
+    The Keras model that they were made from is measured too, if it still exists, and the network
+    of Dive into Deep Learning (d2l) in PyTorch with the same weights, if PyTorch is installed and
+    the book has such a network. Each candidate lives in a process of its own, which is idle while
+    another is measured; all must answer the export's reference images, so that none can win by
+    being wrong.
 
     Args:
         folder: An export's folder, with its manifest.json.
-        rounds: Number of turns of each candidate; a result is the median over the rounds.
-        threads: The largest number of threads; by default the machine's number of cores.
+        rounds: How many turns each candidate has; a figure is the median over the rounds.
+        threads: How many threads "all threads" are; by default those of the machine.
         out: The folder for benchmark.json and benchmark.png, by default `folder`.
-        torch: Whether PyTorch may take part.
-        trust: Whether a SavedModel, which is code, may take part.
-        timeout: Time limit of one turn, in seconds.
+        torch: Whether to include PyTorch.
+        trust: Whether to include SavedModels, which can run code.
+        timeout: Seconds that one turn may take.
 
     Returns:
-        The contents of benchmark.json, a dict: "model", "machine", "threads", "rounds",
-        "idle_load" (the processor load between the turns), "baseline" (the row whose latency
-        divided by another row's is the "speed_up" of that row), "rows", one dict for each
-        candidate, and "left_out". The row of a candidate that failed has "failed", the reason.
+        The report, a dict as in benchmark.json: "model", "machine", "threads", "rounds",
+        "idle_load" (how busy the processor was between the turns), "baseline" (the row whose
+        latency divided by a row's is its "speed_up"), "rows", one dict for each candidate, and
+        "left_out". A row whose candidate failed has "failed", the reason.
 
     Raises:
-        InputError: An argument is out of range, the folder is not an export, a file differs from
-            the manifest, or no candidate runs.
+        InputError: If an argument is out of range, the folder is no export, one of its files is
+            not as the manifest says, or no candidate runs.
     """
     check_count("rounds", rounds)
     threads = cores() if threads is None else threads
@@ -62,29 +72,28 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
     out = Path(out or folder)
     if not out.is_dir():
         raise InputError(f"{out}: there is no such folder")
-    thread_counts = sorted({1, threads})
-    images, expected = _read_reference(folder, manifest)
+    settings = sorted({1, threads})
     with tempfile.TemporaryDirectory() as scratch:
-        # The workers map this file: only the pages that they read count as their memory.
-        images_path = str(Path(scratch) / "images.npy")
-        np.save(images_path, images)
+        reference, probabilities = _read_reference(folder, manifest)
+        # Workers map this file into memory, so that only the images they read count as theirs.
+        images = str(Path(scratch) / "images.npy")
+        np.save(images, reference)
         candidates, left_out = find_all(folder, manifest, scratch, torch, trust)
-        measured, idle_load = _measure(
-            candidates, images_path, expected, thread_counts, rounds, timeout
-        )
-    rows = [_row(each, measured[each.name]) for each in candidates]
+        entries = [_Entry(candidate) for candidate in candidates]
+        idle_load = _measure(entries, images, probabilities, settings, rounds, timeout)
+    rows = [entry.row() for entry in entries]
     if all("failed" in row for row in rows):
-        raise InputError(f"{folder}: nothing could be measured: {rows[0]['failed']}")
+        raise InputError(f"{folder}: no candidate could be measured: {rows[0]['failed']}")
     surroundings = describe_surroundings()
     report = {
         "benchmark_version": 1,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "model": manifest["model"],
         **{name: surroundings[name] for name in ("machine", "versions", "git_commit")},
-        "threads": thread_counts,
+        "threads": settings,
         "rounds": rounds,
         "idle_load": idle_load,
-        "images_checked": len(expected),
+        "images_checked": len(probabilities),
         **results.add_speed_ups(rows, str(threads)),
         "left_out": left_out,
     }
@@ -94,20 +103,20 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
 
 
 def _read_reference(folder, manifest):
-    """Returns the export's reference images, and Keras's probabilities for them."""
+    """Returns the export's first reference images, and Keras's probabilities for them."""
     listed = manifest["reference"]
     path = folder / listed["file"]
     if digest(path) != (listed["bytes"], listed["sha256"]):
         raise InputError(f"{path}: not the file that the manifest lists: export the model again")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images, expected = (arrays[n][:MAX_CHECKED] for n in ("images", "probabilities"))
+            images, probabilities = (arrays[n][:MAX_CHECKED] for n in ("images", "probabilities"))
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise InputError(f"{path}: damaged: {error}") from error
-    fits = images.ndim == 4 and expected.ndim == 2 and len(images) == len(expected) > 0
+    fits = images.ndim == 4 and probabilities.ndim == 2 and len(images) == len(probabilities) > 0
     if images.dtype != "uint8" or not fits:
         raise InputError(f"{path}: must hold uint8 images and as many rows of probabilities")
-    return images, expected
+    return images, probabilities
 
 
 # ----------------------------------------------------------------------------------------------
@@ -115,136 +124,133 @@ def _read_reference(folder, manifest):
 # ----------------------------------------------------------------------------------------------
 
 
-def _measure(candidates, images_path, expected, thread_counts, rounds, timeout):
-    """Returns the measurements by candidate's name, and the idle load.
+def _measure(entries, images, probabilities, settings, rounds, timeout):
+    """Measures all candidates in turns; returns the processor's load between the turns.
 
-    Most runtimes fix their number of threads when they start. So each number of threads has
-    processes of its own, one number after the other, which halves the processes in memory.
+    The settings of threads are measured one after the other, since most runtimes fix theirs when
+    they start: half as many processes are in memory at a time.
     """
-    found = {each.name: {"calls": {}} for each in candidates}
-    idle = _IdleLoad()
-    turns = sum(
-        2 + rounds * (len(BATCHES) if threads == thread_counts[-1] else 1)
-        for threads in thread_counts
-    )
-
-    def for_each(turn, *arguments):
-        """Gives each candidate its turn; one that has failed gets no more."""
-        for candidate in candidates:
-            own = found[candidate.name]
-            if "failed" not in own:
-                try:
-                    turn(candidate, own, *arguments)
-                except WorkerError as error:
-                    own["failed"] = str(error)
-                    if "worker" in own:
-                        own["worker"].end()
-                idle.sample()
-            shown.update(1)
-
-    with bar(len(candidates) * turns, "benchmark", unit=" turns") as shown:
-        for threads in thread_counts:
+    batches = {threads: BATCHES if threads == settings[-1] else (1,) for threads in settings}
+    steps = len(entries) * sum(2 + rounds * len(sizes) for sizes in batches.values())
+    loads = []
+    with bar(steps, "benchmark", unit=" turns") as shown:
+        take_turns = functools.partial(_take_turns, entries, shown, loads)
+        for threads in settings:
             with contextlib.ExitStack() as stack:
-                for_each(_start, stack, images_path, threads, timeout)
+                take_turns(_Entry.start, stack, threads, images, timeout)
                 for _ in range(rounds):
-                    for batch in BATCHES if threads == thread_counts[-1] else (1,):
-                        for_each(_time, batch, threads)
-                for_each(_compare, expected)
-    return found, idle.fraction()
+                    for batch in batches[threads]:
+                        take_turns(_Entry.measure, batch, threads)
+                take_turns(_Entry.compare, probabilities)
+    busy, whole = np.sum(loads, axis=0)
+    return float(busy / whole) if whole else None
 
 
-class _IdleLoad:
-    """The processor load between the turns, while all candidates should be idle."""
-
-    def __init__(self):
-        self.busy = self.total = 0
-
-    def sample(self):
-        """Waits until spinning threads have come to rest, then measures the load."""
-        time.sleep(SETTLE_SECONDS)
+def _take_turns(entries, shown, loads, action, *arguments):
+    """Performs an action for each candidate in turn; one that fails gets no more turns."""
+    for entry in entries:
+        if entry.failed is None:
+            try:
+                action(entry, *arguments)
+            except (InputError, RemoteError) as error:
+                entry.failed = one_line(error)
+                entry.remote.close()
+        time.sleep(SETTLE_SECONDS)  # threads that spin come to rest
         before = _processor_times()
         time.sleep(SETTLE_SECONDS)
-        after = _processor_times()
-        if before and after:
-            self.busy += after[0] - before[0]
-            self.total += after[1] - before[1]
-
-    def fraction(self):
-        return self.busy / self.total if self.total else None
+        loads.append(np.subtract(_processor_times(), before))
+        shown.update(1)
 
 
 def _processor_times():
-    """Returns the busy and the total time of all cores; None where there is no /proc/stat."""
+    """Returns how long all cores have worked, and worked or not; zeros on systems without it."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
-            user, nice, system, idle, iowait, *others = map(int, file.readline().split()[1:9])
+            user, nice, system, idle, *others = map(int, file.readline().split()[1:9])
     except (OSError, ValueError):
-        return None
+        return 0, 0
+    waiting, *others = others  # for disks: not working
     busy = user + nice + system + sum(others)
-    return busy, busy + idle + iowait
+    return busy, busy + idle + waiting
 
 
-def _start(contestant, own, stack, images_path, threads, timeout):
-    """Loads the network, and measures the memory of predicting one image at a time."""
-    own["worker"] = stack.enter_context(Worker(contestant.runtime, threads, timeout))
-    own["loaded"] = own["worker"].ask(
-        "load", path=str(contestant.path), images=images_path, options=contestant.options
-    )
-    own["worker"].ask("measure", batch=1, seconds=0, least=1)
-    own["memory"] = own["worker"].ask("peak_memory")["bytes"]
+@dataclasses.dataclass
+class _Entry:
+    """A candidate, its process, and what was measured.
 
+    Attributes:
+        candidate: The `Candidate`.
+        remote: The `Remote` of its `worker.Worker`.
+        failed: Why it gets no more turns; None while it does.
+        calls: (threads, batch) -> for each turn, the seconds of each call.
+        figures: Further cells of its row.
+    """
 
-def _time(contestant, own, batch, threads):
-    if contestant.batch in (None, batch):
-        answer = own["worker"].ask(
-            "measure", batch=batch, seconds=TURN_SECONDS, least=LEAST_CALLS[batch]
+    candidate: Candidate
+    remote: Remote | None = None
+    failed: str | None = None
+    calls: dict = dataclasses.field(default_factory=dict)
+    figures: dict = dataclasses.field(default_factory=dict)
+
+    def start(self, stack, threads, images, timeout):
+        """Loads the network, and reads the memory that one image at a time needs."""
+        arguments = {"runtime": self.candidate.format, "threads": threads, "images": images}
+        self.remote = stack.enter_context(
+            Remote(WORKER, arguments, timeout=timeout, environment=ENVIRONMENT)
         )
-        own["calls"].setdefault((threads, batch), []).append(answer["calls"])
+        path, options = str(self.candidate.path), self.candidate.options
+        self.figures["runtime"] = self.remote.call("load", path=path, options=options)
+        self.figures["load_ms"] = self.remote.seconds * 1e3
+        self.remote.call("measure", batch=1, seconds=0, least=1)
+        self.figures["peak_memory_bytes"] = self.remote.call("peak_memory")
+
+    def measure(self, batch, threads):
+        """Times single calls of `batch` images."""
+        if self.candidate.batch in (None, batch):
+            calls = self.remote.call(
+                "measure", batch=batch, seconds=TURN_SECONDS, least=LEAST_CALLS[batch]
+            )
+            self.calls.setdefault((threads, batch), []).append(calls)
+
+    def compare(self, probabilities):
+        """Compares the answers with Keras's: the share of equal labels, the largest difference."""
+        answers = self.remote.call("answer", batch=self.candidate.batch or max(BATCHES))
+        if answers.shape != probabilities.shape or not np.isfinite(answers).all():
+            raise RemoteError(
+                f"the answers must be finite, of shape {probabilities.shape}, got {answers.shape}"
+            )
+        answers = answers.astype("float64")
+        same = answers.argmax(axis=1) == probabilities.argmax(axis=1)
+        self.figures["agreement"] = float(same.mean())
+        self.figures["max_difference"] = float(np.abs(answers - probabilities).max())
+
+    def row(self):
+        """Returns the candidate's row of the report."""
+        row = dataclasses.asdict(self.candidate)
+        del row["path"], row["options"]
+        if self.failed is not None:
+            return {**row, "failed": self.failed}
+        if self.candidate.format == "torch" and self.figures["agreement"] < 1:
+            row["accuracy"] = None  # it is not the same network
+        most = max(threads for threads, _ in self.calls)
+        return {
+            **row,
+            **self.figures,
+            "latency_ms": {
+                str(threads): {
+                    "median": _median(turns, lambda calls: statistics.median(calls) * 1e3),
+                    "p95": _median(turns, lambda calls: float(np.percentile(calls, 95)) * 1e3),
+                }
+                for (threads, batch), turns in self.calls.items()
+                if batch == 1
+            },
+            "images_per_second": {
+                str(batch): _median(turns, lambda calls, n=batch: n * len(calls) / sum(calls))
+                for (threads, batch), turns in self.calls.items()
+                if threads == most
+            },
+        }
 
 
-def _compare(contestant, own, expected):
-    """Computes the fraction of equal labels, and the largest difference of a probability."""
-    answer = own["worker"].ask("answer", batch=contestant.batch or max(BATCHES))
-    found = np.array(answer["probabilities"])
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        raise WorkerError(f"answers of shape {found.shape}, or not finite")
-    own["answers"] = {
-        "agreement": float(np.mean(found.argmax(axis=1) == expected.argmax(axis=1))),
-        "max_difference": float(np.abs(found - expected).max()),
-    }
-
-
-def _row(candidate, own):
-    row = {
-        name: getattr(candidate, name)
-        for name in ("name", "format", "precision", "batch", "bytes", "accuracy")
-    }
-    if "failed" in own:
-        return {**row, "failed": own["failed"]}
-    most = max(threads for threads, _ in own["calls"])
-    if candidate.runtime == "torch" and own["answers"]["agreement"] < 1:
-        row["accuracy"] = None  # it does not compute the same as the Keras model
-    return {
-        **row,
-        "runtime": own["loaded"]["runtime"],
-        "load_ms": own["loaded"]["seconds"] * 1e3,
-        "peak_memory_bytes": own["memory"],
-        **own["answers"],
-        "latency_ms": {
-            str(threads): {
-                "median": _median(turns, lambda calls: statistics.median(calls) * 1e3),
-                "p95": _median(turns, lambda calls: float(np.percentile(calls, 95)) * 1e3),
-            }
-            for (threads, batch), turns in own["calls"].items()
-            if batch == 1
-        },
-        "images_per_second": {
-            str(batch): _median(turns, lambda calls, batch=batch: batch * len(calls) / sum(calls))
-            for (threads, batch), turns in own["calls"].items()
-            if threads == most
-        },
-    }
-
-
-def _median(turns, statistic):
-    return statistics.median(statistic(calls) for calls in turns)
+def _median(turns, figure):
+    return statistics.median(figure(calls) for calls in turns)
