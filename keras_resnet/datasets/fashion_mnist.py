@@ -105,7 +105,7 @@ def _find_prepared(data_dir):
 
 
 def _find_idx_folder(data_dir):
-    """Returns the `Dataset` of the first folder with IDX files, or None if there is none."""
+    """Returns the `Dataset` of the folder with the most IDX files, or None if there is none."""
     if data_dir is None:
         folders = [DEBIAN_FOLDER]
     else:

@@ -184,27 +184,27 @@ def _processor_times():
     return busy, busy + idle + iowait
 
 
-def _start(contestant, own, stack, images_path, threads, timeout):
+def _start(candidate, own, stack, images_path, threads, timeout):
     """Loads the network, and measures the memory of predicting one image at a time."""
-    own["worker"] = stack.enter_context(Worker(contestant.runtime, threads, timeout))
+    own["worker"] = stack.enter_context(Worker(candidate.runtime, threads, timeout))
     own["loaded"] = own["worker"].ask(
-        "load", path=str(contestant.path), images=images_path, options=contestant.options
+        "load", path=str(candidate.path), images=images_path, options=candidate.options
     )
     own["worker"].ask("measure", batch=1, seconds=0, least=1)
     own["memory"] = own["worker"].ask("peak_memory")["bytes"]
 
 
-def _time(contestant, own, batch, threads):
-    if contestant.batch in (None, batch):
+def _time(candidate, own, batch, threads):
+    if candidate.batch in (None, batch):
         answer = own["worker"].ask(
             "measure", batch=batch, seconds=TURN_SECONDS, least=LEAST_CALLS[batch]
         )
         own["calls"].setdefault((threads, batch), []).append(answer["calls"])
 
 
-def _compare(contestant, own, expected):
+def _compare(candidate, own, expected):
     """Computes the fraction of equal labels, and the largest difference of a probability."""
-    answer = own["worker"].ask("answer", batch=contestant.batch or max(BATCHES))
+    answer = own["worker"].ask("answer", batch=candidate.batch or max(BATCHES))
     found = np.array(answer["probabilities"])
     if found.shape != expected.shape or not np.isfinite(found).all():
         raise WorkerError(f"answers of shape {found.shape}, or not finite")
