@@ -164,13 +164,13 @@ def run(args):
     pools = {name: ProcessPoolExecutor(1, spawn, ignore_interrupts) for name in (*ALONE, *PAIR)}
     network = args.filters, args.image_size, args.precision
 
-    def ask(names, function, *arguments):
+    def call(names, function, *arguments):
         futures = [pools[name].submit(function, *arguments) for name in names]
         return [future.result(TIMEOUT) for future in futures]
 
     def turn(name, steps):
         workers, divisor = TURNS[name]
-        return ask(workers, fit, args.image_size, args.batch_size // divisor, steps)
+        return call(workers, fit, args.image_size, args.batch_size // divisor, steps)
 
     try:
         built = []
@@ -187,14 +187,14 @@ def run(args):
         for number in range(args.rounds):
             # The harmonic mean of times belongs to the arithmetic mean of images/s.
             seconds = {name: statistics.harmonic_mean(turn(name, args.steps)) for name in TURNS}
-            answers = zip(*ask(PAIR, all_reduce), strict=True)
+            answers = zip(*call(PAIR, all_reduce), strict=True)
             seconds["all_reduce"], seconds["message"] = map(statistics.mean, answers)
             rounds.append(seconds)
             shown = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in seconds.items())
             print(f"round {number + 1} of {args.rounds}: {shown}", file=sys.stderr, flush=True)
         return sizes, rounds
     finally:
-        # They would wait for each other if they were asked to end.
+        # Workers that end in an orderly way would wait for each other.
         for process in multiprocessing.active_children():
             process.kill()
 

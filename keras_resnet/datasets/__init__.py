@@ -1,6 +1,6 @@
-"""Data sets: one type, `Dataset`, and a table of the places it can come from."""
+"""Data sets: the type `Dataset`, and a table of the sources that it can be loaded from."""
 
-import collections
+from typing import NamedTuple
 
 from keras_resnet.datasets.base import Dataset, Split
 from keras_resnet.datasets.fashion_mnist import load_fashion_mnist
@@ -10,16 +10,21 @@ from keras_resnet.utils.errors import InputError
 
 __all__ = ["Dataset", "Split", "load_dataset"]
 
-# `form` is how a user writes it; what follows its colon is the loader's first argument. `options`
-# are the arguments of `load_dataset` that mean something to the source.
-Source = collections.namedtuple("Source", "form load options")
-_SHARING = ("image_size", "channels", "validation_split", "seed")
+
+class Source(NamedTuple):
+    """A kind of data set: its loader, and the options of `load_dataset` that the loader takes."""
+
+    load: callable
+    options: tuple[str, ...]
+
+
+_HELD_OUT = ("image_size", "channels", "validation_split", "seed")
+
+# The prefix of a data set's name -> its source. The loader gets the text after the colon.
 SOURCES = {
-    "fashion_mnist": Source(
-        "fashion_mnist", load_fashion_mnist, ("data_dir", "channels", "prefer_tensorflow")
-    ),
-    "folder": Source("folder:PATH", load_folder, (*_SHARING, "skip_bad")),
-    "tfds": Source("tfds:NAME", load_tfds, (*_SHARING, "data_dir")),
+    "fashion_mnist": Source(load_fashion_mnist, ("data_dir", "channels", "prefer_tensorflow")),
+    "folder:": Source(load_folder, (*_HELD_OUT, "skip_bad")),
+    "tfds:": Source(load_tfds, (*_HELD_OUT, "data_dir")),
 }
 
 
@@ -36,30 +41,30 @@ def load_dataset(
 ):
     """Loads a data set of labelled images.
 
-    Images are uint8 and stay so: floats appear in the model's graph only.
+    Images are uint8; they become floats inside the model only.
 
     Args:
-        name: "fashion_mnist", "folder:PATH" (one sub-folder a class) or "tfds:NAME" (any
+        name: "fashion_mnist", "folder:PATH" (one sub-folder for each class) or "tfds:NAME" (any
             image-classification set of TensorFlow Datasets, `NAME[/CONFIG][:VERSION]`).
-        data_dir: For "fashion_mnist" the folder with its files; for "tfds:" TFDS's folder.
-        image_size: One number or (height, width): what images of varying sizes, of "folder:" and
-            of some "tfds:" sets, are decoded at, and larger ones of "folder:". Images of one
-            smaller size, and sets that are arrays, keep theirs: the model's graph resizes them.
-            (None, None) keeps every image's own size; see `ImageFiles`.
-        channels: 1 (grey) or 3 (colour); None for what the images have.
-        validation_split: The share of the training images that validates, for sets that have
-            no test or validation split of their own; None for a set that is not trained on, whose
-            splits "train" and "validation" are then the whole set.
-        skip_bad: For "folder:", leaves out files that cannot be read.
-        seed: Of the choice of validation images.
-        prefer_tensorflow: For "fashion_mnist": whether a TFDS folder, which takes TensorFlow to
-            read, comes before IDX files; None for yes if Keras's backend is TensorFlow.
+        data_dir: The folder of the Fashion-MNIST files, or TFDS's folder.
+        image_size: One number or (height, width), in pixels: the size at which images of varying
+            sizes ("folder:" and some "tfds:" sets) and larger images of a "folder:" are decoded.
+            Images of one smaller size, and sets of arrays, keep their size, since the model
+            resizes them. (None, None) keeps every image's own size; see `ImageFiles`.
+        channels: 1 (grey) or 3 (colour); by default the channels of the images.
+        validation_split: The fraction of the training images that is held out for validation, for
+            sets without a test or validation split; None for a set that is not trained on, whose
+            splits "train" and "validation" are both the whole set.
+        skip_bad: For "folder:", whether to leave out files that cannot be read.
+        seed: Seed of the choice of validation images.
+        prefer_tensorflow: For "fashion_mnist": whether to prefer a TFDS folder, which needs
+            TensorFlow, to IDX files; by default if Keras's backend is TensorFlow.
 
     Returns:
         A `Dataset` with the split "train", and "test" or "validation".
 
     Raises:
-        InputError: The name has none of the three forms, or the source is missing or faulty.
+        InputError: The name is none of the three forms, or the source is missing or faulty.
 
     Example:
         >>> load_dataset("imagenet")
@@ -69,11 +74,11 @@ def load_dataset(
 tfds:NAME, got 'imagenet'
     """
     kind, colon, argument = name.partition(":")
-    source = SOURCES.get(kind)
-    # A form with a colon needs something after it, one without it allows nothing.
-    if source is None or (":" in source.form) != bool(argument) or bool(colon) != bool(argument):
-        *forms, last = (source.form for source in SOURCES.values())
-        raise InputError(f"a data set is named {', '.join(forms)} or {last}, got {name!r}")
+    source = SOURCES.get(kind + colon)
+    if source is None or bool(colon) != bool(argument):
+        raise InputError(
+            f"a data set is named fashion_mnist, folder:PATH or tfds:NAME, got {name!r}"
+        )
     given = {
         "data_dir": data_dir,
         "image_size": image_size,

@@ -1,4 +1,4 @@
-"""The one type every data set has, whatever its source."""
+"""`Split` and `Dataset`, the types of all data sets, and the choice of validation images."""
 
 import dataclasses
 import hashlib
@@ -13,17 +13,17 @@ from keras_resnet.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split: images that can be indexed, and their labels.
+    """One split: images and their labels.
 
     Attributes:
-        images: uint8, [count, height, width, channels]. A NumPy array, or anything with `shape`,
-            `len()` and `images[indices]` that gives such an array for an array of indices, so
-            that files can stay on disk until a batch needs them.
+        images: uint8, [count, height, width, channels]. A NumPy array, or an object with `shape`,
+            `len()` and `images[indices]`, which returns such an array for an array of indices:
+            `ImageFiles` decodes files when a batch needs them.
         labels: int64, [count], each in `range(number of classes)`. Labels of the shape
             [count, 1], and lists, are converted.
 
     Raises:
-        InputError: If images or labels are not so; see `arrays`.
+        InputError: The images or the labels have another type or shape; see `utils.arrays`.
     """
 
     images: Any
@@ -33,7 +33,7 @@ class Split:
         if isinstance(self.images, (np.ndarray, list, tuple)) or hasattr(self.images, "numpy"):
             object.__setattr__(self, "images", arrays.as_images(self.images, "a split"))
         else:
-            # Images that stay on disk are not read here: only what they say of themselves.
+            # Images on disk are not decoded here: only their declared type and shape are checked.
             arrays.check_image_type(getattr(self.images, "dtype", "uint8"), "a split")
             arrays.check_image_shape(self.images.shape, "a split")
         object.__setattr__(self, "labels", arrays.as_labels(self.labels))
@@ -47,9 +47,9 @@ class Split:
         return len(self.labels)
 
     def order(self, seed, epoch):
-        """Returns the shuffled order of one epoch, a function of `seed` and `epoch` alone.
+        """Returns the shuffled order of an epoch, which depends on `seed` and `epoch` only.
 
-        So a run that is interrupted and resumed sees the images that an unbroken run sees.
+        A resumed run therefore sees the images in the order of an uninterrupted run.
         """
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
@@ -59,15 +59,20 @@ class Split:
             indices = np.arange(start, min(start + batch_size, len(self)))
             yield self.images[indices], self.labels[indices]
 
+    def select(self, indices):
+        """Returns the `Split` of some images; image files stay undecoded."""
+        select = getattr(self.images, "select", self.images.__getitem__)
+        return Split(select(indices), self.labels[indices])
+
 
 def cut_batches(count, batch_size, least=1):
     """Cuts the images of an epoch into batches.
 
     Args:
-        count: Images an epoch.
-        batch_size: Images a batch; the last may have fewer.
-        least: Images that a short last batch needs. With fewer it joins the batch before it, if
-            there is one.
+        count: Number of images.
+        batch_size: Images in a batch; the last batch may have fewer.
+        least: The smallest last batch. A smaller one is merged with the batch before it, if there
+            is one.
 
     Returns:
         A list of slices, in order.
@@ -89,14 +94,14 @@ class Dataset:
     """Labelled images in named splits.
 
     Attributes:
-        name: What the user called it: "fashion_mnist", "folder:PATH", "tfds:NAME".
+        name: The name that the user gave: "fashion_mnist", "folder:PATH", "tfds:NAME".
         class_names: One name for each label.
-        splits: "train" and the split that measures: "test" or "validation".
-        source: One line that says where it was found.
-        fingerprint: sha256 (hex) of what it holds; see `fingerprint_arrays`.
+        splits: "train", and "test" or "validation".
+        source: The place where it was found, in one line.
+        fingerprint: sha256 (hex) of the contents; see `fingerprint_arrays`.
 
     Raises:
-        InputError: If a label of a split has no class name.
+        InputError: A label of a split has no class name.
     """
 
     name: str
@@ -116,18 +121,18 @@ class Dataset:
 
     @property
     def evaluation_split(self):
-        """The name of the split that measures: "test" where there is one, else "validation"."""
+        """The name of the split to evaluate on: "test" if there is one, else "validation"."""
         return "test" if "test" in self.splits else "validation"
 
 
 def fingerprint_arrays(*splits):
     """Returns the sha256 (hex) of the splits' images and labels, whatever their order.
 
-    A prepared TFDS folder keeps its examples shuffled and the IDX files do not; both hold the
-    same data, so both have the same fingerprint.
+    A prepared TFDS folder has shuffled examples, and the IDX files have not: with the same data
+    both have the same fingerprint.
 
     Args:
-        *splits: `Split`s that hold NumPy arrays.
+        *splits: `Split`s of NumPy arrays.
 
     Returns:
         64 hexadecimal digits.
@@ -144,6 +149,52 @@ def fingerprint_arrays(*splits):
         labels = np.asarray(split.labels, dtype="<u4").reshape(-1, 1).view("uint8")
         rows = np.hstack([labels, np.asarray(split.images).reshape(len(split), -1)])
         whole.update(repr((len(split), *split.images.shape[1:])).encode())
-        # As raw bytes a row is one item, and items sort.
+        # As raw bytes a row is one item, and items can be sorted.
         whole.update(np.sort(np.ascontiguousarray(rows).view(f"V{rows.shape[1]}").ravel()))
     return whole.hexdigest()
+
+
+def hold_out(split, validation_split, seed):
+    """Returns {"train": …, "validation": …} of one split; see `stratified_split`."""
+    parts = stratified_split(split.labels, validation_split, seed)
+    return dict(zip(("train", "validation"), map(split.select, parts), strict=True))
+
+
+def stratified_split(labels, validation_split, seed):
+    """Splits examples into a training and a validation part, class by class.
+
+    Each class gives the nearest whole number to its fraction, but at least one example to each
+    part; a class with one example gives it to training. Each class is drawn separately, so that
+    more images of one class do not change the choice in another class.
+
+    Args:
+        labels: Whole numbers, [count].
+        validation_split: The fraction for validation, above 0 and below 1; None for a set that is
+            not trained on: both parts are then the whole.
+        seed: A whole number; the same seed gives the same parts.
+
+    Returns:
+        Two sorted int64 arrays of indices: training, validation.
+
+    Raises:
+        InputError: `validation_split` is out of range, or no class has two images.
+
+    Example:
+        >>> train, validation = stratified_split([0] * 8 + [1] * 2, 0.25, seed=0)
+        >>> len(train), len(validation), int((validation >= 8).sum())
+        (7, 3, 1)
+    """
+    if validation_split is None:
+        return np.arange(len(labels)), np.arange(len(labels))
+    if not 0 < validation_split < 1:
+        raise InputError(f"`validation_split` must be above 0 and below 1, got {validation_split}")
+    labels = np.asarray(labels)
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(validation_split * len(members)), 1), len(members) - 1)
+        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        chosen[order[:count]] = True
+    if not chosen.any():
+        raise InputError("a validation part needs a class with at least 2 images, got none")
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)

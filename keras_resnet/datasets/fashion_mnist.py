@@ -1,4 +1,4 @@
-"""Fashion-MNIST, found in a prepared TFDS folder or in IDX files, or downloaded, and verified."""
+"""Fashion-MNIST from a prepared TFDS folder, from IDX files, or by a download; always verified."""
 
 import re
 from pathlib import Path
@@ -25,22 +25,23 @@ CLASS_NAMES = (
 COUNTS = {"train": 60_000, "test": 10_000}
 IMAGE_SHAPE = (28, 28, 1)
 
-# split -> (images, labels); a file -> the sha256 of its unpacked form since 2017-08-31.
+# split -> (images, labels)
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+# file -> sha256 of the unpacked official file of 2017-08-31
 SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-# `fingerprint_arrays` of the four files above; TFDS stores the examples shuffled.
+# `fingerprint_arrays` of the four files above. TFDS stores the examples shuffled.
 FINGERPRINT = "9d3039fec28d7705de3d683abc74850dbb9866df3e00d09af1e80c0540f54c6c"
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-# As they are, as torchvision lays them out, and as Debian names the folder.
+# The folder itself, torchvision's layout, and the name of Debian's folder.
 IDX_SUBFOLDERS = ("", "FashionMNIST/raw", "fashion-mnist")
 ADVICE = (
     "install Debian's package dataset-fashion-mnist, or put the four IDX files "
@@ -49,31 +50,31 @@ ADVICE = (
 
 
 def load_fashion_mnist(*, data_dir=None, channels=None, prefer_tensorflow=None):
-    """Loads Fashion-MNIST: 60,000 training and 10,000 test images, whatever place holds them.
+    """Loads Fashion-MNIST: 60,000 training and 10,000 test images.
 
-    Looked for in this order: a folder that TFDS prepared, IDX files (in `data_dir`, else where
-    Debian's package puts them), a download by TFDS. With `data_dir` nothing else is looked at
+    The sources in their order: a folder that TFDS prepared, IDX files (in `data_dir`, else in the
+    folder of Debian's package), a download by TFDS. With `data_dir` no other folder is searched
     and nothing is downloaded.
 
     Args:
-        data_dir: The folder that holds `fashion_mnist/3.0.1` (TFDS) or the IDX files.
-        channels: None or 1, the channels that the images have.
-        prefer_tensorflow: Whether a TFDS folder, which takes TensorFlow to read, comes before
-            the IDX files; None for yes if Keras's backend is TensorFlow.
+        data_dir: The folder with `fashion_mnist/3.0.1` (TFDS) or with the IDX files.
+        channels: None or 1: the images are grey.
+        prefer_tensorflow: Whether to prefer a TFDS folder, which needs TensorFlow, to IDX files;
+            by default if Keras's backend is TensorFlow.
 
     Returns:
         A `Dataset` of uint8 arrays, [60000, 28, 28, 1] and [10000, 28, 28, 1].
 
     Raises:
-        InputError: Nothing was found, or it is damaged, or it is not Fashion-MNIST as it is
-            since 2017-08-31.
+        InputError: Nothing was found, or it is damaged, or it is not the official release of
+            2017-08-31.
     """
     if channels not in (None, 1):
         raise InputError(f"`channels` must be 1 for {NAME}, whose images are grey, got {channels}")
     if prefer_tensorflow is None:
         prefer_tensorflow = tfds.keras_runs_on_tensorflow()
     finders = [_find_prepared, _find_idx_folder]
-    # Reading a TFDS folder imports TensorFlow; training on JAX or PyTorch should not have to.
+    # Reading a TFDS folder imports TensorFlow, which training on JAX or PyTorch does not need.
     if not prefer_tensorflow:
         finders.reverse()
     for find in finders:
@@ -90,11 +91,11 @@ def load_fashion_mnist(*, data_dir=None, channels=None, prefer_tensorflow=None):
 
 
 def _find_prepared(data_dir):
-    """Returns the `Dataset` in a folder that TFDS prepared, or None where there is none."""
+    """Returns the `Dataset` of a folder that TFDS prepared, or None if there is none."""
     folders = [
         path.parent
         for path in (tfds.data_root(data_dir) / NAME).glob("*/dataset_info.json")
-        # A preparation that was killed leaves "incomplete.XXXXXX_3.0.1".
+        # A killed preparation leaves "incomplete.XXXXXX_3.0.1".
         if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
     ]
     if not folders:
@@ -104,7 +105,7 @@ def _find_prepared(data_dir):
 
 
 def _find_idx_folder(data_dir):
-    """Returns the `Dataset` in the first folder that has IDX files, or None if none has."""
+    """Returns the `Dataset` of the folder with the most IDX files, or None if there is none."""
     if data_dir is None:
         folders = [DEBIAN_FOLDER]
     else:
@@ -121,7 +122,7 @@ def _find_idx_folder(data_dir):
         class_names=CLASS_NAMES,
         splits={split: _read_split(folder, split) for split in COUNTS},
         source=f"IDX files in {folder}",
-        # The four digests were checked, so there is no need to compute it.
+        # The four checksums were verified, so it need not be computed.
         fingerprint=FINGERPRINT,
     )
 
@@ -157,7 +158,7 @@ def _download():
 
 
 def _from_tfds(folder, source):
-    """Returns the `Dataset` in a prepared TFDS folder, if it is the right one."""
+    """Returns the `Dataset` of a prepared TFDS folder, after comparing its fingerprint."""
     builder = tfds.open_prepared(folder)
     tfds.check_features(builder)
     splits = {}

@@ -1,7 +1,7 @@
 """IDX files, the format of MNIST and its successors: gzip-compressed or unpacked.
 
-Every fault a file can have (a damaged download, a swapped name, another release of the data) is
-one `InputError` that names the file.
+Every fault of a file (a damaged download, a swapped name, another release of the data) is an
+`InputError` that names the file.
 """
 
 import gzip
@@ -15,34 +15,34 @@ import numpy as np
 from keras_resnet.utils.errors import InputError
 
 # The first two bytes of an IDX file are zero, the third is the type of the values (8: unsigned
-# byte), the fourth the number of axes; after them comes the length of each axis, big-endian.
+# byte), the fourth is the number of axes. The length of each axis follows, big-endian.
 UNSIGNED_BYTE = 8
 
 
 def find_idx(folder, name):
-    """Returns the path of `name` or `name.gz` in `folder`, or None; unpacked files come first."""
+    """Returns the path of `name` or else of `name.gz` in `folder`; None if there is neither."""
     candidates = (Path(folder) / name, Path(folder) / f"{name}.gz")
     return next((path for path in candidates if path.is_file()), None)
 
 
 def read_idx(path, shape, *, values=256, sha256=None, advice=""):
-    """Reads an IDX file of unsigned bytes that must hold exactly what is expected.
+    """Reads an IDX file of unsigned bytes of a known shape.
 
-    At most one byte more than expected is ever decompressed, so a small file cannot fill the
+    At most one byte more than expected is decompressed, so that a small file cannot fill the
     memory.
 
     Args:
-        path: The file; a name that ends in `.gz` is decompressed.
-        shape: The shape that it must hold, for example (60000, 28, 28) or (60000,).
-        values: How many values are allowed: each must be in `range(values)`.
-        sha256: The digest (hex) that the unpacked file must have, or None for any.
-        advice: What to do about a wrong digest; ends that message.
+        path: The file; a file whose name ends in `.gz` is decompressed.
+        shape: The expected shape, for example (60000, 28, 28) or (60000,).
+        values: Number of allowed values: each must be in `range(values)`.
+        sha256: The checksum (hex) of the unpacked file, or None for any.
+        advice: The remedy for a wrong checksum, at the end of the message.
 
     Returns:
         A read-only uint8 array of `shape`.
 
     Raises:
-        InputError: The file cannot be read, is damaged, or holds something else.
+        InputError: The file cannot be read, is damaged, or has other contents.
 
     Example:
         >>> import tempfile
@@ -60,7 +60,7 @@ def read_idx(path, shape, *, values=256, sha256=None, advice=""):
         many = f"more than {promised}" if held > promised else str(held)
         raise InputError(f"{path}: the header promises {promised} bytes of data, found {many}")
     array = np.frombuffer(raw, np.uint8, offset=header_size).reshape(shape)
-    # A byte is always below 256; then the file need not be searched.
+    # A byte is always below 256.
     if values < 256 and array.max(initial=0) >= values:
         place = int(np.argmax(array.ravel() >= values))
         raise InputError(

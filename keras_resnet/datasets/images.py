@@ -1,4 +1,4 @@
-"""Encoded images (files, or bytes in memory) that are decoded when a batch needs them."""
+"""Encoded images (files, or bytes in memory), which are decoded when a batch needs them."""
 
 import base64
 import contextlib
@@ -15,13 +15,13 @@ from PIL import ExifTags, Image
 from keras_resnet.utils import tables
 from keras_resnet.utils.errors import InputError, one_line
 
-# Modes whose pixels are one grey value. A palette counts as colour, whatever its colours are.
+# Modes with one grey value for each pixel. A palette counts as colour, whatever its colours are.
 GREY_MODES = frozenset({"1", "L", "LA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
-# Pillow's own conversion of these to 8 bits clips at 255: a 16-bit image comes out white.
+# Pillow's own conversion of these to 8 bits clips at 255: a 16-bit image would become white.
 _SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 _MODES = {1: "L", 3: "RGB"}
-# Orientation of EXIF -> what turns the image upright. 1, and values outside the table, leave it.
+# EXIF orientation -> the transposition that turns the image upright. Other values change nothing.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,11 +31,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Resampling leaves floats in 0…1 this far outside at most, half of one of 255 levels.
+# Resampling moves floats in 0…1 outside by at most half of one of 255 levels.
 _HALF_LEVEL = 0.5 / 255
+# The smallest maximum of floats with fractions that are taken for values in 0…255.
 _LEAST_OF_255 = 16
-_MARK = 8
-# Pillow lets go of the interpreter lock while it decodes.
+_MARK_LENGTH = 8
+# Pillow releases the interpreter lock while it decodes.
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -46,9 +47,9 @@ def check_channels(channels):
 
 
 def check_image_size(image_size):
-    """Returns `image_size`, a positive whole number or a pair of them, as (height, width).
+    """Converts `image_size`, a positive whole number or a pair of them, to (height, width).
 
-    None in a pair stands for each image's own height or width.
+    None in a pair means each image's own height or width.
 
     Example:
         >>> check_image_size(32), check_image_size([24, 32]), check_image_size((None, None))
@@ -70,22 +71,25 @@ def check_image_size(image_size):
 
 
 def open_upright(source):
-    """Returns a decoded Pillow image of 8 bits a channel, turned as its orientation tag says.
+    """Decodes an image to 8 bits a channel, upright by its orientation tag.
 
     16-bit grey images keep their upper 8 bits; see `float_scale` for floats.
 
     Args:
-        source: A path, or the bytes of a file. Of an animation the first frame is taken.
+        source: A path, or the bytes of a file. The first frame of an animation is used.
+
+    Returns:
+        A Pillow image.
 
     Raises:
         Exception: Pillow raises many kinds on a damaged file (OSError, SyntaxError, ValueError,
             struct.error and more); callers treat all of them as "unreadable".
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        # Pillow only warns between one and two times its limit, and warnings can be off.
+        # Up to twice its limit Pillow only warns, and warnings can be switched off.
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
             raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels")
-        # Pillow opens others, such as LAB, and cannot convert them.
+        # Pillow can open images in other modes, such as LAB, but not convert them.
         if image.mode not in GREY_MODES | _COLOUR_MODES:
             raise OSError(f"pixels in the mode {image.mode} are not supported")
         image.load()
@@ -93,13 +97,13 @@ def open_upright(source):
 
 
 def _turn(image):
-    """Returns `image` as its EXIF (or XMP) orientation says; as stored where that is unreadable.
+    """Turns an image upright by its EXIF (or XMP) orientation; unchanged if that is unreadable.
 
-    `ImageOps.exif_transpose` also writes the tags anew, and fails where another tag is broken.
+    `ImageOps.exif_transpose` also rewrites the tags, and fails if another tag is broken.
     """
     try:
         method = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # Broken metadata raise many kinds, and every viewer shows the pixels.
+    except Exception:  # broken tags raise many kinds of errors
         return image
     return image if method is None else image.transpose(method)
 
@@ -107,13 +111,12 @@ def _turn(image):
 def decode_image(source, image_size, channels):
     """Decodes one image.
 
-    Transparent pixels are laid on white; palettes, CMYK and other colour spaces become RGB. Grey
-    is the luma of ITU-R 601-2. See `open_upright` for images of more than 8 bits a channel.
+    Transparent images get a white background; palettes, CMYK and other colour spaces become RGB.
+    Grey is the luma of ITU-R 601-2. See `open_upright` for more than 8 bits a channel.
 
     Args:
         source: A path, or the bytes of a file.
-        image_size: (height, width) of the result, reached by bilinear resizing; None for the
-            image's own.
+        image_size: (height, width) of the result, by bilinear resizing; None for the image's own.
         channels: 1 or 3.
 
     Returns:
@@ -131,7 +134,7 @@ def decode_image(source, image_size, channels):
 
 
 def _to_eight_bits(image):
-    """Returns `image` in a mode of 8 bits a channel or fewer."""
+    """Converts an image to a mode of at most 8 bits a channel."""
     if image.mode in _SIXTEEN_BIT_MODES:
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
@@ -147,13 +150,14 @@ def _to_eight_bits(image):
 
 
 def float_scale(pixels):
-    """Returns the factor that brings an image of floats to 0 … 255.
+    """Returns the factor that scales an image of floats to 0 … 255.
 
-    Floats in 0 … 1 are scaled, floats up to 255 are taken as they are, whole numbers up to 65535
-    as 16 bits. Other ranges are refused: a guess would give a black or a white image.
+    Floats in 0 … 1 are multiplied by 255, floats up to 255 are not scaled, whole numbers up to
+    65535 are taken for 16 bits. Other ranges are refused: a guess could give a black or a white
+    image.
 
     Args:
-        pixels: Floats, [height, width]; NaN and infinities do not count.
+        pixels: Floats, [height, width]; NaN and infinities are ignored.
 
     Raises:
         OSError: The range is ambiguous, or no pixel is finite.
@@ -167,7 +171,7 @@ def float_scale(pixels):
     is_whole = bool((finite == finite.round()).all())
     if low >= -_HALF_LEVEL and high <= 1 + _HALF_LEVEL:
         return 255.0
-    # A little above 1, fractions are more likely an overshoot of 0…1 than a dark image.
+    # Fractions with a maximum a little above 1 are rather an overshoot of 0…1 than a dark image.
     if low >= 0 and high <= 255 and (is_whole or high > _LEAST_OF_255):
         return 1.0
     if low >= 0 and high <= 65535 and is_whole:
@@ -179,8 +183,8 @@ def float_scale(pixels):
 
 
 @contextlib.contextmanager
-def bombs_not_warned_of():
-    """Silences Pillow's warning of very large images, which `open_upright` refuses itself."""
+def no_bomb_warnings():
+    """Silences Pillow's warning of very large images, which `open_upright` refuses."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
@@ -189,14 +193,14 @@ def bombs_not_warned_of():
 def map_threads(function, items):
     """Yields `function(item)` for each item, in order, computed by a few threads.
 
-    The threads end with the call: a pool that was kept would be dead in a forked process.
+    The threads end with the call: the threads of a permanent pool do not exist in a forked process.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(function, items)
 
 
 def border_level(images):
-    """Returns the median of the outermost pixels, which tells what the background is.
+    """Returns the median of the outermost pixels, an estimate of the background.
 
     Args:
         images: uint8, [count, height, width, channels].
@@ -215,9 +219,9 @@ def border_level(images):
 
 
 class ImageFiles:
-    """Encoded images that look like a uint8 array [count, height, width, channels].
+    """Encoded images with the interface of a uint8 array [count, height, width, channels].
 
-    Indexing decodes; nothing decoded is kept.
+    Indexing decodes images; decoded images are not kept.
 
     Attributes:
         sources: A tuple of paths, or of the bytes of files.
@@ -225,13 +229,14 @@ class ImageFiles:
 
     Args:
         sources: Paths, or the bytes of files.
-        image_size: (height, width), or one number for a square; see `check_image_size`. Where
-            one is None, `shape` has None and images of several sizes are indexed one at a time.
+        image_size: (height, width), or one number for a square; see `check_image_size`. None
+            stands for each image's own size, also in `shape`; images of several sizes must then
+            be indexed one at a time.
         channels: 1 or 3.
 
     Raises:
-        InputError: A bad argument; or, when indexed, an image that cannot be decoded, or images
-            of several sizes.
+        InputError: An argument is out of range; when indexed, an image cannot be decoded, or the
+            images have several sizes.
 
     Example:
         >>> file = io.BytesIO()
@@ -251,8 +256,12 @@ class ImageFiles:
     def __len__(self):
         return len(self.sources)
 
+    def select(self, indices):
+        """Returns the `ImageFiles` of an array of indices."""
+        return ImageFiles((self.sources[i] for i in indices), self.shape[1:3], self.shape[3])
+
     def __getitem__(self, indices):
-        """Returns the images that `indices` picks, as indexing an array's first axis does."""
+        """Decodes the images at `indices`, which index the first axis as those of an array do."""
         picked = np.arange(len(self))[indices]
         if picked.ndim == 0:
             return self._decode(picked)
@@ -270,19 +279,19 @@ class ImageFiles:
         source = self.sources[index]
         try:
             return decode_image(source, self.shape[1:3], self.shape[3])
-        except Exception as error:  # See `open_upright`.
+        except Exception as error:  # see `open_upright`
             name = f"image {index}" if isinstance(source, bytes) else printable_path(source)
             raise InputError(f"{name}: cannot be decoded: {one_line(error)}") from error
 
 
 def content_marks(images):
-    """Returns a mark of each encoded image's bytes, so that a copy is known again.
+    """Returns a short checksum of each encoded image's bytes, by which a copy is recognised.
 
     Args:
         images: An `ImageFiles`.
 
     Returns:
-        A string of `_MARK` characters an image: a part of its sha256, 48 bits in base64.
+        A string of `_MARK_LENGTH` characters for each image: 48 bits of its sha256 in base64.
 
     Example:
         >>> images = ImageFiles([b"one", b"two", b"one"], 8, 1)
@@ -298,10 +307,10 @@ def content_marks(images):
 
 
 def split_marks(marks, kind=set):
-    """Returns the marks in a string that `content_marks` wrote, as a set or another `kind`."""
-    return kind(marks[i : i + _MARK] for i in range(0, len(marks), _MARK))
+    """Returns the marks in a string of `content_marks`, as a set or another `kind`."""
+    return kind(marks[i : i + _MARK_LENGTH] for i in range(0, len(marks), _MARK_LENGTH))
 
 
 def printable_path(path):
-    """Returns `path` as text that can always be printed, even if its bytes are not UTF-8."""
+    """Returns `path` as text that can be printed, even if its bytes are not UTF-8."""
     return tables.printable(os.fsencode(path).decode("utf-8", "replace"))

@@ -1,7 +1,7 @@
-"""Any image-classification set of TensorFlow Datasets (TFDS).
+"""Image-classification sets of TensorFlow Datasets (TFDS).
 
-TensorFlow and TFDS are imported inside the functions that need them: whoever reads IDX files or
-image folders, and trains on JAX or PyTorch, never pays for them.
+TensorFlow and TFDS are imported by the functions that need them: training on JAX or PyTorch with
+IDX files or image folders does without.
 """
 
 import contextlib
@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_resnet.datasets.base import Dataset, Split, fingerprint_arrays
+from keras_resnet.datasets.base import Dataset, Split, fingerprint_arrays, hold_out
 from keras_resnet.datasets.images import ImageFiles, check_image_size
-from keras_resnet.datasets.sharing import stratified_share
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import expand_user
 
-# Enough for a server that stumbles. TFDS's own 10 make a machine without network wait 3 minutes.
+# With TFDS's own 10 retries, a machine without network waits for 3 minutes.
 _DOWNLOAD_RETRIES = 3
 _READ_BATCH = 512
 
@@ -36,27 +35,27 @@ def load_tfds(
     validation_split=0.1,
     seed=0,
 ):
-    """Loads an image-classification set of TFDS, prepared or not.
+    """Loads an image-classification set of TFDS, and prepares it if necessary.
 
-    A set whose images all have one shape becomes uint8 arrays of that shape, whatever
-    `image_size` says: such images are resized in the model's own graph. A set of varying shapes
-    keeps its encoded bytes in memory and decodes each batch at `image_size`.
+    A set of images of one shape becomes uint8 arrays of that shape, whatever `image_size` is,
+    since the model resizes them. A set of varying shapes keeps its encoded bytes in memory and
+    decodes each batch at `image_size`.
 
     Args:
-        name: As TFDS writes it: `NAME[/CONFIG][:VERSION]`.
-        data_dir: TFDS's folder; None for `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-        image_size: (height, width) or one number; needed where shapes vary.
-        channels: 1 or 3 where shapes vary; else None or what the images have.
-        validation_split: The share of the training split that validates, where the set has
-            neither a test nor a validation split with labels.
-        seed: Of the choice of that share.
+        name: TFDS's name: `NAME[/CONFIG][:VERSION]`.
+        data_dir: TFDS's folder; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+        image_size: (height, width) or one number, in pixels; required for varying shapes.
+        channels: 1 or 3 for varying shapes; else None or the channels of the images.
+        validation_split: The fraction of the training split for validation, for sets without a
+            labelled test or validation split.
+        seed: Seed of the choice of validation images.
 
     Returns:
         A `Dataset` with the split "train", and "test" or "validation".
 
     Raises:
-        InputError: There is no such set, it cannot be downloaded or read, or it is not one of
-            labelled images.
+        InputError: There is no such set, it cannot be downloaded or read, or it has no labelled
+            images.
     """
     builder = prepare(name, data_root(data_dir))
     check_features(builder)
@@ -76,7 +75,7 @@ def load_tfds(
         raise InputError(f"tfds:{name}: the train split has images without a label (label -1)")
     held_out = _labelled_split(builder, read)
     whole = {"train": train, **held_out}
-    splits = whole if held_out else _share(train, validation_split, seed)
+    splits = whole if held_out else hold_out(train, validation_split, seed)
     return Dataset(
         name=f"tfds:{name}",
         class_names=tuple(builder.info.features["label"].names),
@@ -87,7 +86,7 @@ def load_tfds(
 
 
 def data_root(data_dir):
-    """Returns the folder where TFDS keeps its sets, without importing TFDS."""
+    """Returns the folder of TFDS's sets, without importing TFDS."""
     default = Path("~") / "tensorflow_datasets"
     return expand_user(data_dir or os.environ.get("TFDS_DATA_DIR") or default)
 
@@ -104,7 +103,7 @@ def keras_runs_on_tensorflow():
 
 
 def prepare(name, root):
-    """Returns the TFDS builder of a set, downloaded and prepared under `root` if it was not.
+    """Returns the TFDS builder of a set, after downloading and preparing it if necessary.
 
     Raises:
         InputError: There is no such set, or it cannot be downloaded or prepared.
@@ -113,19 +112,19 @@ def prepare(name, root):
     try:
         builder = tfds.builder(name, data_dir=root)
     except tfds.core.DatasetNotFoundError:
-        # TFDS's own message lists all of its sets, one a line.
+        # TFDS's own message lists all sets, one on each line.
         raise InputError(
             f"tfds:{name}: TensorFlow Datasets has no set of this name, and {root} holds none"
         ) from None
-    except Exception as error:  # TFDS asserts, and raises whatever its parts raise.
+    except Exception as error:  # TFDS raises errors of many kinds
         raise InputError(f"tfds:{name}: cannot be opened: {one_line(error)}") from error
     if builder.is_prepared():
         return builder
     with _cleaned_up(root, builder.name), _few_retries():
         try:
             builder.download_and_prepare(
-                # Google's copy of prepared sets is asked through credentials that may be
-                # waited for; the sets' own addresses come with checksums.
+                # Google's copies of prepared sets need credentials, which may take long to get.
+                # Downloads from the sets' own addresses are verified by checksums.
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
         except Exception as error:
@@ -136,7 +135,7 @@ def prepare(name, root):
 
 
 def open_prepared(folder):
-    """Returns the TFDS builder of a folder that TFDS prepared.
+    """Returns the TFDS builder of a prepared folder.
 
     Raises:
         InputError: The folder's description cannot be read.
@@ -191,7 +190,7 @@ def read_arrays(builder, split):
 
 
 def _encoded_reader(builder, name, image_size, channels):
-    """Returns a function like `read_arrays` for images of varying shapes."""
+    """Returns a function with the interface of `read_arrays`, for images of varying shapes."""
     if image_size is None:
         raise InputError(
             f"tfds:{name}: its images have varying sizes: choose one with --image-size "
@@ -212,25 +211,25 @@ def _encoded_reader(builder, name, image_size, channels):
 
 
 def _batches(builder, split, decoders=None):
-    """Yields {"image": …, "label": …} of NumPy arrays; other features are not decoded."""
+    """Yields batches {"image": …, "label": …} of NumPy arrays; other features are not decoded."""
     tfds = _import_tfds()
     try:
         stream = builder.as_dataset(
             split=split,
             batch_size=_READ_BATCH,
             decoders=tfds.decode.PartialDecoding({"image": True, "label": True}, decoders),
-            # Each split is read once, into memory of our own.
+            # Each split is read once only.
             read_config=tfds.ReadConfig(try_autocache=False),
         )
         yield from stream.as_numpy_iterator()
-    except Exception as error:  # TensorFlow's errors have no common name without importing it.
+    except Exception as error:  # TensorFlow's errors have no common base class
         raise InputError(_damaged(builder.data_dir, error)) from error
 
 
 def _labelled_split(builder, read):
-    """Returns {name: split} of the first evaluation split with labels, or {} if none has."""
+    """Returns {name: split} of the first evaluation split with labels, or {} if there is none."""
     for name in ("test", "validation"):
-        # Sets of competitions hide their test labels: all are -1.
+        # The test labels of competitions are secret: all are -1.
         if name in builder.info.splits and builder.info.splits[name].num_examples:
             split = read(builder, name)
             if split.labels.min() >= 0:
@@ -238,23 +237,8 @@ def _labelled_split(builder, read):
     return {}
 
 
-def _share(train, validation_split, seed):
-    parts = stratified_share(train.labels, validation_split, seed)
-    if isinstance(train.images, ImageFiles):
-        _, height, width, channels = train.images.shape
-
-        def pick(part):
-            return ImageFiles((train.images.sources[i] for i in part), (height, width), channels)
-    else:
-        pick = train.images.__getitem__
-    return {
-        name: Split(pick(part), train.labels[part])
-        for name, part in zip(("train", "validation"), parts, strict=True)
-    }
-
-
 def _fingerprint(*splits):
-    """Returns a sha256 that does not depend on the examples' order within the splits."""
+    """Returns a sha256 that does not depend on the order of the examples in a split."""
     if not isinstance(splits[0].images, ImageFiles):
         return fingerprint_arrays(*splits)
     whole = hashlib.sha256()
@@ -268,7 +252,7 @@ def _fingerprint(*splits):
 
 
 def _reason(error):
-    # The sentence of `requests` repeats address and host inside three nested exceptions.
+    # The message of `requests` repeats address and host in three nested exceptions.
     request = getattr(error, "request", None)
     return f"{request.url} cannot be reached" if request is not None else one_line(error)
 
@@ -293,11 +277,11 @@ def _import_tfds():
         raise InputError(
             f"reading TFDS sets takes tensorflow and tensorflow-datasets: {one_line(error)}"
         ) from error
-    # Like every progress bar of ours: on a terminal only.
+    # As all progress bars: on a terminal only.
     tfds.display_progress_bar(sys.stderr.isatty())
     if not keras_runs_on_tensorflow():
-        # TensorFlow only reads here, and would reserve the memory of every GPU. If it has begun
-        # work already, the devices stay as they are.
+        # TensorFlow only reads here, but would reserve the memory of every GPU. It refuses if it
+        # has been initialised already.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
     return tfds
@@ -305,17 +289,17 @@ def _import_tfds():
 
 @contextlib.contextmanager
 def _few_retries():
-    """Makes a download without network fail in seconds, and quietly."""
+    """Makes a download without network fail in seconds, without warnings."""
     from tensorflow_datasets.core.download import downloader
 
-    # TFDS has no setting for this. Should the name go away, the wait is longer again, no more.
+    # TFDS has no setting for this. If the name disappears, only the wait gets longer.
     before = getattr(downloader, "MAX_RETRIES", _DOWNLOAD_RETRIES)
     downloader.MAX_RETRIES = _DOWNLOAD_RETRIES
-    # Each retry is a warning. This stays: the files are fetched by threads, and the others go on
-    # for a moment after the first has failed.
+    # Each retry logs a warning. The level is not restored: files are fetched by threads, which
+    # continue for a moment after the first has failed.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     try:
-        # TFDS announces downloads on stdout, which belongs to the command's own result.
+        # TFDS announces downloads on stdout, which is for the command's result.
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
@@ -324,7 +308,7 @@ def _few_retries():
 
 @contextlib.contextmanager
 def _cleaned_up(root, name):
-    """Removes what a failed preparation leaves: parts of downloads, and empty folders."""
+    """Removes the partial downloads and empty folders of a failed preparation."""
 
     def parts():
         downloads = root / "downloads"
@@ -338,7 +322,7 @@ def _cleaned_up(root, name):
             shutil.rmtree(part, ignore_errors=True)
         empty = (root / "downloads" / "extracted", root / "downloads" / name)
         for folder in (*empty, root / "downloads", root / name, root):
-            # Only empty folders can be removed so.
+            # `rmdir` removes empty folders only.
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise

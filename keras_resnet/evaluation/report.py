@@ -220,7 +220,7 @@ def format_report(run_dir, report, history, has_curves=True):
     sections = {
         "Epochs": [_epochs(history), curves if has_curves else ""],
         "Classes": [_classes(report), "![Confusion matrix](confusion_matrix.png)"],
-        "What is confused": [
+        "Most confused classes": [
             _confused(report),
             "![Images of the most confused pairs of classes](confused_pairs.png)",
         ],

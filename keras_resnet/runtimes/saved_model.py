@@ -8,6 +8,7 @@ from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 from keras_resnet.runtimes.remote import Remote, RemoteError
 from keras_resnet.untrusted import checksums
+from keras_resnet.untrusted.zip_files import MAX_MEMBER_BYTES
 from keras_resnet.utils.errors import InputError
 
 METADATA = Path("assets.extra") / checksums.METADATA

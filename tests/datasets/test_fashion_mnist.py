@@ -18,7 +18,7 @@ LABELS = "t10k-labels-idx1-ubyte"
 
 @pytest.fixture(autouse=True)
 def no_other_places(tmp_path, monkeypatch):
-    """Keeps the tests from finding what the machine happens to hold."""
+    """Hides the data sets of this machine from the tests."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no tfds"))
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "no keras"))
@@ -168,7 +168,7 @@ def test_the_backend_decides_which_comes_first(prepared, linked, monkeypatch):
     (linked / NAME).symlink_to(prepared / NAME)
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     assert load_dataset(data_dir=linked).source.startswith("IDX files")
-    # From the environment, not from `data_dir`, and asked for in spite of the backend.
+    # The folder comes from the environment; the argument overrules the backend.
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
     assert load_dataset().source.startswith("IDX files")
     assert load_dataset(prefer_tensorflow=True).source.startswith("prepared TFDS")

@@ -26,7 +26,7 @@ def write(path, raw):
 
 
 @pytest.mark.parametrize("name", ["images", "images.gz"])
-def test_reads_what_was_written(tmp_path, name):
+def test_reads_a_written_file(tmp_path, name):
     raw = idx_bytes(IMAGES)
     path = write(tmp_path / name, raw)
     array = read_idx(path, IMAGES.shape, sha256=hashlib.sha256(raw).hexdigest())

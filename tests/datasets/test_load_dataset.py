@@ -13,7 +13,7 @@ from keras_resnet.utils.errors import InputError
     "name",
     ["imagenet", "", "folder", "folder:", "tfds:", "fashion_mnist:", "fashion_mnist:x", "x:y"],
 )
-def test_unknown_names_are_told_the_three_forms(name):
+def test_the_error_for_unknown_names_lists_the_three_forms(name):
     with pytest.raises(InputError) as caught:
         load_dataset(name)
     assert str(caught.value) == (

@@ -117,17 +117,17 @@ def test_images_of_varying_shapes_stay_encoded(root):
     assert load(root, "varying", image_size=4).image_shape == (4, 4, 3)
 
 
-def test_a_share_of_train_where_no_other_split_has_labels(root, tmp_path):
+def test_validation_images_come_from_train_if_no_other_split_has_labels(root, tmp_path):
     arrays = images([(6, 5, 3)] * 8)
     store(tmp_path, "alone", (6, 5, 3), {"train": (arrays, LABELS)})
     dataset = load(tmp_path, "alone", validation_split=0.5)
     assert [len(split) for split in dataset.splits.values()] == [4, 4]
     assert sorted(itertools.chain(*map(pairs, dataset.splits.values()))) == ALL_PAIRS
-    # Neither the share nor the seed changes what the set holds.
+    # The fingerprint does not depend on the fraction and the seed.
     assert load(tmp_path, "alone", seed=7).fingerprint == dataset.fingerprint
 
 
-def test_a_test_split_without_labels_does_not_measure(root):
+def test_a_test_split_without_labels_is_not_used(root):
     assert list(load(root, "hidden").splits) == ["train", "validation"]
 
 

@@ -90,7 +90,7 @@ def describe_artifact(path, batch):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_turns():
-    """Makes turns short: the tests ask for figures, not for exact ones."""
+    """Makes turns short: the tests need measurements, but not precise ones."""
     with mock.patch.multiple(run, TURN_SECONDS=0.02, SETTLE_SECONDS=0.01):
         yield
 

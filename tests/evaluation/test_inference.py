@@ -96,7 +96,7 @@ def test_a_model_without_metadata_needs_a_data_set(trained_run, tmp_path, fashio
     ],
     ids=["as it is", "colour", "alpha", "dark on light", "large"],
 )
-def test_predict_converts_what_it_is_given(trained_run, bag, tmp_path, change, tolerance):
+def test_predict_converts_any_image(trained_run, bag, tmp_path, change, tolerance):
     path = tmp_path / "image.png"
     change(Image.open(bag)).save(path)
     expected, found = (predict_files(trained_run, [each])[0]["labels"][0] for each in (bag, path))
@@ -146,7 +146,7 @@ def photographs(tmp_path):
 
 
 def save_any_size(path, size=(None, None), **metadata):
-    """Saves a model of two classes whose metadata says what it was trained on."""
+    """Saves a model of two classes, with the given metadata."""
     layers = [keras.layers.Conv2D(2, 3), keras.layers.GlobalAveragePooling2D()]
     model = keras.Sequential([keras.Input((*size, 3)), *layers, keras.layers.Dense(2)])
     archive.save_model(model, path, {"class_names": ["cat", "dog"], **metadata})
@@ -325,9 +325,9 @@ def hdf5(path):
 
 def code(path):
     """A model whose Lambda layer would write a file on being loaded and called."""
-    told = str(path.with_suffix(".ran"))
+    trace = str(path.with_suffix(".ran"))
     model = keras.Sequential(
-        [keras.Input((4, 4, 1)), keras.layers.Lambda(lambda x: (open(told, "w").close(), x)[1])]
+        [keras.Input((4, 4, 1)), keras.layers.Lambda(lambda x: (open(trace, "w").close(), x)[1])]
     )
     model.save(path)
     path.with_suffix(".ran").unlink(missing_ok=True)

@@ -21,7 +21,7 @@ def make_split(labels, shape=(4, 4, 1), seed=0):
 
 
 def make_evaluation(labels, predictions, classes, confidence=0.9):
-    """Every image gets `confidence` for what is predicted and shares the rest evenly."""
+    """The predicted class has the probability `confidence`; the others share the rest evenly."""
     rows = np.full((len(labels), classes), (1 - confidence) / (classes - 1), "float32")
     rows[np.arange(len(labels)), predictions] = confidence
     return Evaluation(np.array(labels), rows, tuple(f"class {i}" for i in range(classes)), 2.0)
@@ -200,7 +200,7 @@ def test_a_terminal_shows_how_many_images_are_done(monkeypatch):
         (None, r"got shape \(\)"),
     ],
 )
-def test_what_is_not_probabilities_is_refused(answer, complaint):
+def test_other_outputs_than_probabilities_are_refused(answer, complaint):
     with pytest.raises(InputError, match=f"must return probabilities.*{complaint}") as caught:
         evaluate(lambda images: answer, make_split([0, 1]), ["a", "b"])
     assert "\n" not in str(caught.value)

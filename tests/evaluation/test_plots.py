@@ -34,7 +34,7 @@ def test_learning_curves_show_the_held_out_curve_where_there_is_one(tmp_path, ep
     assert painted(tmp_path / "without.png", plots.RED) == 0
 
 
-def test_learning_curves_leave_out_what_is_not_finite(tmp_path):
+def test_learning_curves_leave_out_values_that_are_not_finite(tmp_path):
     history = [
         {**EPOCH, "val_loss": math.nan, "val_accuracy": None},
         {**EPOCH, "epoch": 2, "loss": math.inf, "val_loss": math.nan, "val_accuracy": None},
@@ -60,18 +60,18 @@ def test_confusion_matrix_numbers_its_cells_while_they_can_be_read(tmp_path, cla
 
 
 @pytest.mark.parametrize("shape", [(5, 5, 1), (4, 7, 3)])
-def test_confused_pairs_ask_the_split_only_for_what_they_show(tmp_path, shape):
+def test_confused_pairs_read_only_the_images_that_they_show(tmp_path, shape):
     class Files:
         """Images that stay on disk: only `images[indices]` works."""
 
         def __init__(self, array):
-            self.array, self.shape, self.asked = array, array.shape, []
+            self.array, self.shape, self.read = array, array.shape, []
 
         def __len__(self):
             return len(self.array)
 
         def __getitem__(self, indices):
-            self.asked.extend(np.asarray(indices).tolist())
+            self.read.extend(np.asarray(indices).tolist())
             return self.array[indices]
 
     labels = [0, 0, 0, 1, 1, 2]
@@ -79,7 +79,7 @@ def test_confused_pairs_ask_the_split_only_for_what_they_show(tmp_path, shape):
     files = Files(split.images)
     e = make_evaluation(labels, [1, 1, 0, 1, 0, 2], 3)
     plots.plot_confused_pairs(e, Split(files, split.labels), tmp_path / "pairs.png")
-    assert sorted(files.asked) == [0, 1, 4]
+    assert sorted(files.read) == [0, 1, 4]
     assert imread(tmp_path / "pairs.png").ndim == 3
 
 

@@ -1,4 +1,4 @@
-"""What goes into a model: accepted rightly, or refused in one line that says what to do."""
+"""Images and labels are accepted, or refused in one line with a remedy."""
 
 import numpy as np
 import pytest
