@@ -5,7 +5,7 @@ import contextlib
 from keras_resnet.exporters import folder as folders
 from keras_resnet.exporters.formats import OWN_FILES, choose_artifacts
 from keras_resnet.exporters.reference import read_reference
-from keras_resnet.untrusted.manifest import MANIFEST, digest, read_manifest
+from keras_resnet.untrusted.manifest import MANIFEST, find_change, read_manifest
 from keras_resnet.utils.errors import InputError
 
 
@@ -71,6 +71,6 @@ def _is_alike(earlier, manifest):
 def _is_whole(folder, row):
     """Returns whether a file is still the one that its manifest lists."""
     try:
-        return digest(folder / row["file"]) == (row["bytes"], row["sha256"])
+        return find_change(folder / row["file"], row) is None
     except InputError:  # it is missing
         return False

@@ -111,18 +111,21 @@ def export(
     data, split, options = load_data(source.predictor, dataset, **data_options)
     serving = Serving(source.predictor.model, preprocessing, _image_size(data, split))
     run_folder.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
-    job = Job(serving, _make_metadata(source, data, serving), source.provenance)
-    if any(PRECISIONS[artifact.precision].is_calibrated for artifact in artifacts):
-        job = dataclasses.replace(job, calibration=calibration_images(serving, data, options))
+    needs_calibration = any(PRECISIONS[each.precision].is_calibrated for each in artifacts)
+    calibration = calibration_images(serving, data, options) if needs_calibration else None
+    metadata = _make_metadata(source, data, serving)
+    job = Job(serving, metadata, source.provenance, calibration)
 
     with folders.workspace(folder) as work:
         earlier = read_earlier(folder, serving.contract)
+        # The answers of the Keras model.
         reference = references.compute_reference(source.predictor.model, serving, split)
         manifest = _make_manifest(source, job, data, split, options, reference)
         if manifest["keras"]["note"]:
             report(manifest["keras"]["note"])
         inputs, failures = _Inputs(serving, split), []
         recorded, some = _record_some(inputs, split, reference)
+        # Each artifact is written, then verified.
         for artifact in artifacts:
             path = work / artifact.file
             writer = importlib.import_module(f"keras_resnet.exporters.{artifact.format}")
@@ -135,6 +138,7 @@ def export(
             failures += failed
             report(_describe_row(row))
         _check_passed(manifest["artifacts"], failures, force, folder)
+        # The folder is completed and published.
         keep_earlier(folder, work, earlier, manifest, recorded, report)
         references.write_reference(work / REFERENCE, recorded)
         size, sha256 = digest(work / REFERENCE)

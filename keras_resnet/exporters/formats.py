@@ -73,16 +73,14 @@ def least_halved(sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format, its precisions and its batch sizes.
+    """A file format with its precisions and batch sizes.
 
     Attributes:
-        title: Its name in prose.
         file: Pattern of the file's name.
         precisions: Rows of `PRECISIONS`.
         batches: Batch sizes; None is any.
     """
 
-    title: str
     file: str
     precisions: tuple[str, ...]
     batches: tuple[int | None, ...] = (None,)
@@ -90,15 +88,14 @@ class Format:
 
 # The module of this package with a format's name writes it.
 FORMATS = {
-    "saved_model": Format("SavedModel", "saved_model", ("float32",)),
+    "saved_model": Format("saved_model", ("float32",)),
     "tflite": Format(
-        "TFLite",
         "model-{precision}{batch}.tflite",
         ("float32", "float16", "dynamic", "int8"),
         # Runtimes that need static shapes: LiteRT.js, accelerators.
         batches=(None, 1),
     ),
-    "onnx": Format("ONNX", "model-{precision}.onnx", ("float32", "float16", "int8")),
+    "onnx": Format("model-{precision}.onnx", ("float32", "float16", "int8")),
 }
 
 BATCH_SIZES = (1, 2, 7)

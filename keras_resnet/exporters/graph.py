@@ -81,8 +81,10 @@ class Serving:
         self.output_kind = _EXPORTED_KINDS[self.source_kind][0 if preprocessing else 1]
         self.raw_shape = _image_shape(self.twin, image_size)
         self._before, self.model = None, self.twin
-        if not preprocessing:
-            self._before, self.model = split_preprocessing(self.twin)
+        layers = self.twin.layers
+        before = [layer for layer in layers if isinstance(layer, ImagePreprocessing)]
+        if not preprocessing and before and isinstance(layers[-1], keras.Model):
+            self._before, self.model = before[0], layers[-1]
         self.contract = Contract(
             _image_shape(self.model, image_size),
             "uint8" if preprocessing else "float32",
@@ -182,23 +184,6 @@ def _functions_inlined():
         yield
     finally:
         tf.config.run_functions_eagerly(before)
-
-
-def split_preprocessing(model):
-    """Returns the preprocessing of a model and the network behind it.
-
-    Args:
-        model: A model of `with_preprocessing`, or any other Keras model.
-
-    Returns:
-        The `ImagePreprocessing` layer and the network; None and the model itself if there is no
-        such layer.
-    """
-    found = [layer for layer in model.layers if isinstance(layer, ImagePreprocessing)]
-    last = model.layers[-1]
-    if not found or not isinstance(last, keras.Model):
-        return None, model
-    return found[0], last
 
 
 def _image_shape(model, image_size):

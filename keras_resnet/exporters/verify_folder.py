@@ -20,7 +20,7 @@ from keras_resnet.exporters.verify_artifact import (
 )
 from keras_resnet.runtimes import Prober
 from keras_resnet.untrusted import schema
-from keras_resnet.untrusted.manifest import MANIFEST, digest, read_manifest
+from keras_resnet.untrusted.manifest import MANIFEST, find_change, read_manifest
 from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.progress import bar
 
@@ -102,17 +102,12 @@ def verify(folder, *, trust=False, dataset=None, **data_options):
 
 
 def _compare_checksum(folder, row):
-    found = {"file": row["file"], "verdict": NOT_RUN, "failures": []}
     try:
-        size, sha256 = digest(folder / row["file"])
+        change = find_change(folder / row["file"], row)
     except InputError as error:
-        return {**found, "verdict": CHANGED, "failures": [str(error)]}
-    if (size, sha256) != (row["bytes"], row["sha256"]):
-        changed = (
-            f"{size} bytes, sha256 {sha256[:12]}…; must be {row['bytes']}, {row['sha256'][:12]}…"
-        )
-        return {**found, "verdict": CHANGED, "failures": [changed]}
-    return found
+        change = str(error)
+    verdict, failures = (CHANGED, [change]) if change else (NOT_RUN, [])
+    return {"file": row["file"], "verdict": verdict, "failures": failures}
 
 
 def _load_split(manifest, dataset, options):

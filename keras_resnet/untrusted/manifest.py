@@ -180,18 +180,34 @@ def check_listed(path, content=None):
         return
     manifest = read_manifest(listing.parent)
     for artifact in manifest["artifacts"]:
-        if artifact["file"] != absolute.name:
-            continue
-        if content is None:
-            size, sha256 = digest(path)
-        else:
-            size, sha256 = len(content), hashlib.sha256(content).hexdigest()
-        for key, found in (("bytes", size), ("sha256", sha256)):
-            if artifact[key] != found:
-                raise InputError(
-                    f"{path}: not the file that its {MANIFEST} lists: {key} {artifact[key]} there, "
-                    f"{found} here: export it again"
-                )
+        if artifact["file"] == absolute.name and (change := find_change(path, artifact, content)):
+            raise InputError(
+                f"{path}: not the file that its {MANIFEST} lists: {change}: export it again"
+            )
+
+
+def find_change(path, row, content=None):
+    """Compares the size and sha256 of a file or folder with its row of a manifest.
+
+    Args:
+        path: The file or folder.
+        row: A dict with "bytes" and "sha256".
+        content: The file's bytes, if they have been read already.
+
+    Returns:
+        The first difference in words; None if there is none.
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
+    if content is None:
+        size, sha256 = digest(path)
+    else:
+        size, sha256 = len(content), hashlib.sha256(content).hexdigest()
+    for key, found in (("bytes", size), ("sha256", sha256)):
+        if row[key] != found:
+            return f"{key} must be {row[key]}, got {found}"
+    return None
 
 
 def _parse(path):

@@ -192,7 +192,7 @@ def list_file(path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"other", "sha256"), (b"longer than it was", "bytes 5 there, 18 here")],
+    [(b"other", "sha256"), (b"longer than it was", "bytes must be 5, got 18")],
 )
 def test_a_listed_file_must_be_the_one_listed(tmp_path, content, reason):
     path = tmp_path / "model.tflite"
