@@ -92,7 +92,7 @@ def any_bytes(content, dice):
 
 
 # ----------------------------------------------------------------------------------------------
-# Structures: what is changed is made valid again as far as a writer would
+# Structures: the file around a change is written anew, with valid checksums
 # ----------------------------------------------------------------------------------------------
 
 
@@ -225,7 +225,7 @@ def keras_config(content, dice):
     return rezipped(content, dice, "config.json", change_json)
 
 
-def keras_card(content, dice):
+def keras_metadata(content, dice):
     return rezipped(content, dice, "keras_resnet.json", dice.choice((change_json, nest)))
 
 
@@ -241,7 +241,11 @@ def keras_weights(content, dice):
 KINDS = {
     "tflite": ("model.tflite", (any_bytes,), (sealed_tflite, numbers_in_tflite)),
     "onnx": ("model.onnx", (any_bytes,), (sealed_onnx, changed_onnx)),
-    "keras": ("model.keras", (any_bytes,), (keras_config, keras_config, keras_card, keras_weights)),
+    "keras": (
+        "model.keras",
+        (any_bytes,),
+        (keras_config, keras_config, keras_metadata, keras_weights),
+    ),
     "manifest": ("manifest.json", (), (any_bytes, change_json, change_json, change_json, nest)),
 }
 
@@ -255,7 +259,7 @@ def mutant(kind, content, seed):
 
 
 def outcome(kind, path, content, seed, expected, prober):
-    """Returns what became of one mutant: "refused", "answer", "wrong" or "error"."""
+    """Returns the outcome for one mutant: "refused", "answer", "wrong" or "error"."""
     from keras_resnet.utils.errors import InputError
 
     damaged, strict = mutant(kind, content, seed)

@@ -1,7 +1,7 @@
-"""Thousands of damaged files: each is refused in one line, or answered rightly.
+"""Thousands of damaged files: each is refused in one line, or its answers are right.
 
-Half of the damage is done to a file as it is, so that its checksums tell; the other half is
-sealed again, which gets past them to the parsers. See fuzzing.py.
+Half of the damage is done to a whole file, so that its checksums find it. The other half gets new
+checksums, so that it reaches the parsers. See fuzzing.py.
 """
 
 import json
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.thorough
 
 SECONDS_A_MUTANT = 60
 
-# In `make test`; thousands more are slow. A .keras file takes Keras 80 ms, the others 20.
+# In `make test`; thousands more are slow. A .keras file takes 80 ms, the others 20.
 MUTANTS = {"tflite": 1000, "onnx": 1000, "keras": 250, "manifest": 1000}
 
 
@@ -48,8 +48,8 @@ def lines_of(process, seconds):
 
 
 def check_mutants(kind, folder, first, last):
-    """Loads mutants in one process of their own and holds each to what is right."""
-    # A manifest beside them would be one of theirs.
+    """Loads mutants in a process of their own and checks the outcome of each."""
+    # In a folder of its own: a manifest beside them would be taken for theirs.
     (folder / kind).mkdir(parents=True)
     words = [sys.executable, "-W", "ignore", fuzzing.__file__, kind, folder, first, last]
     with (
@@ -73,7 +73,7 @@ def check_mutants(kind, folder, first, last):
 def test_damaged_files_do_no_harm(originals, tmp_path, kind):
     shutil.copy(originals / fuzzing.KINDS[kind][0], tmp_path)
     rows = check_mutants(kind, tmp_path, 0, MUTANTS[kind])
-    # Damage that is not noticed at all would be no test of it, and neither would noise.
+    # Neither harmless damage nor mere noise would be a good test.
     outcomes = {
         outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("refused", "answer")
     }

@@ -75,7 +75,7 @@ def test_data_of_other_classes_are_refused(trained_run, fashion_folder, tmp_path
         evaluate_file(trained_run, f"folder:{copy}")
 
 
-def test_a_model_without_a_card_needs_a_data_set(trained_run, tmp_path, fashion_folder):
+def test_a_model_without_metadata_needs_a_data_set(trained_run, tmp_path, fashion_folder):
     path = tmp_path / "plain.keras"
     load(trained_run).model.save(path)
     assert load(path).class_names[:2] == ("class 0", "class 1")
@@ -345,7 +345,7 @@ def text(path):
     return path
 
 
-def bad_card(path):
+def bad_metadata(path):
     archive.save_model(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), path, [1])
     return path
 
@@ -373,7 +373,7 @@ def no_image_model(path):
         (code, "cannot be loaded"),
         (truncated, "not a .keras file"),
         (text, "not a .keras file"),
-        (bad_card, "must be a JSON object"),
+        (bad_metadata, "must be a JSON object"),
         (wrong_weights, "damaged"),
         (no_image_model, "must take images"),
         (lambda path: path, "no such model file"),
@@ -424,14 +424,14 @@ def test_models_of_another_kind_are_refused(tmp_path, save):
         {"class_names": "abc"},
     ],
 )
-def test_cards_that_do_not_fit_are_refused(tmp_path, metadata):
+def test_metadata_that_does_not_fit_is_refused(tmp_path, metadata):
     archive.save_model(small_model(keras.Input((4, 4, 1))), tmp_path / "model.keras", metadata)
     with pytest.raises(InputError, match="the model has 3 outputs, and its metadata"):
         load(tmp_path / "model.keras")
 
 
 @pytest.mark.parametrize("data", [["x"], {"dataset": 5}, {"dataset": None}, {"other": 1}])
-def test_cards_that_name_no_data_are_as_good_as_none(tmp_path, data):
+def test_metadata_without_a_data_set_is_as_good_as_none(tmp_path, data):
     path = tmp_path / "model.keras"
     archive.save_model(small_model(keras.Input((4, 4, 1))), path, {"data": data})
     with pytest.raises(InputError, match="name --dataset"):
