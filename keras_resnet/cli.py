@@ -564,7 +564,7 @@ _COMMANDS = {
         _benchmark,
         "measure the files of an export folder",
         "Measure latency, throughput, load time, memory and size of each file of an export folder, "
-        "beside\nthe Keras model and, where PyTorch is installed, the textbook's network in it.",
+        "beside\nthe Keras model and, where PyTorch is installed, the d2l network in it.",
         {**_BENCHMARK_OPTIONS, **_JSON_OPTION},
         None,
     ),

@@ -320,7 +320,7 @@ def test_a_changed_source_takes_no_part(light):
 
 
 # ----------------------------------------------------------------------------------------------
-# The textbook's network
+# The d2l network
 # ----------------------------------------------------------------------------------------------
 
 
@@ -359,12 +359,12 @@ def test_torch_worker_resizes_and_normalises_as_keras_does(tmp_path, layout):
         (lambda: classifier().layers[-1], "preprocessing"),
     ],
 )
-def test_other_networks_are_not_the_textbooks(make, reason):
+def test_other_networks_are_not_those_of_d2l(make, reason):
     with pytest.raises(InputError, match=reason):
         describe_chapter_network(make())
 
 
-def test_resnet18_is_the_textbooks():
+def test_resnet18_is_that_of_d2l():
     found = describe_chapter_network(classifier(SPECS["resnet18"]))
     assert [len(blocks) for blocks in found["stages"]] == [2, 2, 2, 2]
     assert found["stages"][1] == [(128, 2, True), (128, 1, False)]

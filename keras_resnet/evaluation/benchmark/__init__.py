@@ -1,4 +1,4 @@
-"""Exported files side by side with Keras and with the textbook's PyTorch, measured in one run."""
+"""Benchmark of exported files, beside Keras and the d2l network in PyTorch."""
 
 from keras_resnet.evaluation.benchmark.results import format_benchmark, plot_benchmark
 from keras_resnet.evaluation.benchmark.run import benchmark

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: the files of an export, Keras, and the textbook's PyTorch."""
+"""Who takes part in a benchmark: the files of an export, Keras, and the d2l network in PyTorch."""
 
 import dataclasses
 import importlib.util
@@ -101,17 +101,17 @@ def find_keras(folder, manifest):
 
 
 def find_torch(source, folder):
-    """Returns the textbook's network in PyTorch with a Keras model's weights.
+    """Returns the network of Dive into Deep Learning (d2l) in PyTorch with a Keras model's weights.
 
     Args:
         source: The Keras model, a `Contestant`.
         folder: Where its weights are put.
 
     Returns:
-        A `Contestant` for each layout of memory; the first is the textbook's, PyTorch's default.
+        A `Contestant` for each layout of memory; the first is PyTorch's default, as in d2l.
 
     Raises:
-        InputError: If PyTorch is missing, or the textbook has no such network.
+        InputError: If PyTorch is missing, or d2l has no such network.
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("PyTorch is not installed")
@@ -141,7 +141,7 @@ def describe_chapter_network(model):
         A dict that JSON can hold.
 
     Raises:
-        InputError: If the textbook has no such network.
+        InputError: If d2l has no such network.
 
     Example:
         >>> from keras_resnet import Spec, build_resnet, with_preprocessing
@@ -186,7 +186,9 @@ def _check_chapter_network(preprocessing, channels, network):
     }
     for rule, kept in rules.items():
         if not kept:
-            raise InputError(f"the textbook's networks have {rule}, and this model has not")
+            raise InputError(
+                f"the networks of Dive into Deep Learning (d2l) have {rule}, this model has not"
+            )
 
 
 def find_all(folder, manifest, scratch, torch, trust):

@@ -30,7 +30,7 @@ MAX_CHECKED = 256
 def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=False, timeout=300):
     """Measures the files of an export, in turns in one run, and writes what came out.
 
-    Beside them runs the Keras model they were made from, if it is still there, and the textbook's
+    Beside them runs the Keras model they were made from, if it is still there, and the d2l
     network in PyTorch with the same weights, if PyTorch is installed and has such a network. Each
     contestant lives in a process of its own, which is idle while another is measured; all must
     answer the export's reference images, so that none can win by being wrong.

@@ -1,4 +1,4 @@
-"""The textbook's residual network in PyTorch, with the preprocessing that ours holds inside.
+"""The residual network of d2l in PyTorch, with the preprocessing that ours holds inside.
 
 Only the worker of a benchmark imports it, where PyTorch is installed.
 """

@@ -104,7 +104,7 @@ def prepare_keras(threads):
 
 
 def prepare_torch(threads):
-    """The textbook's network in PyTorch, eager."""
+    """The d2l network in PyTorch, eager."""
     import torch
 
     torch.set_num_threads(threads)
