@@ -245,6 +245,13 @@ def test_arguments_that_do_not_fit_are_refused(checkpoint, tmp_path, tiny, monke
     assert (tmp_path / "in.keras").read_bytes() == b"mine"
 
 
+def test_a_model_of_this_package_is_not_converted(checkpoint, tiny, out):
+    convert(checkpoint, tiny, out)
+    with pytest.raises(InputError, match=r"model\.keras: is a file of this package already"):
+        convert(out, tiny, out.with_name("again.keras"))
+    assert [path.name for path in out.parent.glob("*.keras")] == [out.name]
+
+
 def test_a_write_that_fails_leaves_what_was_there(checkpoint, tmp_path, tiny, out):
     out.write_bytes(b"an older model")
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
