@@ -208,6 +208,6 @@ def test_models_of_every_kind_are_loaded(tmp_path, build):
     loaded = archive.load_model(tmp_path / "model.keras")
     for own, found in zip(model.get_weights(), loaded.get_weights(), strict=True):
         np.testing.assert_array_equal(found, own)
-    # No variable of the trial is left for a later scope to make.
+    # The check of its size leaves no variable behind that a later scope would create.
     with keras.StatelessScope():
         pass

@@ -221,7 +221,7 @@ def test_batch_norm_has_the_constants_of_pytorch():
     assert {(bn.epsilon, bn.momentum) for bn in (block.bn1, block.bn2)} == {(1e-5, 0.9)}
 
 
-# The four blocks and their options, against what their definitions say
+# The four blocks and their options, against their definitions
 
 
 def random_weights(block, shape):
@@ -259,7 +259,7 @@ def test_a_pre_activated_block_normalises_first_and_adds_last(project, channels)
     x = normal(2, 7, 7, channels)
     entered = parts(block, "bn1", "relu1")(x)
     branch = parts(block, "conv1", "bn2", "relu2", "conv2", "bn3", "relu3", "conv3")(entered)
-    # The projection sees what the branch sees, the identity what came in.
+    # The projection takes the branch's input, the identity the block's.
     expected = branch + (block.shortcut_conv(entered) if project else x)
     np.testing.assert_allclose(block(x), expected, rtol=1e-5, atol=1e-5)
     block.conv3.bias.assign(block.conv3.bias - 100)
@@ -497,7 +497,7 @@ def test_saved_model_gives_the_same_numbers_in_a_new_process(tmp_path):
     [
         ({"filters": 6}, (4, 6, 6, 3), ["(4, 6, 6, 6)", "(4, 6, 6, 3)"]),
         ({"filters": 3, "strides": 2}, (4, 6, 6, 3), ["(4, 3, 3, 3)", "(4, 6, 6, 3)"]),
-        # These would broadcast in silence, the branch over the channels, then over the pixels.
+        # These would broadcast silently, the branch over the channels, then over the pixels.
         ({"filters": 1}, (4, 6, 6, 3), ["(4, 6, 6, 1)", "(4, 6, 6, 3)"]),
         ({"filters": 3, "strides": 2}, (4, 2, 2, 3), ["(4, 1, 1, 3)", "(4, 2, 2, 3)"]),
         # With unknown sizes both shapes read the same; the stride tells that they cannot be.
@@ -612,7 +612,7 @@ FROZEN = {
 
 
 def trainability(model):
-    """Returns what of a model is trained: the flag of each layer, and the paths of the weights."""
+    """Returns `trainable` of each layer of a model, and the paths of the trainable weights."""
     layers = model._flatten_layers(include_self=False)
     flags = {layer.name: layer.trainable for layer in layers}
     return flags, [weight.path for weight in model.trainable_weights]

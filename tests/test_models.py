@@ -224,7 +224,7 @@ def test_specs_are_data():
         Spec((1, 1), (8, 0))
 
 
-# The family: variants, stems, and what a network may end in
+# The family: variants, stems, and the outputs of a network
 
 
 def test_pre_activation_moves_normalisation_from_the_stem_to_the_end():
@@ -253,7 +253,7 @@ def test_every_variant_builds_and_trains(variant, stem, block):
     gradients = tape.gradient(loss, [variable.value for variable in variables])
     for variable, gradient in zip(variables, gradients, strict=True):
         assert np.isfinite(gradient).all(), variable.path
-        # A bias in front of a BatchNormalization has no gradient: the mean takes it off again.
+        # A bias in front of a BatchNormalization has no gradient: the mean subtracts it again.
         assert np.abs(gradient).max() > 0 or variable.path.endswith("bias"), variable.path
 
 

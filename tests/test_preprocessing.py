@@ -302,7 +302,7 @@ def test_config_makes_the_same_layer(layer):
         (lambda: ImagePreprocessing((9, 9)), r"`image_size` .*got \(9, 9\)"),
         (lambda: ImagePreprocessing(True), r"`image_size` .*got True"),
         (lambda: ImagePreprocessing(9, channels=2), r"`channels` must be 1 or 3, got 2"),
-        # A mean of another length would broadcast one channel to three, in silence.
+        # A mean of another length would silently broadcast one channel to three.
         (lambda: ImagePreprocessing(9, 1, mean=[0.1, 0.2, 0.3]), r"`mean` .*each of 1 channels"),
         (lambda: ImagePreprocessing(9, 3, std=[0.1]), r"`std` .*each of 3 channels, got \[0.1\]"),
         (lambda: ImagePreprocessing(9)(raw_images(1, 9, 9, 4)), r"1 or 3.*\(1, 9, 9, 4\)"),

@@ -51,7 +51,7 @@ class KerasRuntime(Runtime):
 
     @property
     def stated_kind(self):
-        """None: a .keras file has no seal, and its graph says more."""
+        """None: the graph of a .keras file states the kind of output."""
         return None
 
     def _ends(self):

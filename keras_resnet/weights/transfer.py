@@ -176,32 +176,29 @@ def load_tensors(model, tensors, *, layout=None, skip_head=False, adapt_input=Fa
     """
     network = find_network(tensors, layout)
     row = network.row
-    given = network.select(tensors)
-    skipped = network.head if skip_head else set()
-    left = {name: array for name, array in given.items() if name not in skipped}
-    places = _places(model, network.layout, row)
-    advice = _advise(model, row)
-    places = {name: weight for name, weight in places.items() if name not in skipped}
+    given, places = network.select(tensors), _places(model, network.layout, row)
+    skipped = network.head if skip_head else frozenset()
+    wanted, available = places.keys() - skipped, given.keys() - skipped
     adapted, arrays, mis_shaped = None, {}, []
-    for name in sorted(places.keys() & left.keys()):
+    for name in sorted(wanted & available):
         path, shape = places[name].path, tuple(places[name].shape)
-        array = row.to_ours(path, left[name])
+        array = row.to_ours(path, given[name])
         if adapt_input and path in _FIRST and array.ndim == 4 and array.shape[2] != shape[2]:
             adapted = (array.shape[2], shape[2])
             array = adapt_channels(array, shape[2])
         arrays[name] = array
         if array.shape != shape:
             theirs = row.from_ours(path, np.empty(shape, "bool")).shape
-            mis_shaped.append(f"{name} is {left[name].shape}, must be {theirs}")
+            mis_shaped.append(f"{name} is {given[name].shape}, must be {theirs}")
     faults = {
-        "missing": sorted(places.keys() - left.keys()),
-        "of no use": sorted(left.keys() - places.keys()),
+        "missing": sorted(wanted - available),
+        "of no use": sorted(available - wanted),
         "of another shape": mis_shaped,
     }
     for name, reason in getattr(tensors, "unusable", {}).items():
         if any(name.endswith(network.prefix + missing) for missing in faults["missing"]):
             raise InputError(reason)
-    _refuse(faults, network, advice)
+    _refuse(faults, network, _advise(model, row))
     for name, array in arrays.items():
         places[name].assign(array)
     omitted = tuple(sorted(network.names[name] for name in skipped & given.keys()))

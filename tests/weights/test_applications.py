@@ -1,4 +1,4 @@
-"""The weights of keras.applications: from every file the same, and from hostile ones nothing."""
+"""The weights of keras.applications: every kind of file gives the same, hostile files none."""
 
 import json
 import zipfile
@@ -49,7 +49,7 @@ def message(source):
     return text
 
 
-# What arrives
+# Loaded weights
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_names_are_kept_as_they_are(tmp_path):
     assert set(read_keras_applications(path)) == {"module.a/kernel", "module.b/kernel"}
 
 
-# What is no file, and no weights
+# Sources that are no files of weights
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_model_without_weights_is_refused():
 
 
 def write_h5(path, arrays, variable="kernel"):
-    """Writes a .h5 file as Keras 2 did, of one variable a layer; arrays, or functions to write."""
+    """Writes a .h5 file as Keras 2 did, one variable per layer: an array or a function."""
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = [name.encode() for name in arrays]
         for name, array in arrays.items():
@@ -222,7 +222,7 @@ def write_h5(path, arrays, variable="kernel"):
 
 
 def bad_model(value, folder, form):
-    """Writes a network, one of whose tensors is `value`; returns the file's path."""
+    """Writes a network with `value` as one of its tensors; returns the file's path."""
     path = folder / f"model.{form}"
     if form == "h5":
         return write_h5(path, {"conv1_conv": np.ones(3, "float32"), "bad": value})
@@ -237,7 +237,7 @@ def put(file, value):
 
 
 def rewritten(source, target, change=None, config=None):
-    """Writes a copy of a `.keras` file with other weights or another description."""
+    """Writes a copy of a `.keras` file with other weights or another config."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         weights = target.with_name("model.weights.h5")
         weights.write_bytes(old.read("model.weights.h5"))
@@ -423,7 +423,7 @@ def test_a_link_in_place_of_a_layer_is_refused(tmp_path):
     assert "refused: 'conv' in it is a link" in message(path)
 
 
-# What Keras refuses to load
+# Files that Keras refuses to load
 
 
 def test_code_is_refused_without_advice_to_run_it(tmp_path):

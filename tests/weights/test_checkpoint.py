@@ -1,4 +1,4 @@
-"""Checkpoint files: what comes back is what was written, and no damaged file gets through."""
+"""Checkpoint files: written and read bit for bit; damaged and hostile files are refused."""
 
 import argparse
 import datetime
@@ -54,7 +54,7 @@ def message(source):
     return text
 
 
-# Reading: what arrives, from every kind of source.
+# Reading, from every kind of source.
 
 
 @pytest.mark.parametrize("suffix", WRITTEN)
@@ -106,7 +106,7 @@ def network():
 
 
 def plain(network):
-    """Its state dict as this module has to give it back."""
+    """Returns the arrays that must be read from its state dict."""
     state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     del state["bn.num_batches_tracked"]
     return state
@@ -167,7 +167,7 @@ def test_a_name_of_the_other_format_does_no_harm(network, tmp_path, name, form):
     assert_same(read_checkpoint(tmp_path / name), plain(network))
 
 
-# What training scripts save beside the weights.
+# Objects that training scripts save beside the weights.
 BESIDE = {
     "options": argparse.Namespace(lr=0.1, path=Path("a"), more=argparse.Namespace(x=[1])),
     "NumPy scalars": [np.float64(71.2), np.int64(3), np.bool_(True)],
@@ -206,7 +206,7 @@ def test_an_object_of_an_unknown_class_is_refused(network, tmp_path):
 
 
 def test_an_allowed_class_is_a_stand_in_that_runs_nothing(tmp_path):
-    # pathlib, argparse and builtins by their names: what they do is not done.
+    # The names of pathlib, argparse and builtins are allowed; their code does not run.
     torch.save({"w": torch.ones(1), "n": argparse.Namespace(a=1)}, tmp_path / "a.ckpt")
     found = read_checkpoint(tmp_path / "a.ckpt")
     assert_same(found, {"w": np.ones(1, "float32")})
@@ -252,7 +252,7 @@ def test_what_a_mapping_gave_does_not_change_with_it(network):
     assert_same(found, {"w": np.zeros(2, "float32"), "v": np.zeros(2)})
 
 
-# Writing: what others read.
+# Writing, for other libraries.
 
 
 def test_pytorch_loads_what_was_written(network, tmp_path):
@@ -355,7 +355,7 @@ def zipped_again(
 
 
 def claiming(data, elements):
-    """A .pth of 100 float32 whose pickle says that there are `elements`."""
+    """A .pth of 100 float32 whose pickle claims `elements`."""
     size = b"\x8a\x08" + struct.pack("<q", elements)
     return zipped_again(
         data, lambda name, old: old.replace(b"Kd", size) if name.endswith("data.pkl") else old
@@ -377,7 +377,7 @@ def flipped(data, where):
 HUNDRED = torch_file({"w": torch.ones(100)})
 CODE = "refused: it holds"
 NOT_TENSORS = "no file of tensors that PyTorch wrote"
-# What the libraries say after it changes with their versions.
+# The text after it differs between versions of the libraries.
 DAMAGED = "cannot be read, fetch or write it anew: "
 
 FILES = {
@@ -563,7 +563,7 @@ def test_a_name_too_long_for_the_system_is_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_an_unreadable_file_is_refused(tmp_path, monkeypatch, suffix):
-    # By force: the tests may run as root, whom no file mode keeps out.
+    # By a patch: the tests may run as root, who may read any file.
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
@@ -621,10 +621,10 @@ def test_no_code_from_a_file_runs(tmp_path, suffix, dump, wrap):
     path.write_bytes(dump(wrap(Payload(harm))))
     text = message(path)
     assert f"{CODE} posix.system" in text or NOT_TENSORS in text
-    assert "weights_only" not in text  # PyTorch's own advice is to switch the safety off
+    assert "weights_only" not in text  # PyTorch's message advises to switch the safety off
     assert not harm.exists()
     pickle.loads(pickle.dumps(Payload(harm)))
-    assert harm.exists()  # so the payload does work where it runs
+    assert harm.exists()  # The payload works where it is not stopped.
 
 
 @pytest.mark.parametrize("version", ["2.5.1", "2.9.1+cu128"])
@@ -683,7 +683,7 @@ def sound_files(network, tmp_path_factory):
 
 
 def refused_or_valid(path):
-    """Reads a damaged file; returns the arrays, or None where it was refused as it should be."""
+    """Reads a damaged file; returns the arrays, or None if it was refused properly."""
     try:
         found = read_checkpoint(path)
     except InputError as error:
@@ -713,7 +713,7 @@ def test_changed_bytes_are_noticed_or_harmless(sound_files, kind, changes):
         damaged[int(position * len(damaged))] = byte
     path.write_bytes(damaged)
     found = refused_or_valid(path)
-    if kind == "model.pth" and found is not None:  # its checksums leave no other outcome
+    if kind == "model.pth" and found is not None:  # its checksums find every change
         path.write_bytes(sound)
         assert_same(found, read_checkpoint(path))
 

@@ -1,4 +1,4 @@
-"""Checkpoints made into `.keras` files: what is found, what is written, what is refused."""
+"""Checkpoints converted to `.keras` files: the report, the file, and refused sources."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def test_the_file_says_where_it_came_from(checkpoint, tiny, out):
     origin = archive.read_metadata(out)["origin"]
     assert origin["file"] == "tiny.safetensors" and origin["layout"] == "torchvision"
     assert origin["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    # Named by the file alone: where it lay is of no use to others.
+    # The name of the file without its folder, which others do not have.
     assert str(checkpoint.parent) not in json.dumps(origin)
 
 
@@ -110,12 +110,12 @@ def test_a_variant_that_leaves_no_trace_can_be_named(checkpoint, tiny, out):
 
 
 # ----------------------------------------------------------------------------------------------
-# What is refused: one line that names the file, nothing written, nothing run
+# Refused sources: one line that names the file, nothing written, nothing run
 # ----------------------------------------------------------------------------------------------
 
 
 class Payload:
-    """What a pickle runs when it is loaded without care."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -136,7 +136,7 @@ def zeros(*shape):
     return np.zeros(shape, "float32")
 
 
-# file -> what makes it, and what the line then says.
+# file -> a function that makes it, and a pattern of the error.
 FILES = {
     "cut.safetensors": (
         lambda c, path: path.write_bytes(c.read_bytes()[:-100]),
@@ -209,7 +209,7 @@ def test_nothing_of_a_wrapped_payload_runs(checkpoint, tmp_path, tiny, out):
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
-# arguments -> what the line says.
+# case -> arguments, and a pattern of the error.
 ARGUMENTS = {
     "unknown model": ({"model": "vgg"}, "`model` must be one of resnet18"),
     "another depth": ({"model": "resnet18"}, "tiny.safetensors: .* missing .*depth, variant"),
@@ -243,6 +243,13 @@ def test_arguments_that_do_not_fit_are_refused(checkpoint, tmp_path, tiny, monke
     assert len(str(caught.value).splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "in.keras").read_bytes() == b"mine"
+
+
+def test_a_model_of_this_package_is_not_converted(checkpoint, tiny, out):
+    convert(checkpoint, tiny, out)
+    with pytest.raises(InputError, match=r"model\.keras: is a file of this package already"):
+        convert(out, tiny, out.with_name("again.keras"))
+    assert [path.name for path in out.parent.glob("*.keras")] == [out.name]
 
 
 def test_a_write_that_fails_leaves_what_was_there(checkpoint, tmp_path, tiny, out):

@@ -1,4 +1,4 @@
-"""The name maps: each is the names of a real implementation, one for one."""
+"""The name maps: each equals the names of a real implementation."""
 
 import keras
 import numpy as np
@@ -89,7 +89,7 @@ class Cifar(torch.nn.Module):
 
 
 def children():
-    """torchvision's network in the Sequential that feature extractors make of it."""
+    """The network of torchvision as a Sequential, as feature extractors use it."""
     *body, head = torchvision_model("resnet18").children()
     return torch.nn.Sequential(*body, torch.nn.Flatten(), head)
 

@@ -1,4 +1,4 @@
-"""One's own `.keras` files as a source of weights: what is found in them, and what is refused."""
+"""`.keras` files of this package as a source of weights."""
 
 import keras
 import numpy as np
@@ -54,7 +54,7 @@ def test_the_form_is_found_and_every_weight_loaded(spec, variant, stem, tmp_path
 def test_the_normalization_is_that_of_the_preprocessing(name, channels, tmp_path):
     network = build_resnet(BASIC, (8, 8, channels), 2)
     model = with_preprocessing(network, (28, 28, 3), **find_normalization(name, channels))
-    # Preprocessing may lie deeper: a head of one's own behind it.
+    # Preprocessing may lie deeper, in a model with another head.
     model = keras.Sequential(
         [keras.Input((28, 28, 3), dtype="uint8"), model, keras.layers.Softmax()]
     )

@@ -1,4 +1,4 @@
-"""Weights in and out: every tensor once, everything that does not fit in one line."""
+"""Loading and saving weights: every tensor once, or one line lists all that do not fit."""
 
 import subprocess
 import sys
@@ -141,7 +141,7 @@ def test_names_are_at_the_top_of_the_package():
     assert keras_resnet.load_torch_weights is load_torch_weights
 
 
-# What does not fit
+# Checkpoints that do not fit
 
 
 def without(*names):
@@ -322,8 +322,8 @@ def dense(name, inputs, outputs):
 
 COUNT = torch.tensor(3)
 OTHERS = {"criterion.weight": torch.ones(3), "metric.total": COUNT}
-# checkpoint -> what makes it of two state dicts of the network, `s` and `e`, which is averaged;
-# the key or prefix that is reported, and the tensors that are left out.
+# checkpoint -> a function that makes it of two state dicts, of which the second is averaged; the
+# key or prefix that is reported; the tensors that are left out.
 SCRIPTS = {
     "ImageNet example": (
         lambda s, e: {
