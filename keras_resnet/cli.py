@@ -25,7 +25,7 @@ from keras_resnet.utils.errors import (
     WorkerLost,
     one_line,
 )
-from keras_resnet.utils.quiet import suppress_stderr
+from keras_resnet.utils.progress import suppress_stderr
 
 MOST = {int: 1_000_000, float: sys.float_info.max}
 
