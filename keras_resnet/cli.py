@@ -26,7 +26,7 @@ from keras_resnet.utils.errors import (
     WorkerLost,
     one_line,
 )
-from keras_resnet.utils.quiet import suppress_stderr
+from keras_resnet.utils.progress import suppress_stderr
 
 _NORMALIZATIONS = "none, imagenet, inception, caffe, 1/255 or 0-255; see `train --help`"
 _FOREIGN_OPTION = {

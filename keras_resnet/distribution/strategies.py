@@ -16,7 +16,7 @@ import keras
 from keras_resnet.distribution import rendezvous
 from keras_resnet.distribution.cluster import Cluster, find_cluster
 from keras_resnet.utils.errors import InputError, one_line
-from keras_resnet.utils.quiet import suppress_stderr
+from keras_resnet.utils.progress import suppress_stderr
 
 STRATEGIES = ("auto", "none", "mirrored", "multiworker")
 

@@ -19,7 +19,7 @@ from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
 from keras_resnet.untrusted.checksums import add_onnx_checksum
 from keras_resnet.utils.errors import InputError, one_line
-from keras_resnet.utils.quiet import suppress_stderr
+from keras_resnet.utils.progress import suppress_stderr
 
 OPSET = 17
 

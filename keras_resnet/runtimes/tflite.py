@@ -9,7 +9,7 @@ from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 from keras_resnet.untrusted import checksums
 from keras_resnet.utils.errors import InputError
-from keras_resnet.utils.quiet import suppress_stderr
+from keras_resnet.utils.progress import suppress_stderr
 from keras_resnet.utils.tables import printable
 
 _ROLES = {

@@ -1,7 +1,9 @@
-"""Messages on standard error: progress bars, which only a terminal shows, and notes."""
+"""Standard error: progress bars, which only a terminal shows, notes, and silence."""
 
 import contextlib
+import os
 import sys
+import warnings
 
 
 @contextlib.contextmanager
@@ -43,3 +45,28 @@ def note(line):
         line: Text; line breaks become spaces.
     """
     print(f"keras-resnet: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def suppress_stderr():
+    """Drops everything written to standard error in the block, from C++ too, and warnings.
+
+    It silences the messages that a library writes for its own developers.
+    """
+    try:
+        own = os.dup(2)
+    except OSError:  # standard error is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    sys.stderr.flush()
+    os.dup2(nowhere, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(nowhere)
