@@ -78,7 +78,7 @@ def test_a_quantized_input_is_asked_by_its_scale_and_zero_point(dtype, name, fil
 def test_a_quantized_input_of_another_range_is_asked_for(dtype, name, files):
     path, expected = files(dtype, name)
     with pytest.raises(
-        InputError, match=r"stands for numbers from -\S+ to \S+: name how"
+        InputError, match=r"represents numbers from -\S+ to \S+, as no normalisation does: name one"
     ) as caught:
         load(path)
     assert "\n" not in str(caught.value)
@@ -113,7 +113,7 @@ def test_what_takes_images_is_not_normalised(small_model, tmp_path):
         [serve.get_concrete_function()], module
     )
     (tmp_path / "model.tflite").write_bytes(converter.convert())
-    with pytest.raises(InputError, match="it takes uint8, and floats alone are normalised"):
+    with pytest.raises(InputError, match="needs a model that takes floats, this one takes uint8"):
         load(tmp_path / "model.tflite", normalize="1/255")
     assert load(tmp_path / "model.tflite")(IMAGES).shape == (9, 3)
 

@@ -191,7 +191,7 @@ def test_metadata_must_fit_the_output(tmp_path, prober, kind):
     linear(tmp_path / "a.onnx")
     sealed = checksums.seal_onnx((tmp_path / "a.onnx").read_bytes(), {"output_kind": kind})
     (tmp_path / "a.onnx").write_bytes(sealed)
-    with pytest.raises(InputError, match="damaged: its metadata say the output kind"):
+    with pytest.raises(InputError, match="damaged: its metadata state the output kind"):
         load(tmp_path / "a.onnx", prober=prober)
 
 
@@ -208,7 +208,7 @@ def test_several_outputs_are_named(tmp_path):
 
     module.both, module.one = serve(["label", "box"]), serve(["label"])
     tf.saved_model.save(module, tmp_path / "both", signatures={"serving_default": module.both})
-    with pytest.raises(InputError, match=r"must have one output, this one has 2 \(box, label\)"):
+    with pytest.raises(InputError, match=r"must have one output, got 2 \(box, label\)"):
         open_runtime(tmp_path / "both", trust=True)
     tf.saved_model.save(module, tmp_path / "one", signatures={"serving_default": module.one})
     predictor = load(tmp_path / "one", trust=True)

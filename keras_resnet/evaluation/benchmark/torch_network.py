@@ -1,4 +1,4 @@
-"""The textbook's residual network in PyTorch, with the preprocessing that ours holds inside.
+"""The residual network of Dive into Deep Learning (d2l) in PyTorch, with our preprocessing.
 
 Only the worker of a benchmark imports it, where PyTorch is installed.
 """
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Residual(nn.Module):
-    """Two 3×3 convolutions around which the input, or a 1×1 convolution of it, is added."""
+    """Two 3×3 convolutions; their input, or a 1×1 convolution of it, is added to the output."""
 
     def __init__(self, in_channels, channels, strides, use_1x1conv):
         super().__init__()
@@ -20,13 +20,13 @@ class Residual(nn.Module):
         self.conv3 = nn.Conv2d(in_channels, channels, 1, stride=strides) if use_1x1conv else None
 
     def forward(self, x):
-        """Returns the sum of both paths, through a ReLU."""
+        """Returns the ReLU of the sum of both paths."""
         branch = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
         return torch.relu(branch + (x if self.conv3 is None else self.conv3(x)))
 
 
 def build(channels, stages, num_classes):
-    """Returns the network, its modules called as in the layout "d2l_named".
+    """Returns the network, with the module names of the layout "d2l_named".
 
     Args:
         channels: Channels of the images.
@@ -55,22 +55,22 @@ def build(channels, stages, num_classes):
 
 
 def load(path, channels, stages, num_classes, image_size, mean, std, channels_last):
-    """Loads a state dict into the network, name by name; none may be missing or left over.
+    """Loads a state dict into the network; its names must be exactly the network's.
 
     Args:
         path: An .npz file of the state dict.
         channels: See `build`.
         stages: See `build`.
         num_classes: See `build`.
-        image_size: Height and width that the network takes; images are resized to that.
-        mean: What is taken off then, on the scale [0, 1]; a number, or one for each channel.
-        std: What it is divided by then.
-        channels_last: Whether weights and images lie in memory with their channels last, which
-            PyTorch's CPU convolutions are faster with, or as PyTorch puts them.
+        image_size: Height and width to which images are resized.
+        mean: Subtracted after that, on the scale [0, 1]; a number, or one for each channel.
+        std: The divisor after that.
+        channels_last: Whether weights and images have their channels last in memory, with which
+            PyTorch's CPU convolutions are faster; otherwise they have PyTorch's default order.
 
     Returns:
-        A function: uint8 images, (batch, height, width, channels), to probabilities, both NumPy
-        arrays.
+        A function from uint8 images, (batch, height, width, channels), to probabilities, both
+        NumPy arrays.
     """
     net = build(channels, stages, num_classes)
     with np.load(path, allow_pickle=False) as state:
