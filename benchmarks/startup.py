@@ -1,4 +1,4 @@
-"""Seconds that a process takes to start: `import keras_resnet`, and the command line.
+"""Seconds that a process takes to start: `import keras_resnet`, with and without Keras, and `--help`.
 
     python benchmarks/startup.py [--rounds 5]
 
@@ -15,6 +15,7 @@ import time
 PROGRAMS = {
     "python": ["-c", "pass"],
     "keras-resnet --help": ["-m", "keras_resnet.cli", "--help"],
+    "import keras_resnet": ["-c", "import keras_resnet"],
     "import keras": ["-c", "import keras"],
     "import keras, keras_resnet": ["-c", "import keras, keras_resnet"],
 }
