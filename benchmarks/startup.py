@@ -1,4 +1,4 @@
-"""Seconds that a process takes to start: `import keras_resnet`, with and without Keras, and `--help`.
+"""Seconds that a process takes to start: `keras-resnet --help`, and `import keras_resnet`.
 
     python benchmarks/startup.py [--rounds 5]
 

@@ -162,11 +162,12 @@ def _receive(stream):
     if not line:
         raise EOFError
     message, *form = json.loads(line)
-    for dtype, shape in form:
-        size = np.dtype(dtype).itemsize * math.prod(shape)
-        # It refuses types that hold Python objects.
-        return [message, np.frombuffer(stream.read(size), dtype).reshape(shape)]
-    return [message]
+    if not form:
+        return [message]
+    ((dtype, shape),) = form
+    content = stream.read(np.dtype(dtype).itemsize * math.prod(shape))
+    # `frombuffer` refuses types that hold Python objects.
+    return [message, np.frombuffer(content, dtype).reshape(shape)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -206,10 +207,10 @@ def serve(target, arguments, blocked):
 
 
 def _read_requests(requests):
-    with contextlib.suppress(EOFError):
+    # An error means that the caller has ended, perhaps in the middle of a call.
+    with contextlib.suppress(Exception):
         while True:
             requests.put(_receive(sys.stdin.buffer))
-    # The caller has ended, perhaps in the middle of a call.
     os._exit(0)
 
 
