@@ -86,7 +86,7 @@ def test_damaged_files_are_refused(exports, tmp_path, prober, name, damage, reas
     refuse(path, reason, trust=True)  # trust is for what a file does, not for whether it is whole
 
 
-def test_an_onnx_file_that_lost_its_seal_is_refused(exports, tmp_path, prober):
+def test_an_onnx_file_that_lost_its_checksum_is_refused(exports, tmp_path, prober):
     content = (exports / "model.onnx").read_bytes()
     path = tmp_path / "model.onnx"
     path.write_bytes(content[: content.rindex(checksums.ONNX_SEAL_KEY.encode()) - 4])
@@ -132,7 +132,7 @@ def test_a_saved_model_needs_trust(exports):
         (lambda path: (path / "assets.extra/keras_resnet.json").write_text("["), "damaged"),
         (lambda path: (path / "assets.extra/keras_resnet.json").write_text("[1]"), "JSON object"),
     ],
-    ids=["graph", "variables", "card", "no card"],
+    ids=["graph", "variables", "metadata", "no metadata"],
 )
 def test_a_damaged_saved_model_is_refused(exports, tmp_path, damage, reason):
     shutil.copytree(exports / "saved_model", tmp_path / "copy")

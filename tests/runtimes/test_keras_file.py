@@ -1,4 +1,4 @@
-"""Keras models of all kinds: what goes in, and what comes out."""
+"""Keras models of all kinds: their inputs and outputs."""
 
 import keras
 import numpy as np

@@ -241,7 +241,7 @@ def test_channels_that_come_first_are_named(normalize, tmp_path, prober):
         load(tmp_path / "a.onnx", normalize=normalize, prober=prober)
 
 
-def test_cards_may_say_that_no_images_are_taken(exports, opened):
+def test_metadata_may_state_that_no_images_are_taken(exports, opened):
     with pytest.raises(InputError, match="it takes floats that are normalised already"):
         Predictor(opened["tflite"], {"takes_raw_images": False})
 
