@@ -15,6 +15,7 @@ import time
 PROGRAMS = {
     "python": ["-c", "pass"],
     "keras-resnet --help": ["-m", "keras_resnet.cli", "--help"],
+    "import keras_resnet": ["-c", "import keras_resnet"],
     "import keras": ["-c", "import keras"],
     "import keras, keras_resnet": ["-c", "import keras, keras_resnet"],
 }

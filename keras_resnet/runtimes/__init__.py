@@ -22,7 +22,7 @@ MAX_FILE_BYTES = 2 * 2**30
 # Suffix -> format. The opener of Keras files says why HDF5 is refused.
 _FORMATS = dict.fromkeys((".keras", ".h5", ".hdf5"), "keras")
 _FORMATS |= {".tflite": "tflite", ".onnx": "onnx"}
-# Format -> module and what opens a model in it.
+# Format -> module, and the class or function in it that opens a model.
 _OPENERS = {
     "keras": ("keras_file", "open_keras"),
     "saved_model": ("saved_model", "SavedModelRuntime"),

@@ -1,4 +1,4 @@
-"""What every runtime offers, whatever format it reads."""
+"""The contract of all runtimes, whatever format they read."""
 
 import collections
 import dataclasses
@@ -12,30 +12,30 @@ from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.tables import printable
 
 CHUNK = 256
-"""Images a call of a model that takes any number of them."""
+"""How many images a call gets, where the model takes any number."""
 
 LOGITS, SOFTMAX, SIGMOID = "logits", "softmax", "sigmoid"
 BINARY_LOGIT, BINARY_SIGMOID = "binary_logit", "binary_sigmoid"
 OUTPUT_KINDS = {
-    LOGITS: "one score a class: a softmax makes probabilities of them",
-    SOFTMAX: "the probabilities of classes, of which an image has one",
-    SIGMOID: "the probabilities of labels, of which an image can have several",
-    BINARY_LOGIT: "one score for two classes: a sigmoid makes the probability of class 1 of it",
+    LOGITS: "a score for each class; a softmax turns them into probabilities",
+    SOFTMAX: "the probability of each class; an image has one class",
+    SIGMOID: "the probability of each label; an image can have several labels",
+    BINARY_LOGIT: "one score for two classes; a sigmoid turns it into the probability of class 1",
     BINARY_SIGMOID: "one number for two classes: the probability of class 1",
 }
-"""What a model's output can be."""
+"""The kinds of numbers that a model can give."""
 
 OUTPUT_KIND_KEY = "output_kind"
-"""Where a file's metadata hold a row of `OUTPUT_KINDS`."""
+"""The key of a file's metadata for a row of `OUTPUT_KINDS`."""
 
-# Roles of operators in a graph, beside the kinds of output that they give.
+# Roles of operators in a graph, in addition to the kinds of output that they give.
 PASSING, AVERAGE, ARITHMETIC = "passing", "average", "arithmetic"
 
-# How an operator's one number for two classes is called.
+# The kind of a model that gives one number for two classes, by the kind of its last operator.
 _OF_ONE_NUMBER = {LOGITS: BINARY_LOGIT, SIGMOID: BINARY_SIGMOID}
 _SAMPLE_PIXELS = 64
 _DEPTH = 64
-# How far beyond 0 and 1, and from the sum 1, rounded probabilities may be.
+# How far rounded probabilities may exceed 0 and 1, and their sum may differ from 1.
 _NUMBER_TOLERANCE, _SUM_TOLERANCE = 1e-3, 1e-2
 
 
@@ -45,7 +45,7 @@ class Tensor:
 
     Attributes:
         name: Its name.
-        shape: Its sizes, a tuple; None is any size.
+        shape: A tuple of sizes; None is any size.
         dtype: NumPy's name of its type, such as "uint8".
     """
 
@@ -55,27 +55,26 @@ class Tensor:
 
     @property
     def described(self):
-        """What messages say of it, however much a hostile file says."""
+        """Type and shape for messages, cut because a hostile file can have any."""
         return f"{self.dtype} {self.shape!s:.80}"
 
 
 class Runtime:
-    """A model that was loaded from a file, and what runs it.
+    """A loaded model that can be run.
 
     Args:
-        path: The file, for messages; None for a model that came from none.
-        metadata: What the file says about itself, a dict.
-        threads: How many threads compute one answer; None leaves it to the runtime.
+        path: The file, for messages; None for a model that was not loaded from one.
+        metadata: The file's metadata, a dict.
+        threads: How many threads compute one answer; None for the runtime's choice.
 
     Attributes:
         format: "keras", "saved_model", "tflite" or "onnx".
         input: The model's only input, a `Tensor`.
         output: Its only output, a `Tensor`.
-        graph_kind: `LOGITS`, `SOFTMAX` or `SIGMOID` if the graph says what the output is, else
-            None.
-        operators: How many there are of each operator, a dict.
-        input_range: The least and the largest number that a quantized input can stand for; None
-            for an input that is not quantized.
+        graph_kind: `LOGITS`, `SOFTMAX` or `SIGMOID` if the graph determines it, else None.
+        operators: A dict: operator -> how many there are.
+        input_range: The smallest and the largest number that a quantized input can represent;
+            None for an input that is not quantized.
     """
 
     input_range = None
@@ -91,40 +90,40 @@ class Runtime:
 
     @property
     def name(self):
-        """What messages call the model."""
+        """The model's name in messages."""
         return str(self.path)
 
     @property
     def takes_images(self):
-        """Whether the model takes images as they are, with numbers from 0 to 255."""
+        """Whether the model takes raw images, with numbers from 0 to 255."""
         return self.input.dtype == "uint8"
 
     @property
     def columns(self):
-        """How many numbers the model gives for one image; None if that is open."""
+        """How many numbers the model gives for one image; None if the graph leaves it open."""
         _, *sizes = self.output.shape or (None, None)
         *ones, columns = sizes or [1]
         return columns if set(ones) <= {1} else None
 
     @functools.cached_property
     def output_kind(self):
-        """A row of `OUTPUT_KINDS`: what the model's numbers are.
+        """The kind of the model's numbers, a row of `OUTPUT_KINDS`.
 
-        The file's metadata say it, else the graph; else the numbers that the model gives for a
-        few images made here, always the same.
+        The file's metadata state it, else the graph determines it, else the numbers that the
+        model gives for a few fixed images.
 
         Raises:
             InputError: If the metadata do not fit the output.
         """
-        said = self.stated_kind
-        if said is not None:
-            is_known = isinstance(said, str) and said in OUTPUT_KINDS
-            if not is_known or (said in _OF_ONE_NUMBER.values()) != (self.columns == 1):
+        stated = self.stated_kind
+        if stated is not None:
+            is_known = isinstance(stated, str) and stated in OUTPUT_KINDS
+            if not is_known or (stated in _OF_ONE_NUMBER.values()) != (self.columns == 1):
                 raise InputError(
-                    f"{self.name}: damaged: its metadata say the output kind {said!r:.40}, and it "
-                    f"gives {self.columns} numbers"
+                    f"{self.name}: damaged: its metadata state the output kind {stated!r:.40}, but "
+                    f"it gives {self.columns} numbers"
                 )
-            return said
+            return stated
         kind = self.graph_kind
         if kind is None and self.output.name == "probabilities" and self.columns != 1:
             kind = SOFTMAX
@@ -133,18 +132,18 @@ class Runtime:
             return kind
         if kind not in _OF_ONE_NUMBER:
             raise InputError(
-                f"{self.name}: a softmax over one number is always 1: end the model in a sigmoid, "
-                "or give it two outputs"
+                f"{self.name}: a softmax over one number is always 1: use a sigmoid as the last "
+                "layer, or two outputs"
             )
         return _OF_ONE_NUMBER[kind]
 
     @property
     def stated_kind(self):
-        """What the file's metadata say of the output; None if nothing."""
+        """The output kind in the file's metadata; None if it is not there."""
         return self.metadata.get(OUTPUT_KIND_KEY)
 
     def _sample(self):
-        """Returns four images as the model takes them: black, white, noise, and a gradient."""
+        """Returns four images of the input's type: black, white, noise, and a gradient."""
         shape = [_SAMPLE_PIXELS if size is None else size for size in self.input.shape[1:]]
         images = np.zeros((4, *shape), "uint8")
         images[1] = 255
@@ -158,14 +157,14 @@ class Runtime:
         """Returns the model's answers.
 
         Args:
-            images: [count, height, width, channels], uint8; of the input's own type where
-                the model takes floats.
+            images: [count, height, width, channels], uint8; floats of the input's type where the
+                model takes floats.
 
         Returns:
-            [count, columns], floats: what the graph's output holds.
+            The graph's output: floats, [count, columns].
 
         Raises:
-            InputError: If the images do not fit the input, or the runtime gives up.
+            InputError: If the images do not fit the input, or the runtime fails.
         """
         images = self._as_input(images)
         size = self.input.shape[0] or CHUNK
@@ -175,7 +174,7 @@ class Runtime:
         return np.concatenate([self._answer(part) for part in parts])
 
     def _as_input(self, images):
-        """Returns images as the graph takes them; no other images reach a model."""
+        """Returns the images in the input's type; refuses images that do not fit."""
         shape = self.input.shape
         if self.takes_images and len(shape) == 4:
             return arrays.as_images(images, self.name, shape[1:])
@@ -183,7 +182,7 @@ class Runtime:
         fits = images.ndim == len(shape) and all(
             size in (None, own) for size, own in zip(shape[1:], images.shape[1:], strict=True)
         )
-        # Raw images are no normalised floats: they would be answered, and wrongly.
+        # A model of normalised floats would give wrong answers to raw images.
         is_alike = images.dtype.kind == np.dtype(self.input.dtype).kind
         if not fits or not is_alike:
             raise InputError(
@@ -200,13 +199,13 @@ class Runtime:
             answers = as_rows(np.asarray(self.call(images)))
         except InputError:
             raise
-        # Each runtime has its own kinds; all of them mean that the model does not run.
+        # Each runtime raises errors of its own; all mean that the model cannot be run.
         except Exception as error:
             raise InputError(f"{self.name}: it cannot be run: {reason(error)}") from error
         if answers.ndim != 2 or len(answers) != len(images) or answers.dtype.kind != "f":
             raise InputError(
-                f"{self.name}: it must answer {len(images)} images with floats (batch, classes), "
-                f"got {answers.dtype} {answers.shape!s:.80}"
+                f"{self.name}: {len(images)} images must give floats (images, classes), got "
+                f"{answers.dtype} {answers.shape!s:.80}"
             )
         return answers[:count]
 
@@ -217,15 +216,15 @@ class Runtime:
         return time.perf_counter() - start
 
     def close(self):
-        """Ends what the runtime keeps outside of this process: nothing, for most."""
+        """Ends the process of the runtime, if it has one of its own."""
 
     def call(self, images):
-        """Returns the output for one batch; a format's own part."""
+        """Returns the output for one batch; each runtime defines it."""
         raise NotImplementedError
 
 
 def reason(error):
-    """Returns in one printable line why a runtime did not load or run a model."""
+    """Returns an error's message as one printable line."""
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
     return printable(one_line(error))[:300]
@@ -244,7 +243,7 @@ def as_rows(answers):
 
 
 def only_one(name, what, tensors):
-    """Returns the only one of a model's inputs or outputs.
+    """Returns a model's only input or output.
 
     Args:
         name: The model's name, for messages.
@@ -252,38 +251,39 @@ def only_one(name, what, tensors):
         tensors: name -> the input or output.
 
     Raises:
-        InputError: If there are more, or none; the message names them.
+        InputError: If there are several, which the message names, or none.
     """
     if len(tensors) != 1:
         shown = ", ".join(printable(str(each))[:40] for each in list(tensors)[:8])
-        hint = f" ({shown}): save it again with one of them alone" if tensors else ""
-        raise InputError(f"{name}: a model must have one {what}, this one has {len(tensors)}{hint}")
+        hint = f" ({shown}): save it again with one of them only" if tensors else ""
+        raise InputError(f"{name}: a model must have one {what}, got {len(tensors)}{hint}")
     return next(iter(tensors.values()))
 
 
 def count(names):
-    """Returns how many there are of each name, the most frequent first."""
+    """Returns a dict: name -> how often it occurs, the most frequent first."""
     return dict(collections.Counter(names).most_common())
 
 
 def kind_by_graph(last, look_up):
-    """Returns what kind of numbers an output holds, if the graph says it.
+    """Returns the kind of an output's numbers, if the graph determines it.
 
     Args:
         last: The output.
-        look_up: Function of an output that returns (role, inputs) of its operator: a row of
-            `OUTPUT_KINDS` that the operator gives, `PASSING` if it changes no number of a row,
-            `AVERAGE`, `ARITHMETIC`, or None; and the operator's inputs, which can be looked up too.
+        look_up: Function of an output that returns the role of its operator and the operator's
+            inputs, which can be looked up too. The role is the row of `OUTPUT_KINDS` that the
+            operator gives, `PASSING` if it keeps the numbers of each row, `AVERAGE`, `ARITHMETIC`,
+            or None.
 
     Returns:
-        `LOGITS`, `SOFTMAX`, `SIGMOID`, or None where the graph does not say it.
+        `LOGITS`, `SOFTMAX`, `SIGMOID`, or None where the graph does not determine it.
 
     Example:
         >>> operators = {"y": (PASSING, ["x"]), "x": (SOFTMAX, ["logits"])}
         >>> kind_by_graph("y", lambda name: operators.get(name, (None, [])))
         'softmax'
     """
-    # Each is looked up once: a hostile graph can have loops, or as many ways as there are atoms.
+    # Each is looked up once: a hostile graph can have loops, or exponentially many paths.
     known = {}
 
     def kind(name, depth):
@@ -297,7 +297,7 @@ def kind_by_graph(last, look_up):
             kinds = {kind(each, depth - 1) for each in inputs}
             role = kinds.pop() if len(kinds) == 1 else None
         elif role == ARITHMETIC:
-            # Logits keep a bias or a factor; the sum of two softmax outputs is no softmax.
+            # Logits plus a bias are logits; the sum of two softmax outputs is no softmax.
             role = LOGITS if LOGITS in {kind(each, depth - 1) for each in inputs} else None
         known[name] = role
         return role
@@ -306,10 +306,10 @@ def kind_by_graph(last, look_up):
 
 
 def kind_by_numbers(answers):
-    """Returns what kind of numbers answers look like.
+    """Returns the kind of numbers that answers look like.
 
     Args:
-        answers: [count, columns], floats, of images that differ.
+        answers: [count, columns], floats, for images that differ.
 
     Example:
         >>> kind_by_numbers(np.array([[0.2, 0.8], [0.5, 0.5]]))
@@ -321,7 +321,7 @@ def kind_by_numbers(answers):
     """
     sums = answers.sum(axis=1, dtype="float64")
     low, high = answers.min(), answers.max()
-    # A number that is none (nan) passes no comparison. A head of zeros gives logits.
+    # NaN fails every comparison. A head of zeros gives logits.
     if not (low >= -_NUMBER_TOLERANCE and 0 < high <= 1 + _NUMBER_TOLERANCE):
         return LOGITS
     is_shared = answers.shape[1] > 1 and (abs(sums - 1) <= _SUM_TOLERANCE).all()

@@ -1,4 +1,4 @@
-"""Keras models, of .keras files or at hand, run by Keras itself."""
+"""Keras models, from .keras files or in memory, run by Keras."""
 
 import collections
 import functools
@@ -20,8 +20,9 @@ class KerasRuntime(Runtime):
 
     Args:
         model: A model with one input and one output.
-        metadata: What its file says about itself.
-        path: The file, if it came from one.
+        metadata: The metadata of its file.
+        path: The file, if it was loaded from one.
+        threads: Kept for the record: the backend's threads are those of this process.
 
     Attributes:
         model: The Keras model.
@@ -38,14 +39,14 @@ class KerasRuntime(Runtime):
 
     @property
     def name(self):
-        """What messages call the model."""
+        """The model's name in messages."""
         return str(self.path or self.model.name)
 
     @functools.cached_property
     def takes_images(self):
-        """Whether the model takes images as they are: all but a bare network of ours does.
+        """Whether the model takes raw images: all models do, except our networks alone.
 
-        A model of floats takes them, too: Keras casts, and scaling is a layer of the model.
+        A model of floats takes raw images, too: Keras casts them, and a layer scales them.
         """
         return not is_bare(self.model)
 
@@ -61,7 +62,7 @@ class KerasRuntime(Runtime):
         if len(ends[1]) > 1:
             chosen, names = _output_names(model)
             raise InputError(
-                f"{self.name}: the model must take images and give one output, it has "
+                f"{self.name}: the model must take images and give one output, got "
                 f"{len(ends[1])} ({names}): choose one, such as "
                 f"`keras.Model(model.inputs, model.output[{chosen!r}])`"
             )
@@ -69,7 +70,7 @@ class KerasRuntime(Runtime):
             shapes = [tuple(tensor.shape) for end in ends for tensor in end]
             raise InputError(
                 f"{self.name}: the model must take images (batch, height, width, 1 or 3) and give "
-                f"logits (batch, classes); its inputs and outputs are {shapes}"
+                f"logits (batch, classes), got inputs and outputs of {shapes}"
             )
         return tuple(
             Tensor(each.name, tuple(each.shape), keras.backend.standardize_dtype(each.dtype))
@@ -80,18 +81,18 @@ class KerasRuntime(Runtime):
         """Returns the output for one batch."""
         (answers,) = keras.tree.flatten(self.model.predict_on_batch(images))
         answers = keras.ops.convert_to_numpy(answers)
-        # NumPy has no bfloat16, and the one that others add is none of its floats.
+        # NumPy has no bfloat16; the type that other libraries add is not of the kind "f".
         return answers if answers.dtype.kind == "f" else answers.astype("float32")
 
 
 def open_keras(path, threads=None):
-    """Loads a .keras file; never runs code from it."""
+    """Loads a .keras file without running code from it."""
     metadata = archive.read_metadata(path)
     return KerasRuntime(archive.load_model(path), metadata, path, threads)
 
 
 def _leaves(model):
-    """Yields the layers that hold no others."""
+    """Yields the layers, also those of nested models."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from _leaves(layer)
@@ -100,7 +101,7 @@ def _leaves(model):
 
 
 def _output_names(model):
-    """Returns the key of the first of several outputs, and the names of all in one string."""
+    """Returns the key of the first of several outputs, and a string with the names of all."""
     outputs = model.output
     named = outputs if isinstance(outputs, dict) else dict(enumerate(keras.tree.flatten(outputs)))
     names = [f"{key}: {getattr(each, 'name', each)}"[:60] for key, each in named.items()]
@@ -108,10 +109,10 @@ def _output_names(model):
 
 
 # ----------------------------------------------------------------------------------------------
-# What a model gives
+# Output
 # ----------------------------------------------------------------------------------------------
 
-# Names of layers, operations and activations, in lower case -> their role; see `kind_by_graph`.
+# Layer, operation or activation, in lower case -> its role; see `kind_by_graph`.
 _ROLES = {
     **dict.fromkeys(("softmax", "softmax_v2", "sparsemax"), base.SOFTMAX),
     **dict.fromkeys(("sigmoid", "hard_sigmoid", "hardsigmoid"), base.SIGMOID),
@@ -127,14 +128,14 @@ _ROLES = {
 
 
 def _producers(model):
-    """Returns a Keras model's output and the function by which `kind_by_graph` looks up others.
+    """Returns the arguments of `kind_by_graph` for a Keras model.
 
-    A place in the model is a tensor and the calls of nested models that it lies in.
+    A tensor is identified together with the calls of the nested models around it.
     """
     places = {}
 
     def place(tensor, calls):
-        # One tensor is the same in every call of its model, and its input is not.
+        # A nested model has the same tensors in each of its calls, but another input.
         key = (id(tensor), *(id(call) for call in calls))
         places[key] = (tensor, calls)
         return key
@@ -155,7 +156,7 @@ def _producers(model):
 
 
 def _outer(tensor, calls, place):
-    """Returns the tensor that a nested model was called with, for its input."""
+    """Returns, for a nested model's input, the tensor with which the model was called."""
     if not calls:
         return None, []
     *outside, (nested, node) = calls
@@ -166,7 +167,7 @@ def _outer(tensor, calls, place):
 
 
 def _role(operation, tensor, before):
-    """Returns the role of a layer or operation that takes `before` and gives `tensor`."""
+    """Returns the role of a layer or operation with the inputs `before` and the output `tensor`."""
     activation = getattr(operation, "activation", None)
     named = activation if callable(activation) else operation
     name = getattr(named, "__name__", type(named).__name__).lower()
@@ -174,7 +175,7 @@ def _role(operation, tensor, before):
         is_bare_activation = isinstance(operation, keras.layers.Activation)
         return base.PASSING if is_bare_activation else base.LOGITS
     role = _ROLES.get(name)
-    # Over another axis, or in another shape, the last axis is not that of the classes.
+    # A softmax over another axis, or a reshaped output, is not one of classes in the last axis.
     if role == base.SOFTMAX and getattr(named, "axis", -1) not in (-1, len(tensor.shape) - 1):
         return None
     columns = [each.shape[-1] if len(each.shape) > 1 else 1 for each in (tensor, *before[:1])]
@@ -182,10 +183,10 @@ def _role(operation, tensor, before):
 
 
 # ----------------------------------------------------------------------------------------------
-# What a model takes
+# Input
 # ----------------------------------------------------------------------------------------------
 
-# Layers that keep the scale of an image's numbers.
+# Layers that keep the scale of pixel values.
 _SCALE_KEPT = (
     Augmentation,
     keras.layers.InputLayer,
@@ -203,10 +204,10 @@ _SCALE_KEPT = (
 
 
 def is_bare(model):
-    """Tells whether a model is a network of `build_resnet` without preprocessing before it.
+    """Returns whether a model is a network of `build_resnet` without preprocessing.
 
-    The stem's convolution stands directly on an input of floats then. Such a network takes floats
-    that are normalised already, and says so nowhere else if the user saved it with `model.save`.
+    Then the convolution of the stem follows directly after an input of floats. Such a network takes
+    normalised floats; a file that the user wrote with `model.save` does not record that.
 
     Args:
         model: A Keras model with one input; models may be nested in it.
@@ -228,9 +229,9 @@ def _is_stem(layer):
 
 
 def _first_layers(model):
-    """Returns the layers that change an image's numbers first, and whether none does on some way.
+    """Returns the first layers that change pixel values, and whether some path has none.
 
-    A nested model whose layers keep the scale, such as one of random flips, is passed.
+    A nested model whose layers keep the scale, such as one of random flips, counts as no change.
     """
     model = getattr(model, "_functional", None) or model
     users = collections.defaultdict(list)

@@ -1,4 +1,4 @@
-"""A model of floats behind a normalization: a model of raw images."""
+"""A model of normalised floats, together with the normalisation: a model of raw images."""
 
 import numpy as np
 
@@ -7,8 +7,8 @@ from keras_resnet.runtimes.base import Runtime, Tensor
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.utils.errors import InputError
 
-# How far the ends of a quantized input may lie from those of a normalization, as a share of its
-# width: they were found on calibration images.
+# How far the range of a quantized input, which comes from calibration images, may differ from that
+# of a normalisation, as a share of its width.
 _RANGE_TOLERANCE = 0.02
 
 
@@ -17,18 +17,18 @@ def normalized(runtime, normalize=None):
 
     Args:
         runtime: A `Runtime`.
-        normalize: A row of `NORMALIZATIONS`; None leaves the model as it is, and takes for a
-            quantized input the row whose numbers have the range that it was quantized for.
+        normalize: A row of `NORMALIZATIONS`. None leaves the model unchanged; for a quantized
+            input it selects the row whose numbers have the range of that input.
 
     Raises:
-        InputError: If the model takes raw images already, or its quantized input has the range
-            of no row.
+        InputError: If the model takes raw images already, or no row has the range of its
+            quantized input.
     """
     if normalize is None and runtime.input_range is None:
         return runtime
     shape = runtime.input.shape
     if len(shape) != 4 or shape[-1] not in (1, 3):
-        return runtime  # takes no images: `Predictor` says so
+        return runtime  # `Predictor` refuses it: it takes no images
     normalize = normalize or _find_by_range(runtime)
     if isinstance(runtime, KerasRuntime):
         model = with_normalization(runtime.model, normalize)
@@ -45,13 +45,13 @@ def _find_by_range(runtime):
                 return name
     low, high = runtime.input_range
     raise InputError(
-        f"{runtime.name}: its quantized input stands for numbers from {low:.4g} to {high:.4g}: "
-        f"name how images are normalised with --normalize, one of {', '.join(NORMALIZATIONS)}"
+        f"{runtime.name}: its quantized input represents numbers from {low:.4g} to {high:.4g}, as "
+        f"no normalisation does: name one with --normalize, of {', '.join(NORMALIZATIONS)}"
     )
 
 
 class NormalizedRuntime(Runtime):
-    """A model of floats that is asked with raw images; see `Runtime`.
+    """A model of normalised floats that gets raw images; see `Runtime`.
 
     Args:
         runtime: The `Runtime` of the model.
@@ -63,8 +63,8 @@ class NormalizedRuntime(Runtime):
         super().__init__(runtime.path, metadata, runtime.threads)
         if "float" not in runtime.input.dtype:
             raise InputError(
-                f"{self.name}: it takes {runtime.input.dtype}, and floats alone are normalised: "
-                f"leave --normalize {normalize} out"
+                f"{self.name}: --normalize needs a model that takes floats, this one takes "
+                f"{runtime.input.dtype}: leave --normalize {normalize} out"
             )
         self._runtime = runtime
         self.format, self.operators = runtime.format, runtime.operators
@@ -82,5 +82,5 @@ class NormalizedRuntime(Runtime):
         return self._runtime.call(floats[..., :: self._step].astype(self._runtime.input.dtype))
 
     def close(self):
-        """Closes the model's own runtime."""
+        """Closes the runtime of the model."""
         self._runtime.close()

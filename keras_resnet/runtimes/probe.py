@@ -72,7 +72,8 @@ class Prober:
             InputError: If the model is refused there, or the process ends, runs out of memory,
                 or does not answer in time.
         """
-        if self._remote is None:
+        if self._remote is None or not self._remote.is_alive():
+            self.close()
             self._remote = remote.Remote(
                 f"{__name__}:Trial",
                 timeout=self.seconds,
@@ -90,7 +91,6 @@ class Prober:
                 seconds=2 * self.seconds,
             )
         except remote.RemoteError as error:
-            self.close()
             raise InputError(f"{path}: damaged or hostile: {error} on loading it") from None
 
 

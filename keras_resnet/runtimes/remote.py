@@ -84,6 +84,10 @@ class Remote:
     def __exit__(self, *_):
         self.close()
 
+    def is_alive(self):
+        """Returns whether the process is running."""
+        return self._process.poll() is None
+
     def close(self):
         """Ends the process, whatever it is doing, and waits until it has ended."""
         self._process.kill()
@@ -105,8 +109,8 @@ class Remote:
 
         Raises:
             InputError: If the method raised one.
-            RemoteError: If it raised another error, or the process ended or took too long. The
-                process has ended then in the last two cases.
+            RemoteError: If it raised another error, or the process ended or took too long. In the
+                last two cases no further calls are possible.
         """
         answer = None
         start = time.monotonic()
@@ -120,7 +124,7 @@ class Remote:
             late = self._timeout and time.monotonic() - start >= self._timeout
         finally:
             timer.cancel()
-            if answer is None:  # also on Ctrl-C: the next answer would be that to this call
+            if answer is None:  # also on Ctrl-C: a later call would get the answer to this one
                 self.close()
         if answer is None:
             raise RemoteError(f"the process {self._fate(late)}")
@@ -158,11 +162,12 @@ def _receive(stream):
     if not line:
         raise EOFError
     message, *form = json.loads(line)
-    for dtype, shape in form:
-        size = np.dtype(dtype).itemsize * math.prod(shape)
-        # It refuses types that hold Python objects.
-        return [message, np.frombuffer(stream.read(size), dtype).reshape(shape)]
-    return [message]
+    if not form:
+        return [message]
+    ((dtype, shape),) = form
+    content = stream.read(np.dtype(dtype).itemsize * math.prod(shape))
+    # `frombuffer` refuses types that hold Python objects.
+    return [message, np.frombuffer(content, dtype).reshape(shape)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def serve(target, arguments, blocked):
         arguments: See `Remote`.
         blocked: See `Remote`.
     """
-    # Ctrl-C reaches the caller, too, who ends this process.
+    # Ctrl-C also reaches the caller, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # text that a library prints must not come between the answers
@@ -202,10 +207,10 @@ def serve(target, arguments, blocked):
 
 
 def _read_requests(requests):
-    with contextlib.suppress(EOFError):
+    # An error means that the caller has ended, perhaps in the middle of a call.
+    with contextlib.suppress(Exception):
         while True:
             requests.put(_receive(sys.stdin.buffer))
-    # The caller has ended, perhaps in the middle of a call.
     os._exit(0)
 
 

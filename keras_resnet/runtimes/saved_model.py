@@ -168,7 +168,7 @@ def load_signature(path):
     except Exception as error:
         raise InputError(f"{path}: cannot be loaded: {reason(error)}") from error
     if SIGNATURE not in signatures:
-        raise InputError(f"{path}: it must have the signature {SIGNATURE}, has {list(signatures)}")
+        raise InputError(f"{path}: it must have the signature {SIGNATURE}, got {list(signatures)}")
     return loaded, signatures[SIGNATURE]
 
 

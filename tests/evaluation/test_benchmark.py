@@ -317,8 +317,16 @@ def test_nothing_that_runs_is_an_error(light):
     (light / "model.tflite").write_text("no model")
     write_manifest(light, ["model.tflite"])
     (light.parent / SOURCE).unlink()
-    with pytest.raises(InputError, match="no candidate could be measured: "):
+    with pytest.raises(InputError, match="no candidate runs: "):
         benchmark(light, rounds=1, threads=1)
+
+
+def test_an_export_without_candidates_is_an_error(light, run_dir):
+    shutil.copytree(run_dir / "export" / "saved_model", light / "saved_model")
+    write_manifest(light, ["saved_model"])
+    (light.parent / SOURCE).unlink()
+    with pytest.raises(InputError, match=r"no candidate runs: .* pass --trust"):
+        benchmark(light)
 
 
 def test_a_changed_source_takes_no_part(light):

@@ -186,7 +186,7 @@ def test_custom_operators_of_a_tflite_file_are_refused(tmp_path, prober):
 
 
 def test_a_tflite_file_with_two_outputs_is_refused(tmp_path, prober):
-    refuse(write_tflite(tmp_path, two_outputs), "must have one output, this one has 2", prober)
+    refuse(write_tflite(tmp_path, two_outputs), "must have one output, got 2", prober)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def second_input(model, folder):
         (custom_node, r"custom operators \(com\.microsoft\.Gelu\) are refused"),
         (custom_in_subgraph, r"custom operators \(org\.example\.Identity\) are refused"),
         (local_function, r"custom operators \(org\.example\.Mine\) are refused"),
-        (second_input, "must have one input, this one has 2"),
+        (second_input, "must have one input, got 2"),
     ],
 )
 def test_onnx_files_that_reach_further_are_refused(exports, tmp_path, prober, change, reason):

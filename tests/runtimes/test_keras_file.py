@@ -1,4 +1,4 @@
-"""Keras models of all kinds: what goes in, and what comes out."""
+"""Keras models of all kinds: their inputs and outputs."""
 
 import keras
 import numpy as np
@@ -120,7 +120,7 @@ def test_one_named_output_is_one_and_several_are_named(form):
     (own,) = keras.tree.flatten(model(IMAGES, training=False))
     assert Predictor(model)(IMAGES) == pytest.approx(np.asarray(own), abs=1e-6)
     several = model_of(lambda x: outputs(x, ["label", "box"]))
-    with pytest.raises(InputError, match="give one output, it has 2") as error:
+    with pytest.raises(InputError, match="give one output, got 2") as error:
         Predictor(several)
     chosen = "label" if form is dict else 0
     assert f"model.output[{chosen!r}])`" in str(error.value)

@@ -1,4 +1,4 @@
-"""Models of floats, and quantized ones, asked with raw images."""
+"""Models of floats, and quantized ones, that get raw images."""
 
 import keras
 import numpy as np
@@ -66,7 +66,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 @pytest.mark.parametrize("name", ["1/255", "0-255", "inception"])
-def test_a_quantized_input_is_asked_by_its_scale_and_zero_point(dtype, name, files):
+def test_a_quantized_input_is_normalised_by_its_scale_and_zero_point(dtype, name, files):
     path, expected = files(dtype, name)
     assert load(path)(IMAGES) == pytest.approx(expected, abs=0.02)
     assert load(path, normalize=name)(IMAGES) == pytest.approx(expected, abs=0.02)
@@ -75,10 +75,10 @@ def test_a_quantized_input_is_asked_by_its_scale_and_zero_point(dtype, name, fil
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
 @pytest.mark.parametrize("name", ["imagenet", "caffe"])
-def test_a_quantized_input_of_another_range_is_asked_for(dtype, name, files):
+def test_a_quantized_input_of_another_range_needs_a_name(dtype, name, files):
     path, expected = files(dtype, name)
     with pytest.raises(
-        InputError, match=r"stands for numbers from -\S+ to \S+: name how"
+        InputError, match=r"represents numbers from -\S+ to \S+, as no normalisation does: name one"
     ) as caught:
         load(path)
     assert "\n" not in str(caught.value)
@@ -86,7 +86,7 @@ def test_a_quantized_input_of_another_range_is_asked_for(dtype, name, files):
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)
-def test_a_file_of_floats_is_asked_as_it_is_named(name, files):
+def test_a_file_of_floats_is_normalised_by_name(name, files):
     path, expected = files("float32", name)
     assert load(path, normalize=name)(IMAGES) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(InputError, match="name their normalisation with --normalize"):
@@ -113,7 +113,7 @@ def test_what_takes_images_is_not_normalised(small_model, tmp_path):
         [serve.get_concrete_function()], module
     )
     (tmp_path / "model.tflite").write_bytes(converter.convert())
-    with pytest.raises(InputError, match="it takes uint8, and floats alone are normalised"):
+    with pytest.raises(InputError, match="needs a model that takes floats, this one takes uint8"):
         load(tmp_path / "model.tflite", normalize="1/255")
     assert load(tmp_path / "model.tflite")(IMAGES).shape == (9, 3)
 

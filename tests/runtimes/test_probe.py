@@ -106,6 +106,14 @@ def test_a_crash_is_an_error_and_the_next_file_is_tried(tmp_path, exports):
         assert open_runtime(exports / "model.tflite", prober=prober).run(images).shape == (2, 10)
 
 
+def test_a_child_that_ended_between_two_files_is_replaced(exports):
+    with Prober() as prober:
+        open_runtime(exports / "model.tflite", prober=prober)
+        os.kill(prober._remote.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, prober._remote.pid, os.WEXITED | os.WNOWAIT)
+        assert open_runtime(exports / "model.onnx", prober=prober).output.shape == (None, 10)
+
+
 def _cpu_seconds(pid):
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -192,7 +192,7 @@ def test_metadata_must_fit_the_output(tmp_path, prober, kind):
     content = (tmp_path / "a.onnx").read_bytes()
     content = checksums.add_onnx_checksum(content, {"output_kind": kind})
     (tmp_path / "a.onnx").write_bytes(content)
-    with pytest.raises(InputError, match="damaged: its metadata say the output kind"):
+    with pytest.raises(InputError, match="damaged: its metadata state the output kind"):
         load(tmp_path / "a.onnx", prober=prober)
 
 
@@ -209,7 +209,7 @@ def test_several_outputs_are_named(tmp_path):
 
     module.both, module.one = serve(["label", "box"]), serve(["label"])
     tf.saved_model.save(module, tmp_path / "both", signatures={"serving_default": module.both})
-    with pytest.raises(InputError, match=r"must have one output, this one has 2 \(box, label\)"):
+    with pytest.raises(InputError, match=r"must have one output, got 2 \(box, label\)"):
         open_runtime(tmp_path / "both", trust=True)
     tf.saved_model.save(module, tmp_path / "one", signatures={"serving_default": module.one})
     predictor = load(tmp_path / "one", trust=True)
@@ -242,7 +242,7 @@ def test_channels_that_come_first_are_named(normalize, tmp_path, prober):
         load(tmp_path / "a.onnx", normalize=normalize, prober=prober)
 
 
-def test_cards_may_say_that_no_images_are_taken(exports, opened):
+def test_metadata_may_state_that_no_images_are_taken(exports, opened):
     with pytest.raises(InputError, match="it takes floats that are normalised already"):
         Predictor(opened["tflite"], {"takes_raw_images": False})
 

@@ -42,8 +42,8 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
     The Keras model that they were made from is measured too, if it still exists, and the network
     of Dive into Deep Learning (d2l) in PyTorch with the same weights, if PyTorch is installed and
     the book has such a network. Each candidate lives in a process of its own, which is idle while
-    another is measured; all must answer the export's reference images, so that none can win by
-    being wrong.
+    another runs; the answers of all to the export's reference images are compared, so that none
+    can win by being wrong.
 
     Args:
         folder: An export's folder, with its manifest.json.
@@ -79,11 +79,13 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
         images = str(Path(scratch) / "images.npy")
         np.save(images, reference)
         candidates, left_out = find_all(folder, manifest, scratch, torch, trust)
+        if not candidates:
+            raise InputError(f"{folder}: no candidate runs: {left_out[0]['reason']}")
         entries = [_Entry(candidate) for candidate in candidates]
-        idle_load = _measure(entries, images, probabilities, settings, rounds, timeout)
+        idle_load = _run_turns(entries, images, probabilities, settings, rounds, timeout)
     rows = [entry.row() for entry in entries]
     if all("failed" in row for row in rows):
-        raise InputError(f"{folder}: no candidate could be measured: {rows[0]['failed']}")
+        raise InputError(f"{folder}: no candidate runs: {rows[0]['failed']}")
     surroundings = describe_surroundings()
     report = {
         "benchmark_version": 1,
@@ -124,11 +126,11 @@ def _read_reference(folder, manifest):
 # ----------------------------------------------------------------------------------------------
 
 
-def _measure(entries, images, probabilities, settings, rounds, timeout):
+def _run_turns(entries, images, probabilities, settings, rounds, timeout):
     """Measures all candidates in turns; returns the processor's load between the turns.
 
-    The settings of threads are measured one after the other, since most runtimes fix theirs when
-    they start: half as many processes are in memory at a time.
+    Most runtimes fix their number of threads when they start. The settings of threads come one
+    after the other, so that half as many processes are in memory at a time.
     """
     batches = {threads: BATCHES if threads == settings[-1] else (1,) for threads in settings}
     steps = len(entries) * sum(2 + rounds * len(sizes) for sizes in batches.values())
@@ -140,7 +142,7 @@ def _measure(entries, images, probabilities, settings, rounds, timeout):
                 take_turns(_Entry.start, stack, threads, images, timeout)
                 for _ in range(rounds):
                     for batch in batches[threads]:
-                        take_turns(_Entry.measure, batch, threads)
+                        take_turns(_Entry.time_calls, batch, threads)
                 take_turns(_Entry.compare, probabilities)
     busy, whole = np.sum(loads, axis=0)
     return float(busy / whole) if whole else None
@@ -201,14 +203,14 @@ class _Entry:
         path, options = str(self.candidate.path), self.candidate.options
         self.figures["runtime"] = self.remote.call("load", path=path, options=options)
         self.figures["load_ms"] = self.remote.seconds * 1e3
-        self.remote.call("measure", batch=1, seconds=0, least=1)
+        self.remote.call("time_calls", batch=1, seconds=0, least=1)
         self.figures["peak_memory_bytes"] = self.remote.call("peak_memory")
 
-    def measure(self, batch, threads):
-        """Times single calls of `batch` images."""
+    def time_calls(self, batch, threads):
+        """Takes the times of calls of `batch` images."""
         if self.candidate.batch in (None, batch):
             calls = self.remote.call(
-                "measure", batch=batch, seconds=TURN_SECONDS, least=LEAST_CALLS[batch]
+                "time_calls", batch=batch, seconds=TURN_SECONDS, least=LEAST_CALLS[batch]
             )
             self.calls.setdefault((threads, batch), []).append(calls)
 

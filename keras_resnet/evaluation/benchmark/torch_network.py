@@ -20,7 +20,7 @@ class Residual(nn.Module):
         self.conv3 = nn.Conv2d(in_channels, channels, 1, stride=strides) if use_1x1conv else None
 
     def forward(self, x):
-        """Returns the sum of both paths, through a ReLU."""
+        """Returns the ReLU of the sum of both paths."""
         branch = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
         return torch.relu(branch + (x if self.conv3 is None else self.conv3(x)))
 
@@ -69,8 +69,8 @@ def load(path, channels, stages, num_classes, image_size, mean, std, channels_la
             is faster on CPUs than its default.
 
     Returns:
-        A function: uint8 images, (batch, height, width, channels), to probabilities, both NumPy
-        arrays.
+        A function from uint8 images, (batch, height, width, channels), to probabilities, both
+        NumPy arrays.
     """
     net = build(channels, stages, num_classes)
     with np.load(path, allow_pickle=False) as state:

@@ -98,8 +98,8 @@ class Worker:
         self._run = self._open(path, self._threads, **options)
         return self._version
 
-    def measure(self, batch, seconds, least):
-        """Returns the times of single calls of `batch` images: at least `least` and `seconds`."""
+    def time_calls(self, batch, seconds, least):
+        """Returns the times of at least `least` calls of `batch` images, or of all in `seconds`."""
         images = np.resize(self._images[:batch], (batch, *self._images.shape[1:]))
         warm = time.perf_counter() + WARM_UP_SECONDS
         self._run(images)  # the first call of a size allocates and compiles
