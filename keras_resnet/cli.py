@@ -248,6 +248,7 @@ def _launch(args):
     from keras_resnet.distribution import launch
 
     words = args.worker_command[args.worker_command[:1] == ["--"] :]
+    words = words[words[:1] == ["keras-resnet"] :]
     if not words:
         raise InputError("`launch` needs a command, got none: keras-resnet launch -n 2 -- train …")
     again = []

@@ -316,6 +316,7 @@ def test_data_that_one_worker_cannot_load_end_all(fashion_folder, tmp_path, star
     [
         (("launch", "-n", 2, "--restart", 1, "--", "train"), "unrecognized arguments: --restart"),
         (("launch", "-n", 2, "--", "train", "--epoch", 1), "unrecognized arguments: --epoch"),
+        (("launch", "-n", 2, "keras-resnet", "train", "--x"), "unrecognized arguments: --x"),
         (("launch", "-n", 2, "--", "train", "--restarts", 1), "unrecognized arguments: --restarts"),
         (("train", "--restarts", 1), "unrecognized arguments: --restarts"),
         (("launch", "--", "train"), "arguments are required: -n"),
