@@ -1,4 +1,4 @@
-"""The recipes, as data: how a network is trained. Adding one is adding a row."""
+"""The recipes for training a network, as data. To add a recipe, add a row."""
 
 import dataclasses
 
@@ -10,18 +10,18 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
-        description: What it is for, one line.
+        description: Its purpose, one line.
         epochs: Passes over the training images.
-        batch_size: Images a step.
+        batch_size: Images per step.
         image_size: Height and width that images are resized to, in pixels.
-        learning_rate: The rate; with a schedule, its peak.
+        learning_rate: The learning rate; with a schedule, its peak.
         optimizer: A row of `trainer.OPTIMIZERS`.
         schedule: A row of `trainer.SCHEDULES`: "constant", "warmup" (constant after a linear
-            warm-up), or "cosine" (after one, too).
-        warmup: Share of all steps in which the rate rises from zero; "constant" has none.
+            warm-up), or "cosine" (after a linear warm-up).
+        warmup: Share of all steps in which the rate rises from zero; not used by "constant".
         augmentation: Rows of `preprocessing.AUGMENTATIONS`.
         variant: A row of `models.VARIANTS`.
-        stem: A row of `models.STEMS`; None is the network's own.
+        stem: A row of `models.STEMS`; by default that of the network.
     """
 
     description: str
@@ -77,18 +77,18 @@ def override(recipe, settings):
 
 
 WARMUP_EPOCHS = 5
-"""Epochs in which the rate of a scaled batch rises: Goyal et al. 2017, section 2.2."""
+"""Epochs of warm-up for a scaled batch: Goyal et al. 2017, section 2.2."""
 
 
 def scale_batch(recipe, replicas):
     """Returns a recipe for more replicas: batch size and learning rate times their number.
 
-    The rate rises to its new height over `WARMUP_EPOCHS`, or over a fifth of a shorter run; a
-    recipe that has a warm-up keeps its own if that is longer.
+    The rate rises to its new value over `WARMUP_EPOCHS`, or over a fifth of a shorter run. A recipe
+    with a longer warm-up keeps it.
 
     Args:
         recipe: A `Recipe`, for one replica.
-        replicas: How many there are.
+        replicas: The number of replicas.
 
     Returns:
         A `Recipe`.

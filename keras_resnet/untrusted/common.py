@@ -20,7 +20,7 @@ def check_regular_file(path, kind):
 
     Args:
         path: The file; a leading ~ is replaced.
-        kind: What the file must be, for messages: "checkpoint", "model".
+        kind: The kind of file, for messages: "checkpoint", "model".
 
     Returns:
         `path` as a `pathlib.Path`.

@@ -21,8 +21,8 @@ MIN_TORCH = (2, 10)
 See CVE-2025-32434 and CVE-2026-24747.
 """
 
-STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
-"""The first bytes: of a ZIP archive, and of the format before PyTorch 1.6."""
+STARTS = (b"PK\x03\x04", b"\x80")
+"""The first bytes: of a ZIP archive, and of a pickle, the format before PyTorch 1.6."""
 
 DAMAGED = "cannot be read, fetch or write it anew"
 

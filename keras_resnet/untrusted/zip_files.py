@@ -14,7 +14,7 @@ _FOLDER = 16  # the bit of a member's attributes that marks it as a folder
 
 @contextlib.contextmanager
 def opened(path, reason="damaged"):
-    """Opens a ZIP archive; see `refusing` for what happens to errors in the block.
+    """Opens a ZIP archive, and handles errors in the block as `refusing` does.
 
     Args:
         path: The file.

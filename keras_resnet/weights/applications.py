@@ -19,7 +19,7 @@ from keras_resnet.untrusted.hdf5_files import check_hdf5, claimed_bytes
 from keras_resnet.untrusted.zip_files import check_members, opened, read_member
 from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.files import expand_user
-from keras_resnet.weights.checkpoint import READ_AS, dtype_error, is_counter, to_tensors
+from keras_resnet.weights.checkpoint import READ_AS, dtype_error, to_tensors
 
 _DAMAGED = "cannot be read as weights of keras.applications"
 
@@ -193,7 +193,7 @@ def _read(path, pairs):
 
 def _checked(label, pairs):
     """Returns the pairs of names and arrays as `Tensors`, if each has a name of its own."""
-    names = collections.Counter(name for name, _ in pairs if not is_counter(name))
+    names = collections.Counter(name for name, _ in pairs)
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
         raise InputError(

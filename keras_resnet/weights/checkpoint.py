@@ -29,6 +29,7 @@ READ_AS = {
     "float64": "float64",
 }
 _SAFETENSORS_DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+_SUFFIXES = (".safetensors", ".pth", ".pt")
 _WRITTEN = {"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"}
 
 # Counters beside the weights: of BatchNorm (used only with `momentum=None`), of
@@ -96,7 +97,18 @@ def read_checkpoint(source):
         )
     path = check_regular_file(source, "checkpoint")
     with refusing(path, torch_files.DAMAGED):
-        return _find_tensors(path, _find_reader(path)(path), path.stat().st_size)
+        with open(path, "rb") as file:
+            start = file.read(16)
+        if start[8:9] == b"{":  # after the length of the header, which is JSON
+            content = _read_safetensors(path)
+        elif start.startswith(torch_files.STARTS):
+            content = torch_files.read_torch(path)
+        else:
+            raise InputError(
+                f"{path}: is neither a safetensors file nor one that torch.save wrote, or it is "
+                "damaged; save `model.state_dict()` with torch.save"
+            )
+        return _find_tensors(path, content, path.stat().st_size)
 
 
 def write_checkpoint(tensors, path):
@@ -122,10 +134,11 @@ def write_checkpoint(tensors, path):
         {'fc.bias': array([1., 2.], dtype=float32)}
     """
     path = expand_user(path)
-    if path.suffix.lower() not in _ENCODERS:
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
         raise InputError(
-            f"{path}: a checkpoint's name must end in {', '.join(_ENCODERS)}, "
-            f"got {path.suffix or 'no suffix'}"
+            f"{path}: a checkpoint's name must end in {', '.join(_SUFFIXES)}, "
+            f"got {suffix or 'no suffix'}"
         )
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; make it first")
@@ -135,28 +148,15 @@ def write_checkpoint(tensors, path):
             f"entry, got {type(tensors).__name__}"
         )
     arrays = {name: _writable(path, name, value) for name, value in tensors.items()}
-    data = _ENCODERS[path.suffix.lower()](path, arrays)
+    if suffix == ".safetensors":
+        # Loaders of the Hugging Face libraries refuse a file without this entry.
+        data = safetensors_bytes(arrays, metadata={"format": "pt"})
+    else:
+        torch, buffer = torch_files.import_torch(path), io.BytesIO()
+        torch.save({name: torch.tensor(array) for name, array in arrays.items()}, buffer)
+        data = buffer.getbuffer()
     with replacing(path) as temporary:
         temporary.write_bytes(data)
-
-
-def _find_reader(path):
-    """Returns the function that reads a file, by its first bytes.
-
-    The suffix chooses the reader, and so the error, only for a file of neither format.
-    """
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if start.startswith(torch_files.STARTS):
-        return torch_files.read_torch
-    if start[8:9] == b"{":  # after the length of the header, which is JSON
-        return _read_safetensors
-    if path.suffix.lower() not in _READERS:
-        raise InputError(
-            f"{path}: is neither a safetensors file nor one that torch.save wrote; a damaged one "
-            f"must end in {', '.join(_READERS)}, got {path.suffix or 'no suffix'}"
-        )
-    return _READERS[path.suffix.lower()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def to_tensors(label, state, stored=math.inf):
     for name, value in state.items():
         if not isinstance(name, str):
             raise InputError(f"{label}: the tensors' names must be strings, got {name!r:.80}")
-        if is_counter(name):
+        if name.rpartition(".")[2] in _COUNTERS:
             continue
         dtype = _dtype_name(value)
         if dtype is None:
@@ -251,11 +251,6 @@ def _is_state_dict(value):
         isinstance(name, str) and _dtype_name(entry) in READ_AS and len(entry.shape) > 0
         for name, entry in value.items()
     )
-
-
-def is_counter(name):
-    """Returns whether a tensor of this name is a counter, which no network of ours has."""
-    return name.rpartition(".")[2] in _COUNTERS
 
 
 def _dtype_name(value):
@@ -328,24 +323,3 @@ def _writable(path, name, value):
         )
     # safetensors writes the bytes in memory order, also of a transposed array.
     return np.asarray(value, value.dtype.newbyteorder("="), order="C")
-
-
-def _encode_safetensors(path, arrays):
-    # Loaders of the Hugging Face libraries refuse a file without this entry.
-    return safetensors_bytes(arrays, metadata={"format": "pt"})
-
-
-def _encode_torch(path, arrays):
-    torch = torch_files.import_torch(path)
-    buffer = io.BytesIO()
-    torch.save({name: torch.tensor(array) for name, array in arrays.items()}, buffer)
-    return buffer.getbuffer()
-
-
-_READERS = {
-    ".safetensors": _read_safetensors,
-    ".pth": torch_files.read_torch,
-    ".pt": torch_files.read_torch,
-    ".bin": torch_files.read_torch,
-}
-_ENCODERS = {".safetensors": _encode_safetensors, ".pth": _encode_torch, ".pt": _encode_torch}

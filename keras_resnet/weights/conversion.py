@@ -4,30 +4,14 @@ import os
 from pathlib import Path
 
 from keras_resnet import archive
-from keras_resnet.models import SPECS, STEMS, VARIANTS, build_resnet, count_parameters
+from keras_resnet.models import SPECS, build_resnet, count_parameters
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
 from keras_resnet.utils.errors import InputError, check_count, look_up, one_line
 from keras_resnet.utils.files import expand_user
-from keras_resnet.weights.layouts import LAYOUTS
 from keras_resnet.weights.sources import open_source
 
 # The size that raw images are resized to by default: weights of ImageNet expect it.
 _IMAGE_SIZE = 224
-
-
-def _check_options(model, variant, stem, layout, normalize, num_classes, image_size):
-    look_up(SPECS, model, "model")
-    for table, key, argument in (
-        (VARIANTS, variant, "variant"),
-        (STEMS, stem, "stem"),
-        (LAYOUTS, layout, "layout"),
-        (NORMALIZATIONS, normalize, "normalize"),
-    ):
-        if key is not None:
-            look_up(table, key, argument)
-    for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
-        if value is not None:
-            check_count(argument, value)
 
 
 def _check_out(source, out):
@@ -40,8 +24,6 @@ def _check_out(source, out):
         raise InputError(f"{path}: is a folder; name a file in it")
     if not os.path.isdir(path.parent):
         raise InputError(f"{path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written: no permission in {path.parent}")
     named = isinstance(source, (str, os.PathLike)) and os.path.exists(source)
     if named and os.path.exists(path) and os.path.samefile(path, source):
         raise InputError(f"{path}: is the checkpoint itself; name another file for the model")
@@ -124,7 +106,12 @@ def convert(
         >>> found["layout"], found["num_classes"], found["tensors"], found["parameters"]
         ('torchvision', 10, 17, 950)
     """
-    _check_options(model, variant, stem, layout, normalize, num_classes, image_size)
+    look_up(SPECS, model, "model")
+    if normalize is not None:
+        look_up(NORMALIZATIONS, normalize, "normalize")
+    for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if value is not None:
+            check_count(argument, value)
     out = _check_out(source, out)
     source = open_source(source, layout)
     if source.own_layout:

@@ -39,7 +39,7 @@ _TORCH = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a library names the weights, and in what order it keeps their axes.
+    """The names that a library gives the weights, and the order of their axes.
 
     Attributes:
         description: Where it comes from, one line.
@@ -51,9 +51,9 @@ class Layout:
             normalisations of a branch, conv1, bn1, …, need no entry where they have the same name.
         variables: The variable's name -> the end of their name.
         channels_first: Whether kernels have PyTorch's order of axes.
-        dense_as_conv: Our Dense layers that are 1×1 convolutions there.
+        dense_as_conv: Dense layers of ours that are 1×1 convolutions in the library.
         marker: A pattern that at least one name in every network of this layout matches.
-        also: Further variants that its library builds, from the same names and shapes.
+        also: Further variants that the library builds with the same names and shapes.
     """
 
     description: str

@@ -377,21 +377,22 @@ def flipped(data, where):
 HUNDRED = torch_file({"w": torch.ones(100)})
 CODE = "refused: it holds"
 NOT_TENSORS = "no file of tensors that PyTorch wrote"
+NEITHER = "is neither a safetensors file nor one that torch.save wrote"
 # The text after it differs between versions of the libraries.
 DAMAGED = "cannot be read, fetch or write it anew: "
 
 FILES = {
     "empty": ("a.safetensors", b"", "is empty"),
     "empty pth": ("a.pth", b"", "is empty"),
-    "wrong suffix": ("a.h5", b"x", "must end in .safetensors, .pth, .pt, .bin, got .h5"),
-    "no suffix": ("weights", b"x", "got no suffix"),
-    "garbage": ("a.safetensors", b"garbage " * 20, DAMAGED),
-    "7 bytes": ("a.safetensors", b"\0" * 7, DAMAGED),
+    "wrong suffix": ("a.h5", b"x", NEITHER),
+    "no suffix": ("weights", b"x", NEITHER),
+    "garbage": ("a.safetensors", b"garbage " * 20, NEITHER),
+    "7 bytes": ("a.safetensors", b"\0" * 7, NEITHER),
     "huge header": ("a.safetensors", safetensors_file({}, length=2**62), DAMAGED),
     "long header": ("a.safetensors", safetensors_file({}, length=99_000_000), DAMAGED),
     "not JSON": ("a.safetensors", safetensors_file(b"{w:"), DAMAGED),
-    "not UTF-8": ("a.safetensors", safetensors_file(b"\xff\xfe{}"), DAMAGED),
-    "JSON list": ("a.safetensors", safetensors_file(b"[]"), DAMAGED),
+    "not UTF-8": ("a.safetensors", safetensors_file(b"\xff\xfe{}"), NEITHER),
+    "JSON list": ("a.safetensors", safetensors_file(b"[]"), NEITHER),
     "cut": ("a.safetensors", safetensors_file(entry(), b"\0\0"), DAMAGED),
     "too long": ("a.safetensors", safetensors_file(entry(), b"\0" * 9), DAMAGED),
     "offsets outside": (
@@ -438,8 +439,8 @@ FILES = {
         safetensors_file(entry("BF16", offsets=[0, 2]), b"\x80\x7f"),
         "'w' holds NaN or infinity",
     ),
-    "garbage pth": ("a.pth", b"garbage " * 20, NOT_TENSORS),
-    "garbage bin": ("a.bin", b"garbage " * 20, NOT_TENSORS),
+    "garbage pth": ("a.pth", b"garbage " * 20, NEITHER),
+    "garbage bin": ("a.bin", b"garbage " * 20, NEITHER),
     "plain pickle": ("a.pth", pickle.dumps({"w": 1}), NOT_TENSORS),
     "cut pth": ("a.pth", HUNDRED[:-100], DAMAGED),
     "cut old pth": (
@@ -549,7 +550,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, recwarn, name, data, 
     ],
     ids=["missing", "folder", "pipe", "link to itself"],
 )
-@pytest.mark.parametrize("suffix", checkpoint._READERS)
+@pytest.mark.parametrize("suffix", [*WRITTEN, ".bin"])
 def test_a_path_that_is_no_file_is_refused(tmp_path, make, expected, suffix):
     path = tmp_path / f"model{suffix}"
     make(path)
