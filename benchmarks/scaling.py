@@ -40,7 +40,7 @@ import tensorflow as tf
 from keras_resnet import SPECS, Spec, Split, build_resnet, with_preprocessing
 from keras_resnet.distribution import Shards, choose_strategy
 from keras_resnet.training.precision import POLICIES
-from keras_resnet.training.run_folder import describe_surroundings
+from keras_resnet.utils.environment import describe_environment
 from keras_resnet.utils.errors import InputError, check_count
 from keras_resnet.utils.files import write_json
 from keras_resnet.utils.tables import Column, format_table
@@ -307,7 +307,7 @@ def main():
         parser.exit(2, f"{error}\n")
     found = {
         "date": str(datetime.date.today()),
-        **describe_surroundings(),
+        **describe_environment(),
         "settings": {name: value for name, value in vars(args).items() if name != "out"},
         **sizes,
         **summarize(rounds, args.batch_size, sizes["gradient_bytes"]),

@@ -17,9 +17,8 @@ from keras_resnet.exporters.graph import Serving
 from keras_resnet.exporters.source import open_source
 from keras_resnet.exporters.verify_artifact import INCONCLUSIVE, measure_latency, verify_artifact
 from keras_resnet.runtimes.base import OUTPUT_KIND_KEY
-from keras_resnet.training import run_folder
 from keras_resnet.untrusted.manifest import MANIFEST, SPLIT_OPTIONS, VERSION, digest, read_manifest
-from keras_resnet.utils import files
+from keras_resnet.utils import environment, files
 from keras_resnet.utils.errors import ExportError, InputError
 
 TOOLS = ("tensorflow", "tf2onnx", "onnx", "onnxruntime", "ai-edge-litert")
@@ -110,7 +109,7 @@ def export(
     folder = folders.check_target(folder or source.folder)
     data, split, options = load_data(source.predictor, dataset, **data_options)
     serving = Serving(source.predictor.model, preprocessing, _image_size(data, split))
-    run_folder.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
+    files.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
     needs_calibration = any(PRECISIONS[each.precision].is_calibrated for each in artifacts)
     calibration = calibration_images(serving, data, options) if needs_calibration else None
     metadata = _make_metadata(source, data, serving)
@@ -201,7 +200,7 @@ def _make_metadata(source, data, serving):
 
 def _make_manifest(source, job, data, split, options, reference):
     """Returns the manifest without artifacts; measures the latency of the Keras model."""
-    surroundings = run_folder.describe_surroundings()
+    described = environment.describe_environment()
     parameters = job.serving.model.count_params()
     takes_floats = not source.predictor.runtime.input.dtype.startswith(("int", "uint"))
     latency = measure_latency(job.serving.runtime, split.images[np.arange(1)])
@@ -210,8 +209,8 @@ def _make_manifest(source, job, data, split, options, reference):
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "model": {"name": source.predictor.model.name, "parameters": parameters},
         "source": source.record,
-        "tool_versions": run_folder.versions(*TOOLS),
-        "machine": {**surroundings["machine"], "git_commit": surroundings["git_commit"]},
+        "tool_versions": environment.versions(*TOOLS),
+        "machine": {**described["machine"], "git_commit": described["git_commit"]},
         "class_names": job.metadata["class_names"],
         "data": {
             "dataset": data.name,
@@ -224,7 +223,7 @@ def _make_manifest(source, job, data, split, options, reference):
         "keras": {
             "accuracy": reference.accuracy,
             # Keras computes in the threads of this process.
-            "latency_ms": {str(run_folder.cores()): latency},
+            "latency_ms": {str(environment.cores()): latency},
             "twin": reference.twin,
             "note": references.describe_chance(reference, takes_floats),
         },

@@ -13,8 +13,9 @@ from keras_resnet.evaluation.inference import Predictor, resolve_model_path
 from keras_resnet.runtimes import open_runtime
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.runtimes.normalized import normalized
-from keras_resnet.training import run_folder
+from keras_resnet.training.run_folder import CONFIG
 from keras_resnet.untrusted.manifest import digest
+from keras_resnet.utils import environment
 from keras_resnet.utils.errors import InputError
 
 
@@ -36,7 +37,7 @@ class Source:
     def provenance(self):
         """The record as strings, for the metadata of a file."""
         known = {**self.record.get("run", {}), "source_sha256": self.record["sha256"]}
-        known["keras_resnet_version"] = run_folder.versions()["keras-resnet-edge"]
+        known["keras_resnet_version"] = environment.versions()["keras-resnet-edge"]
         return {name: str(value) for name, value in known.items() if value is not None}
 
 
@@ -78,7 +79,7 @@ def open_source(model, normalize=None):
 def _describe_run(run_dir):
     """Returns model, seed, commit, command and recipe of a run, as far as its config has them."""
     try:
-        config = json.loads((run_dir / run_folder.CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
         recipe = config.get("recipe", {}).get("name")
         known = {name: config.get(name) for name in ("model", "seed", "git_commit", "command")}
     except (OSError, ValueError, AttributeError):  # the export does not need it

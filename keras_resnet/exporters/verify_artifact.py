@@ -15,8 +15,8 @@ from keras_resnet.evaluation.inference import to_probabilities
 from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS
 from keras_resnet.runtimes import Tensor, open_runtime
 from keras_resnet.runtimes.base import CHUNK, LOGITS
-from keras_resnet.training.run_folder import cores
 from keras_resnet.untrusted.manifest import digest
+from keras_resnet.utils.environment import cores
 from keras_resnet.utils.errors import ExportError, InputError
 from keras_resnet.utils.progress import bar
 

@@ -8,6 +8,7 @@ import numpy as np
 from keras_resnet import archive, config
 from keras_resnet.datasets.images import ImageFiles, border_level, content_marks
 from keras_resnet.training import fine_tuning, run_folder
+from keras_resnet.utils import environment
 
 MOST_MARKED = 500_000
 """The metadata of a larger data set hold no mark of each training image."""
@@ -59,7 +60,7 @@ def describe(trainer, num_parameters):
         "strategy_reason": trainer.decision.reason,
         "replicas": trainer.decision.num_replicas,
         "command": trainer.command,
-        **run_folder.describe_surroundings(),
+        **environment.describe_environment(),
     }
 
 

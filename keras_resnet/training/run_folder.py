@@ -3,12 +3,7 @@
 import contextlib
 import datetime
 import json
-import os
-import platform
 import re
-import shutil
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
 from keras_resnet import config
@@ -128,24 +123,6 @@ def remove_run_dir(run_dir, created):
             folder.rmdir()
 
 
-def check_space(run_dir, needed):
-    """Refuses to start where the run's files would not fit.
-
-    Args:
-        run_dir: The folder.
-        needed: Bytes.
-
-    Raises:
-        InputError: If fewer are free.
-    """
-    free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise InputError(
-            f"{run_dir}: what is to be written needs {needed / 2**20:.0f} MiB of disk space, "
-            f"and {free / 2**20:.0f} MiB are free"
-        )
-
-
 def _read_config(run_dir):
     path = run_dir / CONFIG
     try:
@@ -159,68 +136,3 @@ def _read_config(run_dir):
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"{path}: damaged, or of another version: {one_line(error)}") from error
     return record, settings
-
-
-def describe_surroundings():
-    """Returns what a run was made with: backend, versions, git commit and machine."""
-    import keras  # not above: what starts workers on this machine does without
-
-    return {
-        "backend": keras.backend.backend(),
-        "versions": versions(),
-        "git_commit": _git_commit(),
-        "machine": {
-            "processor": _processor(),
-            "cores": cores(),
-            "system": platform.platform(),
-        },
-    }
-
-
-def versions(*more):
-    """Returns the versions of Python and of the packages that compute, None for one not there.
-
-    Args:
-        *more: Names of further packages.
-    """
-    import keras
-
-    found = {"python": platform.python_version()}
-    for name in ("keras-resnet-edge", "keras", keras.backend.backend(), "numpy", *more):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _git_commit():
-    """Returns the commit of the source this runs from, with "+changes" where it was edited."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit, changes = (
-            subprocess.run(
-                [*git, *arguments], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if changes else "")
-
-
-def _processor():
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def cores():
-    """Returns how many cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count()

@@ -401,7 +401,7 @@ class Trainer:
 
     def restore(self):
         """Loads the last checkpoint of a resumed run, once there is room for the next one."""
-        run_folder.check_space(self.run_dir, _bytes_on_disk(self.model))
+        files.check_space(self.run_dir, _bytes_on_disk(self.model))
         if self.history:
             archive.load_weights(self.model, run_folder.last_checkpoint(self.run_dir))
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 try:
@@ -124,3 +125,18 @@ def write_text(path, text):
 def write_json(path, value):
     """Writes `value` to `path` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_space(folder, needed):
+    """Raises an `InputError` if less disk space is free than needed.
+
+    Args:
+        folder: A folder.
+        needed: Bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: the files to write need {needed / 2**20:.0f} MiB of disk space, and "
+            f"{free / 2**20:.0f} MiB are free"
+        )

@@ -32,9 +32,9 @@ from keras_resnet.evaluation.benchmark.candidates import (
 from keras_resnet.evaluation.benchmark.results import format_benchmark, plot_benchmark
 from keras_resnet.evaluation.benchmark.run import benchmark
 from keras_resnet.runtimes.remote import Remote, RemoteError
-from keras_resnet.training.run_folder import cores
 from keras_resnet.untrusted import checksums
 from keras_resnet.untrusted.manifest import digest, read_manifest
+from keras_resnet.utils.environment import cores
 from keras_resnet.utils.errors import InputError
 
 pytestmark = pytest.mark.thorough

@@ -536,7 +536,7 @@ def test_too_little_space_is_found_before_training(tmp_path, tiny, fashion, monk
     # The one thing here that is not real: no test may fill the disk it runs on.
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match=r"needs \d+ MiB of disk space, and 1 MiB are free"):
+    with pytest.raises(InputError, match=r"need \d+ MiB of disk space, and 1 MiB are free"):
         train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from keras_resnet.evaluation.benchmark import results
 from keras_resnet.evaluation.benchmark.candidates import Candidate, find_all
 from keras_resnet.runtimes.remote import Remote, RemoteError
-from keras_resnet.training.run_folder import cores, describe_surroundings
 from keras_resnet.untrusted.manifest import digest, read_manifest
+from keras_resnet.utils.environment import cores, describe_environment
 from keras_resnet.utils.errors import InputError, check_count, one_line
 from keras_resnet.utils.files import write_json
 from keras_resnet.utils.progress import bar
@@ -86,12 +86,12 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
     rows = [entry.row() for entry in entries]
     if all("failed" in row for row in rows):
         raise InputError(f"{folder}: no candidate runs: {rows[0]['failed']}")
-    surroundings = describe_surroundings()
+    described = describe_environment()
     report = {
         "benchmark_version": 1,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "model": manifest["model"],
-        **{name: surroundings[name] for name in ("machine", "versions", "git_commit")},
+        **{name: described[name] for name in ("machine", "versions", "git_commit")},
         "threads": settings,
         "rounds": rounds,
         "idle_load": idle_load,
