@@ -10,21 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from keras_resnet.untrusted.schema import (
-    COUNT,
-    FILE,
-    FLAG,
-    NULL,
-    NUMBER,
-    OBJECT,
-    SHA256,
-    SHARE,
-    TEXT,
-    Map,
-    Optional,
-    Rule,
-    check,
-)
+from keras_resnet.untrusted import schema
 from keras_resnet.utils.errors import InputError, one_line
 
 MANIFEST = "manifest.json"
@@ -33,9 +19,9 @@ MAX_BYTES = 16 * 2**20
 
 SPLIT_OPTIONS = {
     # Null: all images of the data set are evaluated.
-    "validation_split": Optional((SHARE, NULL)),
-    "seed": Optional(COUNT),
-    "skip_bad": Optional(FLAG),
+    "validation_split": schema.Optional((schema.SHARE, schema.NULL)),
+    "seed": schema.Optional(schema.COUNT),
+    "skip_bad": schema.Optional(schema.FLAG),
 }
 """Options of `load_dataset` that are needed to split a data set in the same way again."""
 
@@ -44,46 +30,48 @@ _CHUNK = 2**20
 # Keys that earlier versions wrote -> the keys of today.
 _OLD_KEYS = {"gate": "tolerance", "validation_share": "validation_split"}
 
-_LATENCY = Map({"median": NUMBER, "p95": NUMBER})
-_TENSOR = {"name": TEXT, "shape": [(COUNT, NULL)], "dtype": TEXT}
+_LATENCY = schema.Map({"median": schema.NUMBER, "p95": schema.NUMBER})
+_TENSOR = {"name": schema.TEXT, "shape": [(schema.COUNT, schema.NULL)], "dtype": schema.TEXT}
 _ARTIFACT = {
-    "file": FILE,
-    "format": TEXT,
-    "precision": TEXT,
-    "batch": (COUNT, NULL),
-    "bytes": COUNT,
-    "sha256": SHA256,
+    "file": schema.FILE,
+    "format": schema.TEXT,
+    "precision": schema.TEXT,
+    "batch": (schema.COUNT, schema.NULL),
+    "bytes": schema.COUNT,
+    "sha256": schema.SHA256,
     "input": _TENSOR,
     "output": _TENSOR,
-    "images": COUNT,
-    "max_difference": NUMBER,
-    "mean_difference": NUMBER,
-    "agreement": SHARE,
-    "accuracy": SHARE,
-    "accuracy_change": NUMBER,
-    "tolerance": OBJECT,
-    "failures": [TEXT],
-    "published_by_force": FLAG,
+    "images": schema.COUNT,
+    "max_difference": schema.NUMBER,
+    "mean_difference": schema.NUMBER,
+    "agreement": schema.SHARE,
+    "accuracy": schema.SHARE,
+    "accuracy_change": schema.NUMBER,
+    "tolerance": schema.OBJECT,
+    "failures": [schema.TEXT],
+    "published_by_force": schema.FLAG,
     "latency_ms": _LATENCY,
-    "operators": Map(COUNT),
+    "operators": schema.Map(schema.COUNT),
 }
 _SCHEMA = {
-    "manifest_version": Rule("the number 1", lambda value: value == VERSION and value is not True),
-    "created": TEXT,
-    "model": {"name": TEXT, "parameters": COUNT},
-    "source": {"path": TEXT, "sha256": SHA256},
-    "tool_versions": Map((TEXT, NULL)),
-    "machine": OBJECT,
-    "class_names": [TEXT],
+    "manifest_version": schema.Rule(
+        "the number 1", lambda value: value == VERSION and value is not True
+    ),
+    "created": schema.TEXT,
+    "model": {"name": schema.TEXT, "parameters": schema.COUNT},
+    "source": {"path": schema.TEXT, "sha256": schema.SHA256},
+    "tool_versions": schema.Map((schema.TEXT, schema.NULL)),
+    "machine": schema.OBJECT,
+    "class_names": [schema.TEXT],
     "data": {
-        "dataset": TEXT,
-        "split": TEXT,
-        "images": COUNT,
-        "fingerprint": TEXT,
-        "options": Optional(SPLIT_OPTIONS),
+        "dataset": schema.TEXT,
+        "split": schema.TEXT,
+        "images": schema.COUNT,
+        "fingerprint": schema.TEXT,
+        "options": schema.Optional(SPLIT_OPTIONS),
     },
-    "keras": {"accuracy": SHARE, "latency_ms": _LATENCY},
-    "reference": {"file": FILE, "bytes": COUNT, "sha256": SHA256},
+    "keras": {"accuracy": schema.SHARE, "latency_ms": _LATENCY},
+    "reference": {"file": schema.FILE, "bytes": schema.COUNT, "sha256": schema.SHA256},
     "artifacts": [_ARTIFACT],
 }
 
@@ -154,7 +142,7 @@ def read_manifest(folder):
     """
     path = Path(folder) / MANIFEST
     manifest = _parse(path)
-    check(manifest, _SCHEMA, path)
+    schema.check(manifest, _SCHEMA, path)
     names = [artifact["file"] for artifact in manifest["artifacts"]]
     if len(set(names)) != len(names):
         raise InputError(f"{path}: damaged: it lists two artifacts under one name")
