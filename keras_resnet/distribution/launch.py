@@ -184,7 +184,7 @@ def _worker_environments(count, more):
 
 
 def _free_ports(count):
-    ports = {}
+    ports = []
     with contextlib.ExitStack() as stack:
         while len(ports) < count:
             # From 32768 on, systems choose the ports of outgoing connections themselves.
@@ -192,8 +192,8 @@ def _free_ports(count):
             server = stack.enter_context(socket.socket())
             with contextlib.suppress(OSError):
                 server.bind(("", port))
-                ports[port] = server
-    return list(ports)
+                ports.append(port)
+    return ports
 
 
 def _available_gpus():
@@ -221,7 +221,8 @@ def _print_error(text):
 def _copy_lines(pipe, index):
     with pipe:
         for line in pipe:
-            _print_error(f"worker {index}: {line.decode('utf-8', 'replace').removesuffix(chr(10))}")
+            text = line.decode("utf-8", "replace").removesuffix("\n")
+            _print_error(f"worker {index}: {text}")
 
 
 def _make_preexec(cores):
