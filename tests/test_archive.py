@@ -1,4 +1,4 @@
-"""The .keras file: its metadata, the models that it keeps, and archives that would do harm."""
+"""The .keras file: its metadata, models of every kind, and hostile archives."""
 
 import io
 import zipfile
@@ -17,7 +17,7 @@ def small_model():
     return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(inputs)))
 
 
-def test_metadata_travels_with_the_model(tmp_path):
+def test_metadata_are_saved_with_the_model(tmp_path):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     path = tmp_path / "model.keras"
     archive.save_model(model, path, {"class_names": ["ä", "b"]})
@@ -33,7 +33,7 @@ def test_the_old_name_of_the_validation_split_is_understood(tmp_path):
     assert archive.read_metadata(path) == {"data": {"validation_split": 0.2, "seed": 1}}
 
 
-# Archives that would do harm
+# Hostile archives
 
 
 def edited(path, **changes):
@@ -133,7 +133,7 @@ def leads_to_another_file(path):
         *("tensors", "link"),
     ],
 )
-def test_archives_that_would_harm_are_refused(tmp_path, make, reason):
+def test_hostile_archives_are_refused(tmp_path, make, reason):
     path = make(tmp_path / "model.keras")
     with pytest.raises(InputError, match=reason) as error:
         archive.load_model(path)

@@ -19,7 +19,7 @@ def begin(settings, source):
 
     Args:
         settings: The run's `TrainConfig`.
-        source: The checkpoint to start from, a `weights.conversion.Source`; None for none.
+        source: The checkpoint to start from, a `weights.sources.Source`; None for none.
     """
     record = {"settings": dataclasses.asdict(settings)}
     return {**record, **({"weights": fine_tuning.record(source)} if source else {})}

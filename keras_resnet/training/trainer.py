@@ -156,7 +156,7 @@ class Trainer:
         settings: The `TrainConfig` of the run.
         recipe: The `Recipe`, with the settings that override it.
         record: The content of config.json.
-        source: The checkpoint to start from, a `weights.conversion.Source`, or None.
+        source: The checkpoint to start from, a `weights.sources.Source`, or None.
         history: One dict per finished epoch.
         metadata: The metadata of each model file.
         batches: The inputs of `model.fit`: training and evaluation batches.
