@@ -41,7 +41,7 @@ def check_regular_file(path, kind):
     return path
 
 
-def check_claim(path, claimant, claimed, stored, slack=0):
+def check_claim(path, claimant, claimed, stored, slack=0, expansion=MAX_EXPANSION):
     """Refuses a file that claims far more bytes than it stores.
 
     Args:
@@ -50,9 +50,10 @@ def check_claim(path, claimant, claimed, stored, slack=0):
         claimed: The number of bytes that reading this part would take.
         stored: The number of bytes of the file.
         slack: The number of bytes that are allowed however small the file is.
+        expansion: How many times `stored` may be claimed.
 
     Raises:
-        InputError: If `claimed` is over `slack` and `MAX_EXPANSION` times `stored`.
+        InputError: If `claimed` is over `slack` and `expansion` times `stored`.
 
     Example:
         >>> check_claim("model.pth", "its tensors", claimed=400, stored=100)
@@ -62,9 +63,9 @@ def check_claim(path, claimant, claimed, stored, slack=0):
         keras_resnet.utils.errors.InputError: model.pth: refused: its tensors claim over 4 times \
 the file's size (401 bytes of 100); save it again, not compressed
     """
-    if claimed > slack + MAX_EXPANSION * stored:
+    if claimed > slack + expansion * stored:
         raise InputError(
-            f"{path}: refused: {claimant} claim over {MAX_EXPANSION} times the file's size "
+            f"{path}: refused: {claimant} claim over {expansion} times the file's size "
             f"({claimed} bytes of {stored}); save it again, not compressed"
         )
 

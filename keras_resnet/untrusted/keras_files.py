@@ -20,6 +20,8 @@ WEIGHTS = "model.weights.h5"
 
 SLACK_BYTES = 64 * 2**20
 """The number of bytes that a model may take however small its file is."""
+MAX_COMPRESSION = 100
+"""How many times its size a file may unpack to: pruned weights are mostly zeros."""
 MAX_ELEMENTS = 2**28
 """The largest number of elements that a layer may output for one image."""
 
@@ -77,10 +79,10 @@ def check_content(path):
         InputError: If it is damaged, claims far more than it stores, or leads to other files.
     """
     with opened(path) as archive:
-        check_members(path, archive, SLACK_BYTES)
+        check_members(path, archive, SLACK_BYTES, MAX_COMPRESSION)
         if WEIGHTS in archive.namelist():
             with h5py.File(io.BytesIO(archive.read(WEIGHTS)), "r") as weights:
-                check_hdf5(path, weights, path.stat().st_size, SLACK_BYTES)
+                check_hdf5(path, weights, archive.getinfo(WEIGHTS).file_size, SLACK_BYTES)
 
 
 def check_model_size(path):
@@ -102,7 +104,9 @@ def check_model_size(path):
     # As Keras does for `compile=False`.
     variables, outputs = _build_without_variables({**config, "compile_config": None})
     claimed = sum(4 * math.prod(shape) for shape in variables)
-    check_claim(path, "the model's variables", claimed, path.stat().st_size, SLACK_BYTES)
+    with opened(path) as archive:
+        stored = sum(member.file_size for member in archive.infolist())
+    check_claim(path, "the model's variables", claimed, stored, SLACK_BYTES)
     largest = max((math.prod(size or 1 for size in shape) for shape in outputs), default=0)
     if largest > MAX_ELEMENTS:
         raise InputError(

@@ -3,7 +3,7 @@
 import contextlib
 import zipfile
 
-from keras_resnet.untrusted.common import check_claim, refusing
+from keras_resnet.untrusted.common import MAX_EXPANSION, check_claim, refusing
 from keras_resnet.utils.errors import InputError, one_line
 
 MAX_MEMBER_BYTES = 16 * 2**20
@@ -34,20 +34,21 @@ def opened(path, reason="damaged"):
         yield archive
 
 
-def check_members(path, archive, slack=0):
+def check_members(path, archive, slack=0, expansion=MAX_EXPANSION):
     """Checks that the members of a ZIP archive unpack to a sensible size and are whole.
 
     Args:
         path: The file, a `pathlib.Path`.
         archive: The `zipfile.ZipFile`.
         slack: The number of bytes that they may unpack to however small the file is.
+        expansion: How many times the file's size they may unpack to.
 
     Raises:
         InputError: If they claim too much (see `check_claim`), or a checksum does not fit.
     """
     members = archive.infolist()
     claimed = sum(member.file_size for member in members)
-    check_claim(path, "its members", claimed, path.stat().st_size, slack)
+    check_claim(path, "its members", claimed, path.stat().st_size, slack, expansion)
     # PyTorch returns memory that it has not filled for a member that is marked as a folder.
     folders = [each.filename for each in members if each.external_attr & _FOLDER and each.file_size]
     damaged = folders[0] if folders else archive.testzip()
