@@ -204,7 +204,7 @@ def test_a_bare_network_is_recognised_without_metadata(make, tmp_path):
     model = make()
     assert is_bare(model)
     model.save(tmp_path / "bare.keras")
-    with pytest.raises(InputError, match="normalised already, not images: name how") as error:
+    with pytest.raises(InputError, match="normalised already, not images: name their") as error:
         inference.load(tmp_path / "bare.keras")
     assert "with_preprocessing(network, image_shape" in str(error.value)
 
