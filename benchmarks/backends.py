@@ -73,7 +73,7 @@ def step_seconds(image_size, batch_size, precision, steps=20):
 
 def main():
     """Measures and prints a line for each result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Speed and accuracy of logits on a Keras backend.")
     parser.add_argument("--image-size", type=int, default=96, help="pixels (default: 96)")
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
     arguments = parser.parse_args()

@@ -85,7 +85,9 @@ def conditions():
 
 def main():
     """Measures and prints the table; each network's time goes to standard error."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Differences between each network and its original."
+    )
     names = [str(network) for network in parity.NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=names, metavar="NAME", default=names)
     parser.add_argument("--quick", action="store_true", help="one image size, no training")

@@ -288,7 +288,7 @@ def check(args):
 
 def main():
     """Measures and prints the table; progress goes to standard error."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Speed of training on several replicas.")
     add = parser.add_argument
     add("--precision", choices=("float32", "bfloat16"), default="float32")
     add("--batch-size", type=int, default=128, help="images in a step of a process (default: 128)")

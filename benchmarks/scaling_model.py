@@ -305,7 +305,7 @@ _point.__name__ = "BATCH:SECONDS"
 
 def main(words=None):
     """Reads the command line, `sys.argv` by default, and reports."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A model of the scaling over machines.")
     add = parser.add_argument
     add("file", nargs="?", help="the file that scaling.py wrote with --out")
     add(

@@ -23,7 +23,9 @@ PROGRAMS = {
 
 def main():
     """Runs the programs in turns and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Start-up time of the import and the command line."
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns (default: 5)")
     arguments = parser.parse_args()
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}

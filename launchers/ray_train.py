@@ -18,7 +18,7 @@ from ray.train.tensorflow import TensorflowTrainer
 
 def parse():
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains under Ray Train, one worker per machine.")
     parser.add_argument("--run-dir", required=True, help="a folder that all machines share")
     parser.add_argument("--workers", type=int, default=2, help="default: 2")
     parser.add_argument("--cpus", type=int, default=1, help="of each worker (default: 1)")

@@ -282,7 +282,7 @@ ASKED = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130)); time.sleep(60)
     [
         (ASKED, 1),
         *(
-            (f"ready.touch(); time.sleep(0.2); sys.exit({n})", m)
+            (f"ready.touch(); time.sleep(0.6); sys.exit({n})", m)
             for n, m in ((2, 2), (130, 130), (4, 1), (0, 1))
         ),
     ],
@@ -343,10 +343,9 @@ def test_what_a_restart_cannot_mend_is_not_restarted(launch, status):
     assert err == f"keras-resnet: {how}; the others were ended\n"
 
 
-# The command's name: by it the library knows that it need not bring Keras.
-AS_COMMAND = "import sys; sys.argv = ['keras-resnet']"
 # A short form of the command line.
 PARENT = """
+import sys
 from keras_resnet.distribution import launch
 for name, seconds in {settings!r}.items():
     setattr(launch, name, seconds)
@@ -381,7 +380,7 @@ class Parent:
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-c"),
-                AS_COMMAND + PARENT.format(settings=settings, command=command, count=3),
+                PARENT.format(settings=settings, command=command, count=3),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -503,7 +502,7 @@ def test_the_chief_has_the_terminal():
     # A real one, whose other side is read here.
     ours, theirs = os.openpty()
     lines = "print(index, sys.stdout.isatty(), sys.stderr.isatty(), file=sys.stderr)"
-    code = AS_COMMAND + PARENT.format(settings=QUICK, command=worker(lines), count=2)
+    code = PARENT.format(settings=QUICK, command=worker(lines), count=2)
     with open(ours, "rb", buffering=0) as screen, open(theirs, "w") as terminal:
         environ = {**os.environ, "TF_CONFIG": ""}
         done = subprocess.run(
@@ -517,6 +516,6 @@ def test_the_chief_has_the_terminal():
 
 
 def test_keras_and_tensorflow_stay_outside():
-    code = f"{AS_COMMAND}; import keras_resnet.distribution.launch; print(*sys.modules)"
+    code = "import sys, keras_resnet.distribution.launch; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"keras", "tensorflow", "numpy"} & set(done.stdout.split())

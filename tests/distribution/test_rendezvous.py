@@ -87,12 +87,9 @@ def attending(cluster, **options):
         yield pool.submit(attend, cluster, **options)
 
 
-# `import keras_resnet` imports Keras, which takes seconds; these modules need nothing of it.
 SCRIPT = """
-import json, os, signal, sys, time, types
-for name in ("keras_resnet", "keras_resnet.distribution"):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [os.path.join(sys.argv[3], *name.split("."))]
+import json, os, signal, sys, time
+sys.path.insert(0, sys.argv[3])
 from keras_resnet.distribution.cluster import parse_tf_config
 from keras_resnet.distribution.rendezvous import meet
 options = json.loads(sys.argv[2])
