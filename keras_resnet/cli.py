@@ -63,7 +63,7 @@ _PROCESS_OPTIONS = {
     },
     "--strategy": {
         "metavar": "NAME",
-        "help": "none, mirrored (the GPUs of one machine), multiworker (TF_CONFIG or Slurm), or "
+        "help": "none, mirrored (the GPUs of one machine), multiworker (TF_CONFIG), or "
         "auto (default), which finds out",
     },
     "--worker-timeout": {
