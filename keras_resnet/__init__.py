@@ -88,14 +88,15 @@ class _KerasFinder:
         if name != "keras":
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next(filter(None, found), None)
+        finds = (getattr(finder, "find_spec", None) for finder in others)
+        spec = next(filter(None, (find(name, path, target) for find in finds if find)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module):
                 execute(module)
-                _register_layers()
+                if module.__name__ == name:  # a ZIP archive has one loader for all its modules
+                    _register_layers()
 
             spec.loader.exec_module = exec_module
         return spec
@@ -103,5 +104,5 @@ class _KerasFinder:
 
 if sys.modules.get("keras"):
     _register_layers()
-else:
+elif not any(type(finder).__name__ == _KerasFinder.__name__ for finder in sys.meta_path):
     sys.meta_path.insert(0, _KerasFinder())

@@ -78,10 +78,7 @@ def read_metadata(path):
         raise InputError(
             f"{path}: its metadata must be a JSON object, got {type(metadata).__name__}"
         )
-    data = metadata.get("data")
-    if isinstance(data, dict) and "validation_share" in data:
-        data["validation_split"] = data.pop("validation_share")  # the name in older files
-    return metadata
+    return checksums.rename_old_keys(metadata)
 
 
 def is_ours(path):

@@ -69,7 +69,7 @@ _PROCESS_OPTIONS = {
     "--worker-timeout": {
         "type": positive(float),
         "metavar": "SECONDS",
-        "help": "how long to wait for the other workers (default: 300)",
+        "help": f"how long to wait for the other workers (default: {config.WORKER_TIMEOUT:g})",
     },
 }
 
@@ -180,7 +180,11 @@ _CONVERT_OPTIONS = {
         ".pth.tar, .ckpt, .bin …), or a .h5 or .keras file of keras.applications; code in it is "
         "never run",
     },
-    "--model": {**_TRAIN_OPTIONS["--model"], "required": True},
+    "--model": {
+        "metavar": "NAME",
+        "required": True,
+        "help": "a row of models.SPECS, such as resnet18",
+    },
     "--out": {"metavar": "FILE", "required": True, "help": "the .keras file to write"},
     "--num-classes": {
         "type": positive(int),
@@ -280,7 +284,9 @@ def _launch_train(args, options):
     if options.run_dir is not None:
         check_empty(Path(options.run_dir))  # a restart would resume a run that is in it
         return [], ["--resume", "auto"]
-    run_dir = default_run_dir(options.model or "resnet18", options.recipe or "quick")
+    run_dir = default_run_dir(
+        options.model or config.TrainConfig.model, options.recipe or config.TrainConfig.recipe
+    )
     return ["--run-dir", str(run_dir)], ["--resume", "auto"]
 
 
@@ -559,7 +565,7 @@ def export_to(format):
     """Runs `keras-resnet export` for a script that exports to one format.
 
     Args:
-        format: A row of `exporting.formats.FORMATS`; the rest comes from `sys.argv`.
+        format: A row of `exporters.formats.FORMATS`; the rest comes from `sys.argv`.
 
     Returns:
         The exit status, and the folder that was written to: --out, or "exported".

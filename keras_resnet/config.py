@@ -17,6 +17,8 @@ from keras_resnet.utils.errors import InputError, look_up
 
 LARGEST = {int: 1_000_000, float: sys.float_info.max}
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+WORKER_TIMEOUT = 300.0
+"""How long a worker waits for the others by default, in seconds."""
 
 
 def positive(kind):
@@ -48,6 +50,9 @@ def _share(text):
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
     return value
+
+
+_share.__name__ = "float"  # as in `positive`
 
 
 def _setting(default, help, *, parse=str, metavar="NAME", choices=None, table=None):
@@ -98,17 +103,6 @@ class DataConfig:
         parse=int,
         metavar="N",
     )
-
-    def load(self, **options):
-        """Returns the `Dataset`.
-
-        Args:
-            **options: Further arguments of `load_dataset`, such as `image_size`.
-        """
-        from keras_resnet.datasets import load_dataset
-
-        arguments = data_settings(self)
-        return load_dataset(arguments.pop("dataset"), **arguments, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +182,7 @@ class TrainConfig(DataConfig):
             raise InputError(f"`weights` must be the path of a checkpoint, got {kind}")
         # As JSON holds them: config.json is compared with these on resume.
         self._set("weights", self.weights and os.fspath(self.weights))
+        self._set("data_dir", self.data_dir and os.fspath(self.data_dir))
         self._set("freeze", _as_names(self.freeze))
         if self.freeze and self.weights is None:
             raise InputError(
@@ -199,7 +194,10 @@ class TrainConfig(DataConfig):
         object.__setattr__(self, name, value)  # the class is frozen
 
     def check(self):
-        """Raises an `InputError` for a value that is no row of its setting's table."""
+        """Raises an `InputError` for a value that is no row of its setting's table.
+
+        The tables are named as text: their modules import Keras.
+        """
         for field in dataclasses.fields(self):
             value, table = getattr(self, field.name), field.metadata["table"]
             choices = field.metadata["option"].get("choices")

@@ -27,6 +27,7 @@ import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 
+from keras_resnet.config import WORKER_TIMEOUT
 from keras_resnet.distribution.cluster import split_address
 from keras_resnet.utils.errors import InputError, WorkerLost, one_line
 
@@ -49,7 +50,7 @@ _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 80
 
 
-def meet(cluster, about, timeout=300.0):
+def meet(cluster, about, timeout=WORKER_TIMEOUT):
     """Waits until all workers have come with the same description, and returns the `Meeting`.
 
     Every worker listens on its own port until the meeting is closed, so a port in use is found at
@@ -69,7 +70,8 @@ def meet(cluster, about, timeout=300.0):
             All workers that have come raise the same error.
 
     Example:
-        >>> from keras_resnet.distribution.cluster import Cluster
+        >>> from keras_resnet.config import WORKER_TIMEOUT
+    from keras_resnet.distribution.cluster import Cluster
         >>> with meet(Cluster(("localhost:2222",), 0), {"epochs": 3}) as meeting:
         ...     meeting.share(lambda: {"seed": 1})
         {'seed': 1}

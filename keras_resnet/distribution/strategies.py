@@ -13,15 +13,13 @@ from pathlib import Path
 
 import keras
 
+from keras_resnet.config import WORKER_TIMEOUT
 from keras_resnet.distribution import rendezvous
 from keras_resnet.distribution.cluster import Cluster, find_cluster
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.progress import suppress_stderr
 
 STRATEGIES = ("auto", "none", "mirrored", "multiworker")
-
-TIMEOUT = 300.0
-"""How long a worker waits for the others, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +216,7 @@ def versions():
     return {**found, "keras-resnet": __version__}
 
 
-def choose_strategy(name="auto", *, timeout=TIMEOUT, say=print):
+def choose_strategy(name="auto", *, timeout=WORKER_TIMEOUT, say=print):
     """Chooses and starts the `tf.distribute` strategy for your own script.
 
     Call it before you use TensorFlow in any other way. Under "multiworker" it waits until all

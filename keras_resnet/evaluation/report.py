@@ -401,7 +401,8 @@ def _setup(report):
     recipe, settings = (_get(report, f"config.{name}") or {} for name in ("recipe", "settings"))
     # The recipe holds the values of the settings that override it.
     for name, value in {"recipe": recipe.get("name"), **settings, **recipe}.items():
-        if name not in ("name", "model") and value not in (None, False, []):
+        is_off = value is None or value is False or value == []
+        if name not in ("name", "model") and not is_off:
             values = value if isinstance(value, list) else [value]
             found[name.replace("_", " ").capitalize()] = ", ".join(map(str, values))
     rows = [{"": title, "value": value} for title, value in found.items()]

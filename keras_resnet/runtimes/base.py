@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 
+from keras_resnet.untrusted import checksums
 from keras_resnet.utils import arrays
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.tables import printable
@@ -84,7 +85,7 @@ class Runtime:
 
     def __init__(self, path, metadata=None, threads=None):
         self.path = path
-        self.metadata = metadata or {}
+        self.metadata = checksums.rename_old_keys(metadata or {})
         self.threads = threads
         self.operators = {}
 

@@ -120,7 +120,7 @@ class Remote:
         try:
             _send(self._process.stdin, {"method": method, "arguments": arguments}, *array)
             answer, *result = _receive(self._process.stdout)
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError, TypeError):
             late = self._timeout and time.monotonic() - start >= self._timeout
         finally:
             timer.cancel()
@@ -128,6 +128,8 @@ class Remote:
                 self.close()
         if answer is None:
             raise RemoteError(f"the process {self._fate(late)}")
+        if not isinstance(answer, dict):
+            raise RemoteError("the process sent no answer to the call")
         if "error" in answer:
             if answer["type"] == InputError.__name__:
                 raise InputError(answer["error"])

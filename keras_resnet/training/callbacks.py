@@ -4,6 +4,7 @@ import contextlib
 import math
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -201,7 +202,10 @@ class CheckpointCallback(History):
         super().__init__(history)
         self.run_dir = Path(run_dir)
         self.metadata = metadata
-        self.writers = {}
+        self.events = {
+            side: EventWriter(self.run_dir / "tensorboard" / side)
+            for side in ("train", "validation")
+        }
 
     def on_epoch_end(self, epoch, logs=None):
         """Saves the epoch."""
@@ -220,24 +224,50 @@ class CheckpointCallback(History):
         self._write_events(row)
 
     def _write_events(self, row):
-        # Keras's own TensorBoard callback imports TensorFlow on every backend.
-        from tensorboard.summary import Writer
-
+        scalars = {"train": {}, "validation": {}}
         for name, value in row.items():
-            if name == "epoch":
-                continue
-            side = "validation" if name.startswith("val_") else "train"
-            if side not in self.writers:
-                self.writers[side] = Writer(str(self.run_dir / "tensorboard" / side))
-            tag = f"epoch_{name.removeprefix('val_')}"
-            self.writers[side].add_scalar(tag, value, row["epoch"])
-        for writer in self.writers.values():
-            writer.flush()
+            if name != "epoch":
+                side = "validation" if name.startswith("val_") else "train"
+                scalars[side][f"epoch_{name.removeprefix('val_')}"] = value
+        for side, values in scalars.items():
+            if values:
+                self.events[side].add(row["epoch"], values)
 
-    def on_train_end(self, logs=None):
-        """Closes the event files."""
-        for writer in self.writers.values():
-            writer.close()
+
+class EventWriter:
+    """Writes scalars for TensorBoard without TensorFlow.
+
+    Keras's callback and `tensorboard.summary.Writer` import TensorFlow on every backend.
+
+    Args:
+        folder: The folder of the event file; it is created with the first scalar.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.path = None
+
+    def add(self, step, scalars):
+        """Appends `scalars`, a dict of name to number, at `step`."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        if self.path is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            now = f"{time.time():.6f}"
+            self.path = self.folder / f"events.out.tfevents.{now}.{socket.gethostname()}"
+            self._append(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        values = [
+            summary_pb2.Summary.Value(tag=name, simple_value=value)
+            for name, value in scalars.items()
+        ]
+        summary = summary_pb2.Summary(value=values)
+        self._append(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _append(self, event):
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with open(self.path, "ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
 
 
 class Progress(keras.callbacks.Callback):

@@ -39,7 +39,6 @@ class DistributedTrainer(Trainer):
         self.is_chief = self.decision.is_chief
         self.verbose = self.verbose and self.is_chief
         self.stop_delay = 0.0 if self.is_chief else CHIEF_SECONDS
-        self.is_fitting = False
 
     def open_run(self, lock):
         """Opens the run on the chief, and tells the other workers."""
@@ -55,7 +54,7 @@ class DistributedTrainer(Trainer):
                 described = meeting.share(lambda: self._open_and_describe(lock))
             if not self.is_chief:
                 self._follow(described)
-        with self.errors_translated(), self.folder_removed_on_failure():
+        with self.errors_translated():
             self.strategy = strategies.start(self.decision)
 
     def _open_and_describe(self, lock):
@@ -153,11 +152,6 @@ class DistributedTrainer(Trainer):
         }
         return arguments, [AverageMovingStatistics()]
 
-    def fit(self):
-        """Fits the model on all replicas."""
-        self.is_fitting = True
-        super().fit()
-
     def finish(self):
         """Writes the results on the chief; the workers end together."""
         run = super().finish()
@@ -171,6 +165,12 @@ class DistributedTrainer(Trainer):
         """Writes config.json on the chief."""
         if self.is_chief:
             super().write_config()
+
+    def prepare_folder(self):
+        """Prepares the folder on the chief."""
+        self.is_begun = True
+        if self.is_chief:
+            super().prepare_folder()
 
     def checkpoint_callback(self):
         """Returns the callback that saves epochs on the chief; another worker counts them."""
@@ -195,11 +195,10 @@ class DistributedTrainer(Trainer):
 
     def translate(self, error):
         """Returns a `WorkerLost` where TensorFlow's error says that another worker is gone."""
-        translated = super().translate(error)
-        lost = None if translated else _find_lost_worker(self.decision.cluster, error)
-        if lost is None:
-            return translated
-        if not self.is_fitting:
+        lost = _find_lost_worker(self.decision.cluster, error)
+        if lost is None or any(each.failure for each in self.batches):
+            return super().translate(error)
+        if not self.is_begun:
             return WorkerLost(f"{lost} is gone; the run had not begun")
         if self.received:
             return Interrupted(

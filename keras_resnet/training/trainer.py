@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from keras_resnet import archive, config
-from keras_resnet.datasets import Dataset
+from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.datasets.base import cut_batches
 from keras_resnet.distribution import strategies
 from keras_resnet.evaluation.inference import Predictor
@@ -82,7 +82,7 @@ def train(
     run_dir=None,
     resume=False,
     strategy="auto",
-    worker_timeout=300.0,
+    worker_timeout=config.WORKER_TIMEOUT,
     verbose=True,
     command=None,
     **settings,
@@ -109,16 +109,15 @@ def train(
         worker_timeout: Seconds to wait for the other workers.
         verbose: Whether to print the data source, the precision and one line per epoch.
         command: The command line, for the report.
-        **settings: Further fields of `config.TrainConfig`: epochs, batch_size, image_size,
-            learning_rate, variant, stem, weights, freeze, normalize, precision, seed, data_dir,
-            validation_split, skip_bad, sync_batchnorm, scale_batch.
+        **settings: Further fields of `config.TrainConfig`, such as epochs and learning_rate;
+            `keras-resnet train --help` describes them all.
 
     Returns:
         A `Run`.
 
     Raises:
         InputError: If an argument, the data or the folder do not allow the run. No epoch was
-            trained, and a folder that was made for the run is removed.
+            trained, and a folder that was created for the run is removed.
         TrainingError: If the loss became infinite or NaN, memory ran out, or a file could not be
             written; a `WorkerLost` if another worker ended or cannot be reached.
         Interrupted: On Ctrl-C or SIGTERM.
@@ -150,7 +149,17 @@ def train(
 
 
 class Trainer:
-    """Trains one network in this process; the arguments are those of `train`.
+    """Trains one network in this process.
+
+    Args:
+        given: The settings that were given, a dict; see `config.given_settings`.
+        dataset: A `Dataset` in memory; None to load it.
+        run_dir: See `train`.
+        resume: See `train`.
+        decision: The `strategies.Decision`.
+        worker_timeout: See `train`.
+        verbose: See `train`.
+        command: See `train`.
 
     Attributes:
         settings: The `TrainConfig` of the run.
@@ -171,19 +180,21 @@ class Trainer:
         self.decision, self.worker_timeout = decision, worker_timeout
         self.verbose, self.command = verbose, command
         self.created = None  # the folders made for a new run, the innermost first
-        self.history, self.batches, self.received, self.model = [], (), [], None
+        self.history, self.batches, self.received = [], (), []
+        self.is_begun = False  # whether the run folder holds a run that can be resumed
 
     # The order of things -----------------------------------------------------------------------
 
     def run(self):
         """Trains the network, and writes the run folder; returns a `Run`."""
         with contextlib.ExitStack() as lock:
-            self.open_run(lock)
-            with self.errors_translated():
-                with self.folder_removed_on_failure():
+            with self.folder_removed_on_failure():
+                self.open_run(lock)
+                with self.errors_translated():
                     self.load_data()
                     self.build_model()
                     self.write_config()
+            with self.errors_translated():
                 self.fit()
                 return self.finish()
 
@@ -200,6 +211,10 @@ class Trainer:
         else:
             self.settings = config.TrainConfig(**self.given)
         self.settings.check()
+        if self.settings.sync_batchnorm and keras.backend.backend() != "tensorflow":
+            raise InputError(
+                f"--sync-batchnorm needs KERAS_BACKEND tensorflow, got {keras.backend.backend()}"
+            )
         self.precision, self.precision_reason = choose_precision(self.settings.precision)
         trained = resume and run_folder.last_checkpoint(self.run_dir).exists()
         recorded = self.record.get("weights") if resume else None
@@ -222,7 +237,9 @@ class Trainer:
         """Loads the data set, unless it is in memory."""
         self.say(str(self.decision))
         if self.dataset is None:
-            self.dataset = self.settings.load(image_size=self.recipe.image_size)
+            options = config.data_settings(self.settings)
+            name = options.pop("dataset")
+            self.dataset = load_dataset(name, image_size=self.recipe.image_size, **options)
         found = self.dataset.fingerprint
         before = self.record.get("dataset", {}).get("fingerprint", found)
         if before != found:
@@ -249,6 +266,7 @@ class Trainer:
 
     def fit(self):
         """Runs `model.fit` from the epoch after the last finished one."""
+        self.prepare_folder()
         resumed = f", resumed after epoch {len(self.history)}" if self.history else ""
         self.say(f"run folder: {self.run_dir}{resumed}")
         size, epochs = self.recipe.batch_size, self.recipe.epochs
@@ -427,12 +445,16 @@ class Trainer:
             raise
 
     def write_config(self):
-        """Completes config.json, and writes an empty or finished history."""
+        """Completes config.json."""
         if "dataset" not in self.record:
             self.record = records.describe(self, self.num_parameters)
         elif self.record["recipe"]["epochs"] != self.recipe.epochs:
             self.record = records.describe_continued(self)
         files.write_json(self.run_dir / run_folder.CONFIG, self.record)
+
+    def prepare_folder(self):
+        """Creates the folder of the checkpoints, and writes the history so far."""
+        self.is_begun = True
         (self.run_dir / "checkpoints").mkdir(exist_ok=True)
         write_history(self.run_dir / "history.csv", self.history)
 
@@ -470,13 +492,14 @@ class Trainer:
     def errors_translated(self):
         """Raises each error with a known cause as a `TrainingError` that says how to go on."""
         try:
-            yield
-        except Interrupted as stop:
-            saved = self.save_interrupted()
-            raise Interrupted(
-                f"interrupted {stop}; {self.finished}.{saved} Go on from the last finished epoch: "
-                f"{self.resume_command}"
-            ) from None
+            try:
+                yield
+            except Interrupted as stop:
+                saved = self.save_interrupted()
+                raise Interrupted(
+                    f"interrupted {stop}; {self.finished}.{saved} Go on from the last finished "
+                    f"epoch: {self.resume_command}"
+                ) from None
         except Exception as error:
             translated = self.translate(error)
             if translated is None:
@@ -490,7 +513,9 @@ class Trainer:
             return TrainingError(
                 f"{failure}; {self.finished}. Once it can be read again: {self.resume_command}"
             )
-        if isinstance(error, OSError) and self.model is not None:
+        if isinstance(error, (InputError, TrainingError)):
+            return None
+        if isinstance(error, OSError) and self.is_begun:
             return TrainingError(
                 f"{self.run_dir}: {error.strerror or error}; finished epochs are kept: go on with "
                 f"{self.resume_command}"

@@ -41,6 +41,18 @@ _SEARCHED = 2**16
 _DAMAGE = (zipfile.BadZipFile, ValueError, OSError, EOFError, RecursionError, RuntimeError)
 
 
+def rename_old_keys(metadata):
+    """Returns metadata of a file with the names of this version; it is changed in place.
+
+    Args:
+        metadata: A dict, from any format.
+    """
+    data = metadata.get("data")
+    if isinstance(data, dict) and "validation_share" in data:
+        data["validation_split"] = data.pop("validation_share")
+    return metadata
+
+
 def add_tflite_checksum(content, metadata):
     """Appends metadata and a checksum to a .tflite file.
 

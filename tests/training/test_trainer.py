@@ -100,8 +100,7 @@ def test_tensorboard_events_can_be_read(trained_run):
     history = read_history(trained_run / "history.csv")
     for side, prefix in (("train", ""), ("validation", "val_")):
         events = EventAccumulator(str(trained_run / "tensorboard" / side)).Reload()
-        events = events.Tensors("epoch_loss")
-        found = [(event.step, event.tensor_proto.float_val[0]) for event in events]
+        found = [(event.step, event.value) for event in events.Scalars("epoch_loss")]
         assert [step for step, _ in found] == [1, 2, 3]
         expected = [row[f"{prefix}loss"] for row in history]
         np.testing.assert_allclose([value for _, value in found], expected, rtol=1e-6)
