@@ -3,8 +3,8 @@
     python export_tflite.py RUN_OR_MODEL [--precision float32 float16 dynamic int8] [--out DIR]
         [--dataset NAME] [--no-preprocessing] [--force]
 
-The files in DIR (default: exported) are verified: LiteRT gave the answers of the model to all test
-images. The options are those of `keras-resnet export`.
+The files in DIR (default: exported) are verified: the predictions of LiteRT for all test images
+are those of the model. The options are those of `keras-resnet export`.
 """
 
 import sys
@@ -25,7 +25,7 @@ def predict(path, images):
 
 
 def class_names(path):
-    """Returns the class names, one a line of a file in the ZIP archive behind the network."""
+    """Returns the class names: the lines of a file in the ZIP archive after the network."""
     with zipfile.ZipFile(path) as archive:
         return archive.read("labels.txt").decode().split("\n")
 

@@ -1,4 +1,4 @@
-"""The .keras file, with metadata of ours inside.
+"""The .keras file, with metadata of this package.
 
 A .keras file is a ZIP archive. We add one member, `METADATA`, a JSON object with the class names,
 the data set and, in a checkpoint, the state of the run. Keras ignores it, and a copy of the file
@@ -105,8 +105,8 @@ def load_model(path):
         The Keras model, not compiled.
 
     Raises:
-        InputError: If the file is no .keras file, is damaged, or holds what Keras's `safe_mode`
-            refuses to load, such as a Lambda layer.
+        InputError: If the file is no .keras file, is damaged, or holds an object that Keras's
+            `safe_mode` refuses to load, such as a Lambda layer.
     """
     path = keras_files.check_path(path)
     keras_files.check_content(path)

@@ -32,15 +32,15 @@ _NORMALIZATIONS = "none, imagenet, inception, caffe, 1/255 or 0-255; see `train 
 _FOREIGN_OPTION = {
     "--normalize": {
         "metavar": "NAME",
-        "help": "normalization of the float images that another tool's model takes: "
+        "help": "normalization of the images, for a model of another tool that takes floats: "
         f"{_NORMALIZATIONS}; default: the model takes uint8 images",
     },
 }
 
-# The seed, too, chooses the held-out images; a trained model's own is in its metadata.
+# Without --seed, which selects the held-out images: a model's metadata records its seed.
 _DATA_OPTIONS = config.options(config.DataConfig, leave_out=("seed",))
 
-# For models of images of any size; others resize the images to their own.
+# --image-size is for models that take any size; others resize the images.
 _EVALUATION_OPTIONS = {
     **_DATA_OPTIONS,
     "--image-size": {
@@ -51,20 +51,20 @@ _EVALUATION_OPTIONS = {
     },
 }
 
-# The arguments of `train` that are no settings of the run; defaults are those of `train`.
+# Arguments of `train` that are not settings of the run; `train` has their defaults.
 _PROCESS_OPTIONS = {
     "--run-dir": {"metavar": "DIR", "help": "the run folder (default: runs/MODEL-RECIPE-TIME)"},
     "--resume": {
         "nargs": "?",
         "const": True,
         "choices": ("auto",),
-        "help": "go on with the run in --run-dir, from its last finished epoch; with auto, start "
-        "it if there is none",
+        "help": "resume the run in --run-dir from its last finished epoch; auto starts a run if "
+        "there is none",
     },
     "--strategy": {
         "metavar": "NAME",
-        "help": "none, mirrored (the GPUs of one machine), multiworker (TF_CONFIG), or "
-        "auto (default), which finds out",
+        "help": "none, mirrored (the GPUs of one machine), multiworker (the workers of TF_CONFIG), "
+        "or auto (default): chosen by TF_CONFIG and the number of GPUs",
     },
     "--worker-timeout": {
         "type": positive(float),
@@ -81,14 +81,14 @@ _LAUNCH_OPTIONS = {
         "type": positive(int),
         "required": True,
         "metavar": "N",
-        "help": "the number of workers; each gets cores of its own",
+        "help": "number of workers; each has its own cores",
     },
     "--restarts": {
         "type": int,
         "metavar": "K",
         "default": 0,
-        "help": "how often to start the workers again, from the last finished epoch, when one was "
-        "lost (default: 0)",
+        "help": "how many times to restart all workers, from the last finished epoch, after one "
+        "was lost (default: 0)",
     },
     "worker_command": {
         "nargs": argparse.REMAINDER,
@@ -106,8 +106,8 @@ _MODEL_ARGUMENT = {
     },
     "--trust": {
         "action": "store_true",
-        "help": "load a SavedModel, which is code, and open other files without testing them in "
-        "another process first",
+        "help": "load a SavedModel, which can run code, and open other files without a first test "
+        "in another process",
     },
     **_FOREIGN_OPTION,
 }
@@ -118,7 +118,7 @@ _EXPORT_OPTIONS = {
     "--precision": {
         "nargs": "+",
         "choices": tuple(EXPORT_PRECISIONS),
-        "help": "default: all that the formats come in; see below",
+        "help": "precisions, listed below (default: all of each format)",
     },
     "--out": {
         "metavar": "DIR",
@@ -151,10 +151,10 @@ _BENCHMARK_OPTIONS = {
         "type": positive(int),
         "metavar": "N",
         "default": 5,
-        "help": "measurements of each file, in turns (default: 5)",
+        "help": "rounds; each round measures every file (default: 5)",
     },
     "--trust": {"action": "store_true", "help": "run SavedModels, too, which are code"},
-    "--out": {"metavar": "DIR", "help": "where benchmark.json and benchmark.png go (default: DIR)"},
+    "--out": {"metavar": "DIR", "help": "folder of the results (default: the export folder)"},
 }
 
 _PREDICT_OPTIONS = {
@@ -176,9 +176,8 @@ _PREDICT_OPTIONS = {
 _CONVERT_OPTIONS = {
     "source": {
         "metavar": "CHECKPOINT",
-        "help": "a safetensors file or one of torch.save, whatever its name ends in (.pth, "
-        ".pth.tar, .ckpt, .bin …), or a .h5 or .keras file of keras.applications; code in it is "
-        "never run",
+        "help": "a safetensors file or a file of torch.save with any suffix (.pth, .pth.tar, "
+        ".ckpt, .bin …), or a .h5 or .keras file of keras.applications; its code is never run",
     },
     "--model": {
         "metavar": "NAME",
@@ -202,8 +201,8 @@ _CONVERT_OPTIONS = {
     },
     "--normalize": {
         "metavar": "NAME",
-        "help": "build a model of raw images, with resize and normalization inside, for `predict` "
-        f"and `evaluate`: {_NORMALIZATIONS}; default: the network alone",
+        "help": "include resizing and this normalization, so that the model takes raw images, for "
+        f"`predict` and `evaluate`: {_NORMALIZATIONS}; default: the network alone",
     },
     "--image-size": {
         "type": positive(int),
@@ -244,7 +243,7 @@ def _train(args):
         print(format_run(run.run_dir, run.report))
 
 
-# The environment variable that tells workers which command line the user typed, for the report.
+# The environment variable that passes the user's command line to workers, for the report.
 _COMMAND = "KERAS_RESNET_COMMAND"
 
 
@@ -372,7 +371,7 @@ def _verify(args):
     found = verify(args.folder, trust=args.trust, **_given(args, _DATA_OPTIONS))
     print(json.dumps(found) if args.json else format_verification(found))
     if not found["passed"]:
-        raise ExportError(f"{args.folder}: the files differ from what was exported")
+        raise ExportError(f"{args.folder}: the files differ from the exported ones")
 
 
 def _benchmark(args):
@@ -420,8 +419,8 @@ _COMMANDS = {
     "evaluate": Command(
         _evaluate,
         "evaluate a trained model",
-        "Evaluate a trained model on the held-out part of its own data set, or on another data "
-        "set: on its\ntest split, or as a whole.",
+        "Evaluate a trained model on the held-out part of its training set, or on another data "
+        "set: its test\nsplit, or the whole set if it has none.",
         {**_MODEL_ARGUMENT, **_EVALUATION_OPTIONS, **_JSON_OPTION},
         None,
     ),
@@ -444,7 +443,7 @@ _COMMANDS = {
         _export,
         "export to SavedModel, TFLite and ONNX, with verification",
         "Export a model to SavedModel, TFLite and ONNX. Each file is run by its own runtime and "
-        "compared\nwith the Keras model on all test images; a file that fails is not written.",
+        "compared\nwith the Keras model on all test images; if one file fails, nothing is written.",
         {**_EXPORT_OPTIONS, **_JSON_OPTION},
         "\n".join(
             [
@@ -540,7 +539,7 @@ def main(arguments=None):
         # A terminal without "×" or "–" shows "?" in place of a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
-        if args.command != "launch":  # its process leaves the memory to the workers
+        if args.command != "launch":  # does not use Keras; saves its memory for the workers
             _import_keras()
         status = _COMMANDS[args.command].run(args) or 0
         sys.stdout.flush()

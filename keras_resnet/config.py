@@ -61,7 +61,7 @@ def _setting(default, help, *, parse=str, metavar="NAME", choices=None, table=No
     Args:
         default: The value where none is given.
         help: One sentence, for the command line and the documentation.
-        parse: Function of the command line's text; `bool` is an option without a value.
+        parse: Function that converts an option's text; `bool` makes a flag.
         metavar: The value's name in `--help`.
         choices: The allowed values, where they are few.
         table: The table with one row per allowed value, as "module.NAME".
@@ -89,8 +89,8 @@ class DataConfig:
     )
     validation_split: float = _setting(
         0.1,
-        "share of the images held out where the set has no test split (default: 0.1; a set that "
-        "the model was not trained on is evaluated as a whole)",
+        "share of the images to hold out if the data set has no test split (default: 0.1; a data "
+        "set other than the training set is evaluated as a whole)",
         parse=_share,
         metavar="SHARE",
     )
@@ -118,16 +118,16 @@ class TrainConfig(DataConfig):
         table="models.SPECS",
     )
     recipe: str = _setting(
-        "quick", "how to train (default: quick); see below", table="recipes.RECIPES"
+        "quick", "training recipe, listed below (default: quick)", table="recipes.RECIPES"
     )
     epochs: int | None = _setting(
         None,
-        "instead of the recipe's; with --resume the new total, to continue a finished run",
+        "number of epochs, instead of the recipe's; with --resume, the run's new total",
         parse=positive(int),
         metavar="N",
     )
     batch_size: int | None = _setting(
-        None, "instead of the recipe's", parse=positive(int), metavar="N"
+        None, "images per step, instead of the recipe's", parse=positive(int), metavar="N"
     )
     image_size: int | None = _setting(
         None,
@@ -136,7 +136,7 @@ class TrainConfig(DataConfig):
         metavar="PIXELS",
     )
     learning_rate: float | None = _setting(
-        None, "instead of the recipe's", parse=positive(float), metavar="RATE"
+        None, "learning rate, instead of the recipe's", parse=positive(float), metavar="RATE"
     )
     variant: str | None = _setting(
         None, "d2l, torchvision, v1, v2, keras_v1 or keras_v2", table="models.VARIANTS"
@@ -144,8 +144,8 @@ class TrainConfig(DataConfig):
     stem: str | None = _setting(None, "imagenet, small or deep", table="models.STEMS")
     weights: str | None = _setting(
         None,
-        "fine-tune: start from a checkpoint that `convert` reads, or from a .keras file of this "
-        "package, in its variant and stem; a head of other classes is new",
+        "fine-tune: initial weights, in a checkpoint that `convert` reads or a .keras file of this "
+        "package, which also sets variant and stem; a head with other classes is new",
         metavar="FILE",
     )
     freeze: list[str] | None = _setting(  # noqa: RUF009
@@ -155,14 +155,14 @@ class TrainConfig(DataConfig):
     )
     normalize: str = _setting(
         "none",
-        "none, imagenet (what PyTorch's published weights expect), inception (keras.applications' "
-        "V2), caffe (keras.applications' ResNet50/101/152), 1/255, or 0-255 (scaled inside); "
-        "default: the one of the .keras file given as --weights, else none",
+        "none, imagenet (published PyTorch weights), inception (keras.applications' V2), caffe "
+        "(keras.applications' ResNet50/101/152), 1/255, or 0-255 (the network scales); default: "
+        "that of the .keras file in --weights, else none",
         table="preprocessing.NORMALIZATIONS",
     )
     precision: str = _setting(
         "auto",
-        "dtype of the computation; auto (default) takes bfloat16 where the machine has it",
+        "dtype of the computation; auto (default) uses bfloat16 if the machine supports it",
         choices=PRECISIONS,
     )
     sync_batchnorm: bool = _setting(
@@ -180,7 +180,7 @@ class TrainConfig(DataConfig):
         if self.weights is not None and not isinstance(self.weights, (str, os.PathLike)):
             kind = type(self.weights).__name__
             raise InputError(f"`weights` must be the path of a checkpoint, got {kind}")
-        # As JSON holds them: config.json is compared with these on resume.
+        # In types of JSON: on resume these are compared with config.json.
         self._set("weights", self.weights and os.fspath(self.weights))
         self._set("data_dir", self.data_dir and os.fspath(self.data_dir))
         self._set("freeze", _as_names(self.freeze))
@@ -209,10 +209,10 @@ class TrainConfig(DataConfig):
                 look_up(dict.fromkeys(choices), value, field.name)
 
     def resume(self, given):
-        """Returns the settings of this run, resumed with the settings that are given.
+        """Returns these settings with the settings given for a resumed run.
 
         Args:
-            given: name -> value; None is not given. `epochs` alone may differ.
+            given: name -> value; None means not given. Only `epochs` may differ.
 
         Raises:
             InputError: If another value differs.
@@ -230,7 +230,7 @@ class TrainConfig(DataConfig):
 
 
 def _as_names(names):
-    """Returns `freeze` as a list without repetitions; None for none."""
+    """Returns `freeze` as a list without duplicates; None if it is empty."""
     if names is None:
         return None
     parts = names.split(",") if isinstance(names, str) else names
@@ -264,7 +264,7 @@ def recorded_data_settings(record):
     """Returns the data settings in a record, such as a model's metadata; others are left out.
 
     Args:
-        record: A dict from a file. A value of another type than the default is left out, too.
+        record: A dict from a file. Values of a type other than the default's are left out, too.
     """
     found = {}
     for field in dataclasses.fields(DataConfig):

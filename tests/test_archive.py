@@ -123,7 +123,7 @@ def leads_to_another_file(path):
         (lambda path: edited(path, config=lambda content: b"[" * 10**5), "damaged: maximum"),
         (lambda path: edited(path, config=lambda content: b"[]"), "damaged"),
         (lambda path: edited(path, config=lambda content: b" " * 2**25), "config.json is larger"),
-        (changed_byte, "damaged: 'model.weights.h5' in it is not what was written"),
+        (changed_byte, "damaged: 'model.weights.h5' in it was changed"),
         (one_name_twice, "damaged: it holds two members of one name"),
         (unpacks_to_much, r"its members claim over 100 times the file's size \(1342\d+ bytes"),
         (claims_large_tensors, r"its tensors claim over 4 times the file's size \(17179869"),

@@ -50,7 +50,7 @@ def test_precisions_are_those_of_the_command_line():
     with pytest.raises(InputError, match="must be one of auto, float32"):
         choose_precision("int8")
     for name in POLICIES:
-        assert choose_precision(name) == (name, "asked for")
+        assert choose_precision(name) == (name, "as given")
 
 
 def test_auto_is_bfloat16_where_the_processor_has_it():

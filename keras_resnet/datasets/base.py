@@ -126,7 +126,7 @@ class Dataset:
 
 
 def fingerprint_arrays(*splits):
-    """Returns the sha256 (hex) of the splits' images and labels, whatever their order.
+    """Returns the sha256 (hex) of the splits' images and labels, independent of their order.
 
     A prepared TFDS folder has shuffled examples, and the IDX files have not: with the same data
     both have the same fingerprint.

@@ -37,7 +37,7 @@ def load_tfds(
 ):
     """Loads an image-classification set of TFDS, and prepares it if necessary.
 
-    A set of images of one shape becomes uint8 arrays of that shape, whatever `image_size` is,
+    A set of images of one shape becomes uint8 arrays of that shape for any `image_size`,
     since the model resizes them. A set of varying shapes keeps its encoded bytes in memory and
     decodes each batch at `image_size`.
 

@@ -30,7 +30,7 @@ PROGRAM = [sys.executable, "-m", "keras_resnet.cli"]
 """The words that start the command line, before a command's name."""
 
 GRACE_SECONDS = 20
-"""How long the other workers may run on after one failed, to notice it and report it."""
+"""How long the other workers may run after one failed, to detect and report it."""
 
 STOP_SECONDS = 60
 """How long the chief may take to save after a signal."""
@@ -73,10 +73,10 @@ def launch_workers(command, count, *, restarts=0, restart_command=None, environm
         environment: Environment variables to add to those of this process, a dict.
 
     Returns:
-        The exit status: 0 if all workers ended with 0, and 130 if this process was asked to stop.
-        Otherwise the status of the worker that failed first, with 1 for a worker that was killed by
-        a signal; but a chief's 2 (bad input) or 130 (interrupted) has precedence, because the other
-        worker may have failed only because it lost the chief.
+        The exit status: 0 if all workers ended with 0, and 130 if this process received a stop
+        signal. Otherwise it is the status of the worker that failed first, or 1 if a signal killed
+        that worker. A chief's status of 2 (bad input) or 130 (interrupted) has precedence: the
+        other worker may have failed only because it lost the chief.
 
     Raises:
         InputError: If a number is out of range, `TF_CONFIG` is set already, or the system has no
@@ -113,8 +113,8 @@ def share_cores(cores, count):
         count: The number of workers.
 
     Returns:
-        A list of `count` sets. The cores of a worker are neighbours, which share caches. Where
-        there are fewer cores than workers, each worker has one and some cores are used twice.
+        A list of `count` sets. The cores of a worker have adjacent numbers, since these share
+        caches. With fewer cores than workers, each worker has one core, and workers share cores.
 
     Example:
         >>> share_cores({0, 1, 2, 3, 4}, 2)
@@ -136,8 +136,8 @@ def share_gpus(devices, count):
 
     Returns:
         A list of `count` values of `CUDA_VISIBLE_DEVICES`. Every worker has the same number of
-        GPUs, which TensorFlow requires; "-1" hides all of them where there are fewer than workers.
-        The values are None where there are no GPUs.
+        GPUs, which TensorFlow requires. With fewer GPUs than workers, every value is "-1", which
+        hides all GPUs. Without GPUs, every value is None.
 
     Example:
         >>> share_gpus(["0", "1", "2"], 2)
@@ -171,7 +171,7 @@ def _worker_environments(count, more):
     addresses = [f"localhost:{port}" for port in _free_ports(count)]
     environments = []
     for index, visible in enumerate(share_gpus(_available_gpus(), count)):
-        # Without a cluster for a single worker: it ignores the variables of a Slurm step, too.
+        # An empty TF_CONFIG for a single worker: it then ignores Slurm's variables, too.
         config = {}
         if count > 1:
             task = {"type": "worker", "index": index}
@@ -187,7 +187,7 @@ def _free_ports(count):
     ports = []
     with contextlib.ExitStack() as stack:
         while len(ports) < count:
-            # From 32768 on, systems choose the ports of outgoing connections themselves.
+            # Linux assigns ports from 32768 on to outgoing connections.
             port = random.randrange(20000, 32768)
             server = stack.enter_context(socket.socket())
             with contextlib.suppress(OSError):
@@ -205,14 +205,14 @@ def _available_gpus():
             return []
     devices = []
     for name in map(str.strip, visible.split(",")):
-        if name in ("", "-1"):  # CUDA ignores what follows an invalid name
+        if name in ("", "-1"):  # CUDA ignores the names after an invalid one
             break
         devices.append(name)
     return devices
 
 
 def _print_error(text):
-    # A closed stderr must not stop a run, nor the emptying of a worker's pipe.
+    # A closed stderr must not stop a run, or the thread that reads a worker's pipe.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
@@ -254,7 +254,7 @@ class _WorkerGroup:
         self.workers = []  # `subprocess.Popen` objects, by index
         self.running = []  # indices
         self.failed = []  # indices of workers that failed on their own, the first one first
-        self._ending = False  # once the group is ended, exit statuses mean nothing
+        self._ending = False  # True: later exit statuses are not failures
         self._readers = []
         # macOS cannot bind a process to cores.
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
@@ -275,7 +275,7 @@ class _WorkerGroup:
         except BaseException:
             self.__exit__()
             raise
-        # After the last fork: in a process with threads, a fork can copy a lock that is held.
+        # After the last fork: a fork in a process with threads can copy a held lock.
         for index, worker in enumerate(self.workers[1:], 1):
             arguments = (worker.stdout, index)
             reader = threading.Thread(target=_copy_lines, args=arguments, daemon=True)
@@ -309,7 +309,7 @@ class _WorkerGroup:
 
     @property
     def others_ended(self):
-        """Whether other workers than the first that failed did not end with 0."""
+        """Whether a second worker has an exit status other than 0."""
         return sum(worker.returncode != 0 for worker in self.workers) > 1
 
     @property
@@ -322,7 +322,7 @@ class _WorkerGroup:
 
     @property
     def lost_worker(self):
-        """Whether a worker was killed or unreachable; other failures would only be repeated."""
+        """Whether a worker was killed or unreachable; a restart would repeat other failures."""
         codes = [self.workers[index].returncode for index in self.failed]
         lost = any(code < 0 or code == WORKER_LOST for code in codes)
         return lost and self.status not in (BAD_INPUT, INTERRUPTED)

@@ -1,8 +1,8 @@
 """The workers of a run meet before TensorFlow's server starts.
 
-TensorFlow blocks forever if a worker does not come, and trains nonsense if two workers were started
-differently. So all workers first connect to the chief, on the address that TensorFlow's server will
-take afterwards, and exchange JSON messages over `multiprocessing.connection`:
+TensorFlow blocks forever if a worker does not come, and trains a wrong network if two workers were
+started differently. So all workers first connect to the chief, on the address that TensorFlow's
+server will take afterwards, and exchange JSON messages over `multiprocessing.connection`:
 
     worker -> chief   {"index": …, "workers": …, "about": …}
     chief -> worker   {"met": true}
@@ -58,7 +58,7 @@ def meet(cluster, about, timeout=WORKER_TIMEOUT):
 
     Args:
         cluster: The `Cluster`. A single worker has nothing to wait for.
-        about: What must be equal on all workers, a dict for JSON.
+        about: The values that must be equal on all workers, a dict for JSON.
         timeout: How long to wait, in seconds; the same on all workers.
 
     Returns:
@@ -103,7 +103,7 @@ class Meeting:
         self.close()
 
     def share(self, make):
-        """Returns what `make()` returned on the chief, on every worker.
+        """Returns the chief's result of `make()` on every worker.
 
         The other workers wait for as long as `make` takes, and fail if the chief ends.
 
@@ -142,7 +142,7 @@ class _ChiefMeeting(Meeting):
             for source in wait([self.listener, *self.workers.values()], _TICK):
                 if source is self.listener:
                     self._accept()
-                else:  # workers say nothing before all have come
+                else:  # a worker sends nothing before all are connected
                     self._lose(source)
             while not self.arrivals.empty():
                 self._admit(*self.arrivals.get(), about)
@@ -201,7 +201,7 @@ class _ChiefMeeting(Meeting):
             deliver_challenge(connection, AUTHKEY)
             answer_challenge(connection, AUTHKEY)
             message = json.loads(connection.recv_bytes(MAX_BYTES))
-        except Exception:  # another program's connection is closed, whatever it sends
+        except Exception:  # connections of other programs are closed
             message = None
         self.arrivals.put((connection, message))
 
@@ -335,7 +335,7 @@ class _WorkerMeeting(Meeting):
         """Returns the value of the chief's next message, or raises the error in it."""
         try:
             if not self.chief.poll(seconds):
-                raise TimeoutError(errno.ETIMEDOUT, "it says nothing more")
+                raise TimeoutError(errno.ETIMEDOUT, "it has stopped sending")
             message = json.loads(self.chief.recv_bytes(MAX_BYTES))
         except (OSError, EOFError) as error:
             raise WorkerLost(
@@ -423,7 +423,7 @@ def _reason(error):
     if isinstance(error, EOFError):
         return "the connection was closed"
     if isinstance(error, BlockingIOError):
-        return "it takes the connection and says nothing"
+        return "it accepts the connection and sends nothing"
     if isinstance(error, TimeoutError) or getattr(error, "strerror", None):
         # `create_server` appends the address, which the message has already.
         text = (error.strerror or str(error)).partition(" (while ")[0]

@@ -100,7 +100,7 @@ def decide(name="auto"):
             "`keras-resnet launch -n N -- train …` makes it"
         )
     elif name != "auto":
-        decision = Decision(name, "asked for")
+        decision = Decision(name, "as given")
     elif backend != "tensorflow":
         decision = Decision("none", f"tf.distribute is not for the {backend} backend")
     elif (gpus := _count_gpus()) > 1:
@@ -121,7 +121,7 @@ def start(decision):
     "multiworker" starts TensorFlow's server, and blocks until all workers have done so.
 
     Args:
-        decision: What `decide` returned.
+        decision: The result of `decide`.
 
     Returns:
         A `tf.distribute.Strategy`; None for "none" on a backend other than TensorFlow.
@@ -234,7 +234,7 @@ def choose_strategy(name="auto", *, timeout=WORKER_TIMEOUT, say=print):
     Raises:
         InputError: If there is no such strategy, `TF_CONFIG` is wrong, or a worker does not come
             or has other versions.
-        WorkerLost: If a worker goes away before all have come.
+        WorkerLost: If a worker disconnects before all are connected.
 
     Example:
         >>> from keras_resnet import build_resnet18
@@ -251,7 +251,7 @@ def choose_strategy(name="auto", *, timeout=WORKER_TIMEOUT, say=print):
     if decision.cluster:
         check_first()
         with rendezvous.meet(decision.cluster, versions(), timeout) as meeting:
-            meeting.share(str)  # an empty text: workers leave once all are known to be there
+            meeting.share(str)  # no worker continues before all are connected
     strategy = start(decision)
     if say:
         say(str(decision))
@@ -262,7 +262,7 @@ def is_chief(strategy):
     """Returns whether this process is the chief, which writes files.
 
     Args:
-        strategy: What `choose_strategy` returned.
+        strategy: The result of `choose_strategy`.
 
     Example:
         >>> is_chief(choose_strategy("none", say=None))

@@ -124,7 +124,7 @@ def to_probabilities(answers, kind, name):
         are independent. One column becomes two: 1 − p and p.
 
     Raises:
-        InputError: The outputs are not finite, or not the probabilities that `kind` says.
+        InputError: The outputs are not finite, or not probabilities although `kind` requires them.
 
     Example:
         >>> to_probabilities(np.zeros((1, 4)), "logits", "a model").tolist()
@@ -182,7 +182,7 @@ def load(path, *, trust=False, normalize=None, threads=None, prober=None):
             without trying them in another process first.
         normalize: The normalisation of the floats that the model takes, a row of
             `preprocessing.NORMALIZATIONS`; None for a model that takes raw images. A quantized
-            .tflite file usually says it by its scale and zero point.
+            .tflite file's scale and zero point usually determine it.
         threads: Number of threads for one prediction of a .tflite or .onnx file.
         prober: A `runtimes.Prober` to try many files with.
 
@@ -239,7 +239,7 @@ def load_data(predictor, dataset=None, **options):
 
     The training set is split as it was in training, and the held-out part is used. Any other set
     is used as a whole, or its test split if it has one. If training images are among the images,
-    a note on standard error says how many.
+    a note on standard error states their number.
 
     Args:
         predictor: A `Predictor`.
@@ -275,7 +275,7 @@ def _load_by_name(predictor, training, dataset, options):
     trained_on = training.get("dataset")
     if dataset is None and not isinstance(trained_on, str):
         raise InputError(
-            f"{predictor.name}: the file does not say what it was trained on: name --dataset"
+            f"{predictor.name}: the file does not record its training set: name --dataset"
         )
     image_size = predictor.image_shape[:2]
     given_size = check_image_size(options.get("image_size", image_size))
@@ -327,7 +327,7 @@ def _check_held_out(data, known, options):
 
 
 def _note_training_images(predictor, training, data, split):
-    """Says on standard error how many images of a split the model was trained on."""
+    """Reports on standard error how many images of a split the model was trained on."""
     marks = predictor.metadata.get("trained_on")
     if isinstance(marks, str) and marks and isinstance(split.images, ImageFiles):
         marks = split_marks(marks)

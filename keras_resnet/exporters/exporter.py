@@ -35,8 +35,8 @@ class Job:
         serving: The `Serving`.
         metadata: The metadata of the file: class names, data, background.
         provenance: The origin of the model: a dict of strings.
-        calibration: Training images as the exported file takes them, evenly over the classes; None
-            if no artifact needs them.
+        calibration: Training images in the exported file's input format, balanced over the classes;
+            None if no artifact needs them.
     """
 
     serving: Serving
@@ -58,7 +58,7 @@ def export(
     report=None,
     **data_options,
 ):
-    """Exports a model to other formats, and verifies that each file is still the same network.
+    """Exports a model to other formats, and verifies that each file gives the same predictions.
 
     Every file is loaded by its own runtime and runs on all test images. A difference from the Keras
     model beyond the tolerance (`formats.PRECISIONS`) stops the export, and nothing is written.
@@ -67,17 +67,16 @@ def export(
         model: A run folder, a .keras file, or a Keras model with one image input and one output
             of a kind in `runtimes.base.OUTPUT_KINDS`. A model with one number for two classes is
             exported with two columns: 1 − p and p.
-        folder: The folder to write. By default "export" in the run folder, or beside a .keras
-            file, with the file's name before it. An earlier export of the same model in it is
-            added to.
+        folder: The folder to write. By default "export" in the run folder, or NAME-export beside
+            NAME.keras. It keeps an earlier export's files of the same model.
         to: Rows of `formats.FORMATS`: "saved_model", "tflite", "onnx"; None for all.
         precision: Rows of `formats.PRECISIONS`: "float32", "float16", "dynamic", "int8"; None
             for all of each format.
         dataset: A `Dataset` or its name; by default the one that the model was trained on. See
             `inference.load_data` for the images that it is evaluated on.
-        normalize: The normalisation of images that a Keras model of floats was trained with, a row
-            of `preprocessing.NORMALIZATIONS`; it becomes a part of the files.
-        preprocessing: Whether the files take raw uint8 images and give probabilities; without,
+        normalize: For a Keras model that takes floats: the normalisation of its training images, a
+            row of `preprocessing.NORMALIZATIONS`. The exported files contain it.
+        preprocessing: Whether the files take raw uint8 images and give probabilities; otherwise
             they take the network's floats and give logits.
         force: Whether to publish artifacts that fail, with the failures recorded.
         report: Called with a line about each artifact; None for none.
@@ -98,14 +97,14 @@ def export(
     """
     if keras.backend.backend() != "tensorflow":
         raise InputError(
-            f"an export needs Keras on TensorFlow, and it runs on {keras.backend.backend()}: set "
+            f"an export needs Keras's TensorFlow backend, got {keras.backend.backend()}: set "
             "KERAS_BACKEND=tensorflow"
         )
     report = report or (lambda line: None)
     artifacts = choose_artifacts(to, precision)
     source = open_source(model, normalize)
     if folder is None and source.folder is None:
-        raise InputError("`folder` must be named where a Keras model is exported")
+        raise InputError("`folder` must be given to export a Keras model object")
     folder = folders.check_target(folder or source.folder)
     data, split, options = load_data(source.predictor, dataset, **data_options)
     serving = Serving(source.predictor.model, preprocessing, _image_size(data, split))
@@ -149,7 +148,7 @@ def export(
 
 
 class _Inputs:
-    """The test images as the artifacts take them; made when `verify_artifact` indexes them."""
+    """The test images in the artifacts' input format; converted when they are indexed."""
 
     def __init__(self, serving, split):
         self._prepare, self._images = serving.prepare, split.images
@@ -176,8 +175,8 @@ def _image_size(data, split):
     size = split.images.shape[1:3]
     if None in size:
         raise InputError(
-            f"{data.name}: images of several sizes, and the model takes any: an export has one; "
-            "choose it with --image-size (`image_size`)"
+            f"{data.name}: the images have several sizes and the model takes any, but an export "
+            "needs one: set it with --image-size (`image_size`)"
         )
     return size
 
@@ -190,7 +189,7 @@ def _make_metadata(source, data, serving):
         if name.splitlines() != [name]:
             raise InputError(f"a class name must be one line of text, got {name!r}")
     return {
-        # A published file must not contain the marks of the photographs of its training.
+        # A published file must not contain checksums of the training images.
         **{key: value for key, value in own.items() if key != "trained_on"},
         "class_names": names,
         "takes_raw_images": serving.contract.dtype == "uint8",
@@ -246,11 +245,11 @@ def _check_passed(rows, failures, force, folder):
     wrong = [each for each in failures if not each.check.startswith(INCONCLUSIVE)]
     names = sorted({failure.file for failure in wrong or failures})
     if wrong:
-        reason = f"{len(names)} of {len(rows)} artifacts are not the network they were made of"
+        reason = f"{len(names)} of {len(rows)} artifacts differ from the Keras model"
     else:
         reason = (
             f"the verification of {len(names)} of {len(rows)} artifacts is {INCONCLUSIVE}, since "
-            "the Keras model gives (nearly) the same answer to all images; train it, or name the "
+            "the Keras model gives nearly the same output for all images; train it, or set the "
             "--normalize that it needs"
         )
     raise ExportError(

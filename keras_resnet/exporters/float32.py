@@ -88,7 +88,7 @@ def check_twin(name, dtypes, own, twins):
     # A difference that is not a number fails.
     if not difference <= tolerance:
         raise InputError(
-            f"{name} computes in {dtype}, and saved and loaded in float32 it answers otherwise: "
+            f"{name} computes in {dtype}, and its float32 copy gives other outputs: "
             f"relative difference {difference:.2g}, must be at most {tolerance:g}; a layer keeps "
             "state that it does not save, or depends on the precision: build the model in float32"
         )

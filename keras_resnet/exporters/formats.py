@@ -57,9 +57,9 @@ PRECISIONS = {
 
 
 def least_halved(sizes):
-    """Returns the number of elements from which on float16 stores a tensor in half precision.
+    """Returns the smallest size of a tensor that float16 stores in half precision.
 
-    Biases, the stem and the head are a fraction of a percent of a file, and most of the error.
+    Biases, the stem and the head are less than 1 % of a file, and cause most of the error.
 
     Args:
         sizes: The number of elements of each tensor of the network.

@@ -55,7 +55,7 @@ def compute_reference(model, serving, split):
         A `Reference`.
 
     Raises:
-        InputError: If there are too few images, the twin answers otherwise, or the outputs are not
+        InputError: If there are too few images, the twin's outputs differ, or the outputs are not
             of the kind that `serving` took them for.
     """
     if len(split) < max(BATCH_SIZES):
@@ -102,8 +102,8 @@ def describe_chance(reference, takes_floats):
     if reference.accuracy > min(share + 2 * deviation, 0.999):
         return None
     line = (
-        f"the Keras model has an accuracy of {reference.accuracy:.1%}, and always answering the "
-        f"most frequent class one of {share:.1%}: it is untrained, was trained on other classes"
+        f"the Keras model has an accuracy of {reference.accuracy:.1%}, and the constant prediction "
+        f"of the most frequent class has {share:.1%}: it is untrained, was trained on other classes"
     )
     if takes_floats:
         return f"{line}, or takes images that are normalised before it: then name --normalize"

@@ -27,7 +27,7 @@ INCONCLUSIVE = "inconclusive"
 _BATCH_TOLERANCE = 1e-4
 
 # The answers must spread over the images by this many times the largest difference allowed: an
-# artifact with one answer to all images must not come near to passing.
+# artifact with one output for all images must not pass.
 _MIN_SPREAD = 10
 
 # Latency: runs before timing starts, the smallest and largest number of timed runs, and the time

@@ -34,7 +34,7 @@ NOT_RUN = "checksum fits, not run"
 
 def _sizes(rank):
     return schema.Rule(
-        f"{rank} sizes, of which only the first may be null",
+        f"{rank} sizes; only the first may be null",
         lambda shape: len(shape) == rank and None not in shape[1:],
     )
 
@@ -126,13 +126,14 @@ def _load_split(manifest, dataset, options):
     for key, own in (("fingerprint", dataset.fingerprint), ("images", len(split))):
         if own != expected[key]:
             raise InputError(
-                f"{dataset.name}: not the data of the export: {key} {own}, there {expected[key]}"
+                f"{dataset.name}: not the data of the export: {key} must be {expected[key]}, got "
+                f"{own}"
             )
     split = resize_to_model(split, shape)
     if expected.get("order") not in (None, digest_order(split)):
         raise InputError(
-            f"{dataset.name}: other images than at the export, or in another order: they were "
-            "split otherwise"
+            f"{dataset.name}: the images or their order differ from those of the export: the data "
+            "set was split differently"
         )
     return split
 

@@ -1,4 +1,4 @@
-"""One way to open a model, whatever its format.
+"""Opens a model of any format.
 
 `open_runtime` finds the format by the file's name, checks the file before a parser reads it, and
 returns a `Runtime`.

@@ -1,4 +1,4 @@
-"""The contract of all runtimes, whatever format they read."""
+"""The interface of all runtimes, for every format."""
 
 import collections
 import dataclasses

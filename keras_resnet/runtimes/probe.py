@@ -1,7 +1,7 @@
 """Tries a file in another process before this one loads it.
 
-LiteRT and ONNX Runtime are C++ that trusts its input: a damaged file can crash the process that
-loads it, or use all its memory or time. The other process has a limit of each.
+LiteRT and ONNX Runtime do not validate their input completely: a damaged file can crash the process
+that loads it, or use all its memory or time. The other process limits both.
 """
 
 import importlib

@@ -1,8 +1,9 @@
-"""Objects in a Python process of their own, whose methods are called over pipes.
+"""Objects in a separate Python process; their methods are called over pipes.
 
-The process is a fresh interpreter. `multiprocessing` does not fit: it unpickles what the process
-sends, which could then run code here after it has parsed a hostile file, and its "spawn" imports
-the caller's main script again. Messages are a line of JSON and the bytes of at most one array.
+The process is a new interpreter. `multiprocessing` is unsuitable for two reasons. It unpickles the
+data that the process sends: a malicious file, parsed there, could run code in this process. Its
+"spawn" method imports the caller's main script again. A message is one line of JSON and the bytes
+of at most one array.
 """
 
 import contextlib
@@ -44,8 +45,8 @@ class Remote:
             decides which libraries the process loads.
         arguments: Arguments for the class, a dict that JSON can hold.
         timeout: Seconds that a call may take; None for no limit.
-        environment: Environment variables that the process gets in addition.
-        blocked: Top-level packages that cannot be imported there once `target` is.
+        environment: Additional environment variables for the process.
+        blocked: Top-level packages that the process cannot import after `target`.
 
     Attributes:
         pid: The process's id.
@@ -89,11 +90,11 @@ class Remote:
         return self._process.poll() is None
 
     def close(self):
-        """Ends the process, whatever it is doing, and waits until it has ended."""
+        """Kills the process, and waits until it has ended."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # a request that could not be written any more
+            with contextlib.suppress(OSError):  # the buffer holds an unsent request
                 pipe.close()
 
     def call(self, method, *array, **arguments):
@@ -105,7 +106,7 @@ class Remote:
             **arguments: Further arguments, which JSON can hold.
 
         Returns:
-            What the method returned: an array, or a value that JSON can hold.
+            The method's result: an array, or a value that JSON can hold.
 
         Raises:
             InputError: If the method raised one.
@@ -124,7 +125,7 @@ class Remote:
             late = self._timeout and time.monotonic() - start >= self._timeout
         finally:
             timer.cancel()
-            if answer is None:  # also on Ctrl-C: a later call would get the answer to this one
+            if answer is None:  # also on Ctrl-C: a later call would receive this result
                 self.close()
         if answer is None:
             raise RemoteError(f"the process {self._fate(late)}")
@@ -227,12 +228,12 @@ def _create(target, arguments, blocked):
 
 @contextlib.contextmanager
 def limited(memory, seconds):
-    """Limits what this process may use inside the block; on systems other than Linux it does not.
+    """Limits this process's memory and processor time inside the block; has no effect off Linux.
 
     Args:
-        memory: Bytes of address space in addition to those in use; more raise a MemoryError.
-        seconds: Processor time. The kernel ends the process after that, also where the process
-            that started it has ended and native code blocks all of Python's threads.
+        memory: Bytes of address space beyond those in use; a larger allocation raises MemoryError.
+        seconds: Processor time, after which the kernel ends the process, even if its parent has
+            ended and native code blocks all of Python's threads.
     """
     try:
         import resource

@@ -41,7 +41,7 @@ class DistributedTrainer(Trainer):
         self.stop_delay = 0.0 if self.is_chief else CHIEF_SECONDS
 
     def open_run(self, lock):
-        """Opens the run on the chief, and tells the other workers."""
+        """Opens the run on the chief, and sends its description to the other workers."""
         cluster = self.decision.cluster
         if cluster is None:
             super().open_run(lock)
@@ -205,7 +205,7 @@ class DistributedTrainer(Trainer):
                 f"interrupted, {lost} is gone; {self.finished}: {self.resume_command}"
             )
         return WorkerLost(
-            f"{lost} is gone, or cannot be reached; {self.finished}. Go on: {self.resume_command}"
+            f"{lost} is gone, or cannot be reached; {self.finished}. Resume: {self.resume_command}"
         )
 
 

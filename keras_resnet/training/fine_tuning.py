@@ -33,7 +33,7 @@ def find_source(settings, recorded=None, needed=True):
     if before and source.sha256 != before.sha256:
         raise InputError(
             f"{path}: not the file that the run was started with: sha256 {before.sha256[:16]}…, "
-            f"got {source.sha256[:16]}…; put that back, or start a new run"
+            f"got {source.sha256[:16]}…; restore that file, or start a new run"
         )
     return source
 
@@ -64,7 +64,7 @@ def adopt_form(recipe, source, settings):
     Args:
         recipe: A `Recipe`.
         source: The result of `find_source`.
-        settings: The run's `TrainConfig`; its `variant` and `stem` go first if they are given.
+        settings: The run's `TrainConfig`; its `variant` and `stem` take precedence if given.
     """
     if source is None:
         return recipe
@@ -134,7 +134,7 @@ def freeze(network, names):
     Keras runs a frozen BatchNormalization as in inference. Compile the model afterwards.
 
     Args:
-        network: What `build_resnet` returns.
+        network: The result of `build_resnet`.
         names: Modules, as `summarize_shapes` names them: "stem", "stage1" …, "final", "logits".
 
     Raises:

@@ -47,7 +47,7 @@ class Batches(keras.utils.PyDataset):
 class Shuffle(keras.callbacks.Callback):
     """Shuffles the training batches before each epoch, as a function of seed and epoch.
 
-    `PyDataset.on_epoch_end` is no place for it: Keras calls that once more when it builds a model.
+    `PyDataset.on_epoch_end` is unsuitable: Keras calls it once more when it builds a model.
 
     Args:
         batches: The training `Batches`.

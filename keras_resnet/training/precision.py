@@ -74,11 +74,11 @@ def choose_precision(precision="auto"):
 
     Example:
         >>> choose_precision("float32")
-        ('float32', 'asked for')
+        ('float32', 'as given')
     """
     look_up(dict.fromkeys(PRECISIONS), precision, "precision")
     if precision in POLICIES:
-        return precision, "asked for"
+        return precision, "as given"
     backend = keras.backend.backend()
     gpu = _GPUS[backend]() if backend in _GPUS else None
     if gpu is not None:
@@ -88,5 +88,5 @@ def choose_precision(precision="auto"):
     if flag is None:
         return "float32", f"this processor does not list {' or '.join(CPU_FLAGS)}"
     if backend not in _CPU_BACKENDS:
-        return "float32", f"the {backend} backend gains nothing from bfloat16 on a processor"
+        return "float32", f"the {backend} backend is not faster in bfloat16 on a CPU"
     return "bfloat16", f"this processor has {flag.upper().replace('_', '-')}"

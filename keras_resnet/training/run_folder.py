@@ -54,7 +54,7 @@ def create_run_dir(run_dir, lock):
 
 
 def reopen_run_dir(run_dir, lock):
-    """Locks the folder of a run that is resumed, and removes what a killed process left.
+    """Locks the folder of a run that is resumed, and removes a killed process's partial files.
 
     Args:
         run_dir: The folder.

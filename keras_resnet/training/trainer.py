@@ -1,6 +1,6 @@
 """Training: from the settings to a run folder, by `model.fit`.
 
-`Trainer.run` is the order of things, in one process. `distributed.DistributedTrainer` overrides
+`Trainer.run` calls the steps in order, in one process. `distributed.DistributedTrainer` overrides
 the steps that differ under several replicas.
 """
 
@@ -98,11 +98,11 @@ def train(
         dataset: A data set's name, see `load_dataset`, or a `Dataset`; Fashion-MNIST by default.
         recipe: A row of `RECIPES`; "quick" by default.
         run_dir: The run folder; runs/MODEL-RECIPE-TIME by default.
-        resume: Whether to resume the run in `run_dir` from its last finished epoch. Settings that
-            are given must be those of the run, except `epochs`: another total, of at least the
-            finished epochs, continues a finished run or shortens an unfinished one. The learning
-            rate follows the schedule of the new total from the current step on. "auto" resumes
-            where there is a run and starts one where there is none.
+        resume: Whether to resume the run in `run_dir` from its last finished epoch. Given settings
+            must equal those of the run; only `epochs` may differ. A new total, not below the number
+            of finished epochs, extends a finished run or shortens an unfinished one. The learning
+            rate follows the schedule of the new total from the current step on. "auto" resumes an
+            existing run, and otherwise starts a new one.
         strategy: "auto" (the default), "none", "mirrored" or "multiworker": a row of
             `distribution.STRATEGIES`. Under several workers, each of them calls `train` with the
             same arguments, once in its process; the chief alone writes files.
@@ -183,7 +183,7 @@ class Trainer:
         self.history, self.batches, self.received = [], (), []
         self.is_begun = False  # whether the run folder holds a run that can be resumed
 
-    # The order of things -----------------------------------------------------------------------
+    # The steps in order -----------------------------------------------------------------------
 
     def run(self):
         """Trains the network, and writes the run folder; returns a `Run`."""
@@ -203,7 +203,7 @@ class Trainer:
         if self.resume not in (True, False, "auto"):
             raise InputError(f"`resume` must be True, False or 'auto', got {self.resume!r}")
         if self.resume and self.run_dir is None:
-            raise InputError("`resume` needs the `run_dir` of the run to go on with")
+            raise InputError("`resume` needs the `run_dir` of the run to resume")
         resume = run_folder.has_run(self.run_dir) if self.resume == "auto" else self.resume
         if resume:
             self.record, before = run_folder.reopen_run_dir(self.run_dir, lock)
@@ -291,7 +291,7 @@ class Trainer:
                     callbacks.StopOnDivergence(),
                     callbacks.StopOnRequest(self.received, self.stop_delay),
                     self.checkpoint_callback(),
-                    *([progress] if self.verbose else []),  # an epoch with a line has a checkpoint
+                    *([progress] if self.verbose else []),  # prints after the checkpoint is saved
                 ],
             )
         if self.received:
@@ -305,7 +305,7 @@ class Trainer:
             fine_tuning.freeze(final.get_layer(self.settings.model), self.settings.freeze)
         return Run(self.run_dir, final, self.history, self.write_results(final))
 
-    # The steps' parts --------------------------------------------------------------------------
+    # Parts of the steps --------------------------------------------------------------------------
 
     def say(self, text):
         """Prints a line, if the run is verbose."""
@@ -313,7 +313,7 @@ class Trainer:
             print(text, flush=True)
 
     def make_recipe(self, settings):
-        """Returns the settings' recipe: overridden, in the checkpoint's form, scaled."""
+        """Returns the recipe with the settings' values, the source's form, and scaling."""
         recipe = override(RECIPES[settings.recipe], settings)
         recipe = fine_tuning.adopt_form(recipe, self.source, settings)
         if settings.scale_batch:
@@ -331,7 +331,7 @@ class Trainer:
         if before.scale_batch and then != replicas:
             raise InputError(
                 f"{self.run_dir}: the run was started with --scale-batch on {then} replicas, which "
-                f"set its batch size: start as many, got {replicas}"
+                f"determine its batch size: use as many, got {replicas}"
             )
         # Compared as JSON, since config.json has lists in place of tuples.
         now = json.loads(json.dumps(dataclasses.asdict(self.make_recipe(before))))
@@ -344,11 +344,11 @@ class Trainer:
             )
 
     def check_epochs(self):
-        """Raises an `InputError` if a resumed run has finished more epochs than it is to have."""
+        """Raises an `InputError` if a resumed run has finished more epochs than its new total."""
         if self.recipe.epochs < len(self.history):
             raise InputError(
-                f"{self.run_dir}: a run is resumed to at least as many `epochs` as it has "
-                f"finished, {len(self.history)}, got {self.recipe.epochs}"
+                f"{self.run_dir}: `epochs` must be at least the number of finished epochs, "
+                f"{len(self.history)}, got {self.recipe.epochs}"
             )
 
     def scope(self):
@@ -389,7 +389,7 @@ class Trainer:
 
     @property
     def least_batch(self):
-        """The fewest images of a training batch for which BatchNormalization has a variance.
+        """The smallest training batch in which BatchNormalization can compute a variance.
 
         A channel of a 1×1 feature map has one value per image, so two images are needed.
         """
@@ -412,13 +412,13 @@ class Trainer:
         optimizer.build(self.model.trainable_variables)
 
     def build_metrics(self):
-        """Creates the metrics' variables; created in the first step, they cause a second trace."""
+        """Creates the metrics' variables; creation in the first step causes a second trace."""
         logits = keras.ops.zeros((1, self.model.output_shape[-1]))
         self.model.compute_metrics(None, keras.ops.zeros((1,), "int32"), logits)
         self.model.reset_metrics()
 
     def restore(self):
-        """Loads the last checkpoint of a resumed run, once there is room for the next one."""
+        """Checks the disk space, then loads the last checkpoint of a resumed run."""
         files.check_space(self.run_dir, _bytes_on_disk(self.model))
         if self.history:
             archive.load_weights(self.model, run_folder.last_checkpoint(self.run_dir))
@@ -463,7 +463,7 @@ class Trainer:
         return callbacks.CheckpointCallback(self.history, self.run_dir, self.metadata)
 
     def write_results(self, final):
-        """Writes model.keras, evaluates it, and writes the report; returns that."""
+        """Writes model.keras, evaluates it, and writes the report; returns the report."""
         archive.save_model(final, self.run_dir / "model.keras", self.metadata)
         predictor = Predictor(final, self.metadata)
         split, size = self.evaluation_split, min(256, self.recipe.batch_size)
@@ -471,16 +471,16 @@ class Trainer:
         return write_report(self.run_dir, self.record, self.history, evaluation, split)
 
     def save_interrupted(self):
-        """Saves the weights as they are; returns a sentence that says so."""
+        """Saves the current weights; returns a sentence with the path."""
         path = self.run_dir / "checkpoints" / "interrupted.keras"
         archive.save_model(self.model, path, self.metadata)
-        return f" The weights as they are: {path}."
+        return f" The current weights are in {path}."
 
     # Errors ------------------------------------------------------------------------------------
 
     @property
     def resume_command(self):
-        """The command that goes on with the run."""
+        """The command that resumes the run."""
         return f"keras-resnet train --resume --run-dir {shlex.quote(str(self.run_dir))}"
 
     @property
@@ -490,14 +490,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def errors_translated(self):
-        """Raises each error with a known cause as a `TrainingError` that says how to go on."""
+        """Raises errors with a known cause as a `TrainingError` with the command to resume."""
         try:
             try:
                 yield
             except Interrupted as stop:
                 saved = self.save_interrupted()
                 raise Interrupted(
-                    f"interrupted {stop}; {self.finished}.{saved} Go on from the last finished "
+                    f"interrupted {stop}; {self.finished}.{saved} Resume from the last finished "
                     f"epoch: {self.resume_command}"
                 ) from None
         except Exception as error:
@@ -511,13 +511,13 @@ class Trainer:
         failure = next((each.failure for each in self.batches if each.failure), None)
         if failure is not None:
             return TrainingError(
-                f"{failure}; {self.finished}. Once it can be read again: {self.resume_command}"
+                f"{failure}; {self.finished}. When the image is readable: {self.resume_command}"
             )
         if isinstance(error, (InputError, TrainingError)):
             return None
         if isinstance(error, OSError) and self.is_begun:
             return TrainingError(
-                f"{self.run_dir}: {error.strerror or error}; finished epochs are kept: go on with "
+                f"{self.run_dir}: {error.strerror or error}; finished epochs are kept: resume with "
                 f"{self.resume_command}"
             )
         if _is_out_of_memory(error):
@@ -539,7 +539,7 @@ def _set_seed(seed):
 
 
 def _bytes_on_disk(model):
-    """Returns the bytes that the files of a run with this compiled model take at most."""
+    """Returns the largest total size of a run's files for this compiled model, in bytes."""
     weights, optimizer = (
         sum(4 * int(np.prod(variable.shape)) for variable in variables)
         for variables in (model.weights, model.optimizer.variables)
@@ -557,16 +557,16 @@ def _is_out_of_memory(error):
 
 @contextlib.contextmanager
 def _releasing_batches():
-    """Frees the iterators of a `model.fit` that ends in an error, before the error goes on.
+    """Frees the iterators of a failed `model.fit` before the error is raised again.
 
-    The error's traceback keeps them. An iterator that lives until the interpreter ends has a
-    TensorFlow thread that asks Python for a batch and gets no answer: the process hangs.
+    The error's traceback refers to them. If an iterator still exists when the interpreter exits,
+    its TensorFlow thread waits for a batch from Python forever, and the process hangs.
     """
     try:
         yield
     except BaseException as error:
         innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-        # By the frames' callers: Keras removes its own frames from the traceback.
+        # By the stack, not by the traceback: Keras removes its own frames from that.
         for frame, _ in traceback.walk_stack(innermost):
             try:
                 frame.clear()

@@ -37,7 +37,7 @@ def check_regular_file(path, kind):
     if not os.path.isfile(path):  # Opening a pipe would wait forever.
         raise InputError(f"{path}: a {kind} must be a regular file, not a pipe or a device")
     if os.path.getsize(path) == 0:
-        raise InputError(f"{path}: is empty; fetch or write it anew")
+        raise InputError(f"{path}: is empty; download or save it again")
     return path
 
 

@@ -88,8 +88,8 @@ def check_content(path):
 def check_model_size(path):
     """Checks that the model that a `.keras` file describes is not far larger than the file.
 
-    Keras creates all variables before it reads the weights: a changed number in the config is
-    enough to ask for a terabyte. So the model is built here without variables.
+    Keras creates all variables before it reads the weights: one changed number in the
+    config can cause an allocation of a terabyte. So the model is built here without variables.
 
     Args:
         path: The file, which `check_path` has accepted.

@@ -54,7 +54,7 @@ def check_members(path, archive, slack=0, expansion=MAX_EXPANSION):
     damaged = folders[0] if folders else archive.testzip()
     if damaged is not None:
         raise InputError(
-            f"{path}: damaged: {damaged!r} in it is not what was written; fetch or write it anew"
+            f"{path}: damaged: {damaged!r} in it was changed; download or save it again"
         )
 
 
@@ -69,12 +69,12 @@ def read_member(archive, name):
         The member, bytes.
 
     Raises:
-        zipfile.BadZipFile: If it is larger, whatever the directory says, or damaged.
+        zipfile.BadZipFile: If its real size is larger, or it is damaged.
     """
     try:
         with archive.open(name) as file:
             content = file.read(MAX_MEMBER_BYTES + 1)
-    # zlib's own error is no subclass of anything; a member may also claim to be encrypted.
+    # zlib.error is not an OSError or ValueError; a member may also claim to be encrypted.
     except Exception as error:
         raise zipfile.BadZipFile(f"{name}: {one_line(error)}") from error
     if len(content) > MAX_MEMBER_BYTES:

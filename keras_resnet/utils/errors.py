@@ -31,7 +31,7 @@ class ExportError(RuntimeError):
 
     Args:
         message: One line.
-        failures: What failed and by how much, one `verify_artifact.Failure` each.
+        failures: One `verify_artifact.Failure` for each failed check.
     """
 
     def __init__(self, message, failures=()):

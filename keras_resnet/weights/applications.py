@@ -185,7 +185,7 @@ def _read(path, pairs):
             raise InputError(f"{path}: {name!r} must be a tensor, got an empty data set")
         if dataset.dtype.name not in READ_AS:
             raise dtype_error(path, name, dataset.dtype.name)
-    # Several names may lead to one data set, each of which `check_hdf5` counts once.
+    # Several names can refer to one data set, which `check_hdf5` counts once.
     claimed = sum(claimed_bytes(dataset) for _, dataset in pairs)
     check_claim(path, "its tensors", claimed, path.stat().st_size)
     return [(name, dataset[()]) for name, dataset in pairs]

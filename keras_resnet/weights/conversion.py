@@ -67,14 +67,14 @@ def convert(
     not at all.
 
     Args:
-        source: The path of a safetensors file or one of `torch.save`, whatever its name ends in;
+        source: The path of a safetensors file or one of `torch.save`, with any suffix;
             or of a `.h5` or `.keras` file of keras.applications.
         model: A row of `models.SPECS`: the depth is not guessed.
         out: The file to write; it ends in .keras, and its folder exists.
         num_classes: The number of classes that the head must have, or, with `skip_head`, that the
             new head gets.
-        variant: A row of `models.VARIANTS`, instead of the layout's usual one; "v1" leaves no
-            trace in a file of layout "torchvision".
+        variant: A row of `models.VARIANTS`, instead of the layout's usual one; a file of
+            layout "torchvision" does not record "v1".
         stem: A row of `models.STEMS`, instead of the one found.
         layout: The name of a row of `LAYOUTS`, instead of recognising it.
         skip_head: Whether the head is left out, for a new, untrained one.
@@ -91,7 +91,7 @@ def convert(
         ignored (the names of tensors of other parts), input, sha256, path.
 
     Raises:
-        InputError: If an argument, the source or `out` does not allow it; nothing was written.
+        InputError: If an argument, the source or `out` is invalid; nothing was written.
 
     Example:
         >>> import tempfile

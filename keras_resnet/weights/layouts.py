@@ -1,7 +1,8 @@
 """The names that each library gives the weights of a residual network, as data.
 
 Our own names are the paths of Keras's variables, such as ``stage1_block1/conv1/kernel``. A row of
-`LAYOUTS` turns one into another library's. Adding a layout is adding a row.
+`LAYOUTS` converts one to another library's. To add a layout, add a row, and a real network to
+`REAL` in tests/weights/test_layouts.py.
 
 `find_network` finds a network among a checkpoint's tensors: its layout, the prefix before its
 names, its head, and the tensors that are of other parts of the training script.
@@ -70,7 +71,7 @@ class Layout:
         """Returns their name of the variable that Keras calls `path`.
 
         Raises:
-            KeyError: If there is no such thing in networks of this layout.
+            KeyError: If networks of this layout have no such variable.
 
         Example:
             >>> LAYOUTS["torchvision"].name("stage2_block1/shortcut_bn/moving_mean")
@@ -295,11 +296,11 @@ LAYOUTS = {
 }
 
 OWN = "keras_resnet"
-"""The name of the layout of our own names. No row of `LAYOUTS`: no other library has it."""
+"""The name of the layout of our own names. It is not in `LAYOUTS`: no other library uses it."""
 
 OWN_LAYOUT = Layout(
     "a network of this package",
-    variant="d2l",  # replaced by that of the network at hand
+    variant="d2l",  # replaced by the network's own variant
     block="stage{stage}_block{block}/",
     names={
         name: name
@@ -324,7 +325,7 @@ class Network:
         prefix: The text before the layout's names, such as "model.backbone."; else "".
         names: The names that the layout gives the tensors -> their names in the checkpoint.
             Tensors under the prefix that the layout does not know have the rest of their names.
-        head: The keys of `names` that belong to the head, whatever its form.
+        head: The keys of `names` that belong to the head, in any form.
         ignored: The names of the tensors that belong to other parts.
         taken: The key or, where there are several networks, the prefix that it was under, such as
             "state_dict_ema" or "ema_model."; None for a bare state dict.
@@ -561,7 +562,7 @@ def _find_stem(tensors, layout, row):
 def inspect_tensors(tensors, layout=None):
     """Finds the form of the network that a checkpoint's tensors come from.
 
-    The place of a bottleneck's stride ("torchvision" or "v1") leaves no trace in the weights: the
+    The place of a bottleneck's stride ("torchvision" or "v1") is not recorded in the weights: the
     variant is the layout's usual one.
 
     Args:

@@ -310,7 +310,7 @@ def frame(content):
         (frame(b"220 mail.example.com"), NOT_THE_CHIEF),
         (frame(b"#CHALLENGE#" + b"x" * 20) + frame(b"#FAILURE#"), NOT_THE_CHIEF),
         (b"", "the connection was closed"),
-        (None, "it takes the connection and says nothing"),
+        (None, "it accepts the connection and sends nothing"),
     ],
     ids=["http", "short", "long", "mail", "other key", "closed", "silent"],
 )

@@ -380,7 +380,9 @@ def test_a_finished_run_can_be_continued_with_more_epochs(copied, tmp_path, tiny
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
     # Resumed without a number it is the run of two epochs.
     assert train(**copied).history == run.history
-    with pytest.raises(InputError, match=r"at least as many `epochs` as it has finished, 2, got 1"):
+    with pytest.raises(
+        InputError, match=r"`epochs` must be at least the number of finished epochs, 2, got 1"
+    ):
         train(epochs=1, **copied)
     assert json.loads((run_dir / "config.json").read_text())["settings"]["epochs"] == 2
 
@@ -398,7 +400,7 @@ def test_the_schedule_of_a_continued_run_is_that_of_the_new_total(trained_run, t
     before, after = (load_model(d / "model.keras").get_weights() for d in (trained_run, run_dir))
     assert not np.allclose(before[0], after[0], atol=1e-4)
     refused = run_main(*words[:-1], 3)
-    assert refused.returncode == 2 and "`epochs` as it has finished, 4, got 3" in refused.stderr
+    assert refused.returncode == 2 and "number of finished epochs, 4, got 3" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
 
 

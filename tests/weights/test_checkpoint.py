@@ -451,7 +451,7 @@ FILES = {
     "flipped bit": (
         "a.pth",
         flipped(HUNDRED, b"\x00\x00\x80\x3f" * 100),
-        "damaged: 'archive/data/0' in it is not what was written",
+        "damaged: 'archive/data/0' in it was changed",
     ),
     "two members of one name": (
         "a.pth",
@@ -461,7 +461,7 @@ FILES = {
     "bytes marked as a folder": (
         "a.pth",
         marked_as_folder(HUNDRED),
-        "damaged: 'archive/data/0' in it is not what was written",
+        "damaged: 'archive/data/0' in it was changed",
     ),
     "more elements than bytes": ("a.pth", claiming(HUNDRED, 101), DAMAGED),
     "a terabyte of elements": ("a.pth", claiming(HUNDRED, 2**40), DAMAGED),

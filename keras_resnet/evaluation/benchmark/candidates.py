@@ -52,7 +52,7 @@ def find_all(folder, manifest, scratch, torch, trust):
 
     Args:
         folder: The export's folder.
-        manifest: What `read_manifest` returned.
+        manifest: The result of `read_manifest`.
         scratch: A folder for PyTorch's weights.
         torch: Whether to include PyTorch.
         trust: Whether to include SavedModels, which can run code.
@@ -114,7 +114,7 @@ def _find_keras(folder, manifest):
             accuracy, size = manifest["keras"]["accuracy"], path.stat().st_size
             # The precision in which it computes is known only after loading.
             return Candidate(path.name, "keras", "float32", None, path.resolve(), size, accuracy)
-    raise InputError(f"{recorded}: not there any more, or changed since it was exported")
+    raise InputError(f"{recorded}: is missing, or was changed after the export")
 
 
 def find_torch(source, folder):

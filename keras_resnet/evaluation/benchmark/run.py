@@ -1,4 +1,4 @@
-"""The measurement: all candidates in turns, each in a process of its own."""
+"""The measurement: all candidates alternately, each in its own process."""
 
 import contextlib
 import dataclasses
@@ -41,9 +41,9 @@ def benchmark(folder, *, rounds=5, threads=None, out=None, torch=True, trust=Fal
 
     The Keras model that they were made from is measured too, if it still exists, and the network
     of Dive into Deep Learning (d2l) in PyTorch with the same weights, if PyTorch is installed and
-    the book has such a network. Each candidate lives in a process of its own, which is idle while
-    another runs; the answers of all to the export's reference images are compared, so that none
-    can win by being wrong.
+    the book has such a network. Each candidate has its own process, which is idle while
+    another runs. The predictions of all for the export's reference images are compared, so that
+    wrong predictions are detected.
 
     Args:
         folder: An export's folder, with its manifest.json.
@@ -178,7 +178,7 @@ def _processor_times():
 
 @dataclasses.dataclass
 class _Entry:
-    """A candidate, its process, and what was measured.
+    """A candidate, its process, and its measurements.
 
     Attributes:
         candidate: The `Candidate`.

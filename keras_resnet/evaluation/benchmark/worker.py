@@ -1,7 +1,7 @@
 """A candidate of a benchmark, alone in its process; see `runtimes.remote`.
 
-Only the modules of its runtime are imported, so that the peak memory is what an application with
-that runtime needs.
+Only the modules of its runtime are imported, so that the peak memory is that of an
+application with this runtime.
 """
 
 import importlib
