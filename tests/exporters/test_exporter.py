@@ -466,7 +466,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, exported, traine
 
 
 def test_a_keras_model_needs_a_folder_and_data(small_model, tmp_path):
-    with pytest.raises(InputError, match="`folder` must be named"):
+    with pytest.raises(InputError, match="`folder` must be given"):
         export(small_model)
     with pytest.raises(InputError, match="name --dataset"):
         export(small_model, tmp_path / "out")
@@ -491,7 +491,7 @@ def test_a_failed_verification_is_a_table_and_status_1(trained_run, tmp_path, mo
     table = [line.split() for line in done.stdout.splitlines()[1:]]
     assert table[0] == ["file", "check", "found", "must", "be"]
     assert table[2][:3] == ["model-float32.onnx", "largest", "difference"]
-    assert "1 of 1 artifacts are not the network" in done.stderr.splitlines()[-1]
+    assert "1 of 1 artifacts differ from the Keras model" in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
