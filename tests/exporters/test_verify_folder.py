@@ -171,7 +171,8 @@ def test_a_changed_file_is_named_and_the_status_is_1(copy):
     flip(copy / "model-int8.tflite")
     done = run_main("verify", copy)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == f"keras-resnet: {copy}: the files differ from the exported ones"
+    line = f"keras-resnet: {copy}: the files differ from the exported ones"
+    assert done.stderr.splitlines()[-1] == line
     (line,) = [line for line in done.stdout.splitlines() if CHANGED in line]
     assert line.startswith("model-int8.tflite ")
     # The others are checked all the same.
