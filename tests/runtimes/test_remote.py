@@ -181,7 +181,15 @@ def test_blocked_packages_cannot_be_imported(start):
     assert remote.call("variable", name="COLOUR") == "blue"
 
 
-def test_only_the_caller_is_interrupted(start):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts: a shell may have started pytest with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_only_the_caller_is_interrupted(start, interruptible):
     """Ctrl-C reaches both; the process ends as the caller closes it."""
     remote = start()
     assert remote.call("path")
