@@ -70,8 +70,7 @@ def meet(cluster, about, timeout=WORKER_TIMEOUT):
             All workers that have come raise the same error.
 
     Example:
-        >>> from keras_resnet.config import WORKER_TIMEOUT
-    from keras_resnet.distribution.cluster import Cluster
+        >>> from keras_resnet.distribution.cluster import Cluster
         >>> with meet(Cluster(("localhost:2222",), 0), {"epochs": 3}) as meeting:
         ...     meeting.share(lambda: {"seed": 1})
         {'seed': 1}

@@ -239,7 +239,7 @@ def choose_strategy(name="auto", *, timeout=WORKER_TIMEOUT, say=print):
     Example:
         >>> from keras_resnet import build_resnet18
         >>> strategy = choose_strategy("none")
-        strategy: none (asked for), 1 replica
+        strategy: none (as given), 1 replica
         >>> with strategy.scope():
         ...     model = build_resnet18((28, 28, 1))
     """
