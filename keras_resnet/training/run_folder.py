@@ -127,6 +127,9 @@ def _read_config(run_dir):
     path = run_dir / CONFIG
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        unknown = record["settings"].keys() - config.TrainConfig.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f"this version lacks {', '.join(sorted(unknown))}; start a new run")
         settings = config.TrainConfig(**record["settings"])
         # The data set is recorded once it is loaded: a run can be killed before.
         if not isinstance(record.get("dataset", {}).get("fingerprint", ""), str):

@@ -755,6 +755,15 @@ def test_resume_refuses_other_settings(copied, change, message):
         train(**{**copied, **change})
 
 
+def test_resume_refuses_settings_of_another_version(copied):
+    path = copied["run_dir"] / "config.json"
+    record = json.loads(path.read_text())
+    record["settings"]["init"] = record["settings"].pop("weights")
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="of another version: this version lacks init; start a"):
+        train(**copied)
+
+
 def test_resume_refuses_a_recipe_that_was_edited(copied, monkeypatch):
     edited = dataclasses.replace(RECIPES["d2l"], warmup=0.5)
     monkeypatch.setitem(RECIPES, "d2l", edited)
