@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_resnet.evaluation.inference import Predictor, resolve_model_path
+from keras_resnet.formats import EXPORTED, find_format
 from keras_resnet.runtimes import open_runtime
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.runtimes.normalized import normalized
@@ -66,7 +67,7 @@ def open_source(model, normalize=None):
             f"a model is a run folder, a .keras file or a Keras model, got {model!r:.60}"
         )
     given, path = Path(model), resolve_model_path(model)
-    if path.is_dir() or path.suffix in (".tflite", ".onnx"):
+    if path.is_dir() or find_format(path) in EXPORTED:
         raise InputError(f"{path}: an export is made of a run folder or a .keras file")
     predictor = Predictor(normalized(open_runtime(path), normalize))
     size, sha256 = digest(path)

@@ -13,7 +13,8 @@ import numpy as np
 
 from keras_resnet.evaluation.inference import to_probabilities
 from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS
-from keras_resnet.runtimes import Tensor, open_runtime
+from keras_resnet.formats import EXPORTED
+from keras_resnet.runtimes import Tensor, find_opener, open_runtime
 from keras_resnet.runtimes.base import CHUNK, LOGITS
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils.environment import cores
@@ -124,19 +125,17 @@ def verify_artifact(path, artifact, contract, inputs, reference):
 
 
 def open_artifact(path, format, threads=None, *, trust=False, prober=None):
-    """Opens an artifact with its real runtime; a SavedModel in a process without Keras.
+    """Opens an artifact with its real runtime; a SavedModel runs in a process without Keras.
 
     Args:
         path: The file or folder; a SavedModel is trusted.
-        format: A row of `FORMATS`.
+        format: A row of `formats.EXPORTED`.
         threads: The number of threads that compute one answer; None for the runtime's choice.
         trust: See `open_runtime`.
         prober: See `open_runtime`.
     """
-    if format == "saved_model":
-        from keras_resnet.runtimes.saved_model import IsolatedSavedModel
-
-        return IsolatedSavedModel(path, threads)
+    if EXPORTED[format].isolated:
+        return find_opener(format, isolated=True)(path, threads)
     return open_runtime(path, threads=threads, trust=trust, prober=prober)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.evaluation.inference import resize_to_model
-from keras_resnet.exporters.formats import FORMATS, PRECISIONS
+from keras_resnet.exporters.formats import PRECISIONS
 from keras_resnet.exporters.graph import Contract
 from keras_resnet.exporters.reference import digest_order, read_reference
 from keras_resnet.exporters.verify_artifact import (
@@ -18,6 +18,7 @@ from keras_resnet.exporters.verify_artifact import (
     predict,
     run_checks,
 )
+from keras_resnet.formats import EXPORTED
 from keras_resnet.runtimes import Prober
 from keras_resnet.untrusted import schema
 from keras_resnet.untrusted.manifest import MANIFEST, find_change, read_manifest
@@ -41,7 +42,7 @@ def _sizes(rank):
 
 # Rules for a row of the manifest beyond those of the manifest itself: this version can run it.
 _ARTIFACT = {
-    "format": schema.one_of(FORMATS),
+    "format": schema.one_of(EXPORTED),
     "precision": schema.one_of(PRECISIONS),
     "batch": schema.Rule("null or 1", lambda batch: batch in (None, 1)),
     "input": {"shape": _sizes(4)},
@@ -92,7 +93,7 @@ def verify(folder, *, trust=False, dataset=None, **data_options):
     files[0]["verdict"] = SOUND
     with Prober() as prober, bar(len(rows), "verification", " files") as shown:
         for found, row in zip(files[1:], rows, strict=True):
-            if not found["failures"] and (trust or row["format"] != "saved_model"):
+            if not found["failures"] and (trust or not EXPORTED[row["format"]].runs_code):
                 names = manifest["class_names"]
                 found |= _verify(folder / row["file"], row, names, recorded, split, prober)
             if row["failures"] and not found["failures"]:

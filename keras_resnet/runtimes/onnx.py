@@ -1,5 +1,7 @@
 """ONNX files, run by ONNX Runtime on the CPU."""
 
+from pathlib import Path
+
 import onnxruntime
 
 from keras_resnet.runtimes import base
@@ -39,6 +41,13 @@ def open_session(content, threads=None):
     options.log_severity_level = 4  # errors are raised as exceptions
     options.intra_op_num_threads = threads or 0
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def open_bare(path, threads):
+    """Returns a file's function from images to outputs, for a benchmark; see `tflite.open_bare`."""
+    session = open_session(Path(path).read_bytes(), threads)
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
 
 
 class OnnxRuntime(Runtime):

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from keras_resnet.formats import FORMATS
 from keras_resnet.runtimes import remote
 from keras_resnet.runtimes.base import reason
 from keras_resnet.utils.errors import InputError
@@ -24,8 +25,6 @@ MAX_ELEMENTS = 2**26
 
 # Height and width of the images for a model that takes any.
 _PIXELS = 64
-# Format -> the library that parses the file besides the runtime.
-_PARSERS = {"tflite": "ai_edge_litert.schema_py_generated", "onnx": "onnx"}
 
 
 class Prober:
@@ -65,7 +64,7 @@ class Prober:
 
         Args:
             path: The file's path, for messages.
-            form: "tflite" or "onnx".
+            form: A row of `FORMATS` with a parser.
             content: The file, bytes.
 
         Raises:
@@ -114,7 +113,7 @@ class Trial:
 
         try:
             open_model = find_opener(form)
-            importlib.import_module(_PARSERS[form])
+            importlib.import_module(FORMATS[form].parser)
             with remote.limited(memory, seconds):
                 _run(open_model(content.tobytes(), path, threads=1))
         except InputError:

@@ -62,6 +62,18 @@ class Interpreter:
         return self.litert.get_tensor(self.outputs[0]["index"])
 
 
+def open_bare(path, threads):
+    """Returns a file's function from images to outputs, for a benchmark; nothing is checked.
+
+    Args:
+        path: The file.
+        threads: How many threads compute one answer.
+    """
+    interpreter = Interpreter(path, threads)
+    interpreter.allocate()
+    return interpreter.run
+
+
 class TFLiteRuntime(Runtime):
     """A .tflite file; see `Runtime`.
 

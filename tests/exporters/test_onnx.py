@@ -12,12 +12,13 @@ from onnx import TensorProto, numpy_helper
 from keras_resnet import InputError
 from keras_resnet.exporters import onnx as exporting
 from keras_resnet.exporters.exporter import Job
-from keras_resnet.exporters.formats import FORMATS, Artifact
+from keras_resnet.exporters.formats import Artifact
 from keras_resnet.exporters.graph import Serving
+from keras_resnet.formats import EXPORTED
 
 pytestmark = pytest.mark.thorough
 
-PRECISIONS = FORMATS["onnx"].precisions
+PRECISIONS = EXPORTED["onnx"].precisions
 
 
 @pytest.fixture(scope="module")

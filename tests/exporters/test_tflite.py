@@ -10,12 +10,13 @@ from ai_edge_litert.interpreter import Interpreter
 from keras_resnet import InputError
 from keras_resnet.exporters import tflite
 from keras_resnet.exporters.exporter import Job
-from keras_resnet.exporters.formats import FORMATS, Artifact
+from keras_resnet.exporters.formats import Artifact
 from keras_resnet.exporters.graph import Serving
+from keras_resnet.formats import EXPORTED
 
 pytestmark = pytest.mark.thorough
 
-PRECISIONS = FORMATS["tflite"].precisions
+PRECISIONS = EXPORTED["tflite"].precisions
 
 
 @pytest.fixture(scope="module")
