@@ -14,7 +14,7 @@ from keras_resnet.exporters.calibration import calibration_images, draw_evenly
 from keras_resnet.exporters.earlier import keep_earlier, read_earlier
 from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS, REFERENCE, choose_artifacts
 from keras_resnet.exporters.graph import Serving
-from keras_resnet.exporters.source import open_source
+from keras_resnet.exporters.source import open_export_source
 from keras_resnet.exporters.verify_artifact import INCONCLUSIVE, measure_latency, verify_artifact
 from keras_resnet.formats import EXPORTED
 from keras_resnet.runtimes.base import OUTPUT_KIND_KEY
@@ -101,7 +101,7 @@ def export(
         )
     report = report or (lambda line: None)
     artifacts = choose_artifacts(to, precision)
-    source = open_source(model, normalize)
+    source = open_export_source(model, normalize)
     if folder is None and source.folder is None:
         raise InputError("`folder` must be given to export a Keras model object")
     folder = folders.check_target(folder or source.folder)
@@ -115,7 +115,7 @@ def export(
 
     with folders.workspace(folder) as work:
         earlier = read_earlier(folder, serving.contract)
-        # The answers of the Keras model.
+        # The predictions of the Keras model.
         reference = references.compute_reference(source.predictor.model, serving, split)
         manifest = _make_manifest(source, job, data, split, options, reference)
         if manifest["keras"]["note"]:
@@ -131,7 +131,7 @@ def export(
                 path, artifact, serving.contract, inputs, reference
             )
             manifest["artifacts"].append({**row, "oldest_runtime": oldest_runtime})
-            recorded.answers[artifact.file] = probabilities[some]
+            recorded.predictions[artifact.file] = probabilities[some]
             failures += failed
             report(_describe_row(row))
         _check_passed(manifest["artifacts"], failures, force, folder)
@@ -165,7 +165,7 @@ def _record_some(inputs, split, reference):
     some = draw_evenly(split.labels, min(REFERENCE_IMAGES, most))
     probabilities = reference.probabilities
     recorded = references.Recorded(
-        inputs[some], probabilities[some], probabilities.argmax(axis=1), answers={}
+        inputs[some], probabilities[some], probabilities.argmax(axis=1), predictions={}
     )
     return recorded, some
 

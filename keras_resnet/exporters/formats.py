@@ -13,7 +13,7 @@ from keras_resnet.utils.errors import InputError, look_up
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """How far the answers of an artifact may be from those of its Keras model, on test images.
+    """How far the predictions of an artifact may be from those of its Keras model, on test images.
 
     Attributes:
         max_difference: Largest difference of any probability; None for no limit.

@@ -21,7 +21,7 @@ from keras_resnet.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A Keras model and its provenance.
 
     Attributes:
@@ -42,7 +42,7 @@ class Source:
         return {name: str(value) for name, value in known.items() if value is not None}
 
 
-def open_source(model, normalize=None):
+def open_export_source(model, normalize=None):
     """Opens the model that is to be exported.
 
     Args:
@@ -50,7 +50,7 @@ def open_source(model, normalize=None):
         normalize: See `export`.
 
     Returns:
-        A `Source`.
+        An `ExportSource`.
 
     Raises:
         InputError: If it is something else, or cannot be loaded.
@@ -61,7 +61,7 @@ def open_source(model, normalize=None):
             weights.update(np.ascontiguousarray(weight))
         record = {"path": "", "sha256": weights.hexdigest(), "of": "the weights"}
         predictor = Predictor(normalized(KerasRuntime(model), normalize))
-        return Source(predictor, {**record, "normalize": normalize})
+        return ExportSource(predictor, {**record, "normalize": normalize})
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
             f"a model is a run folder, a .keras file or a Keras model, got {model!r:.60}"
@@ -73,8 +73,8 @@ def open_source(model, normalize=None):
     size, sha256 = digest(path)
     record = {"path": str(path.resolve()), "sha256": sha256, "bytes": size, "normalize": normalize}
     if not given.is_dir():
-        return Source(predictor, record, path.with_name(f"{path.stem}-export"))
-    return Source(predictor, {**record, "run": _describe_run(given)}, given / "export")
+        return ExportSource(predictor, record, path.with_name(f"{path.stem}-export"))
+    return ExportSource(predictor, {**record, "run": _describe_run(given)}, given / "export")
 
 
 def _describe_run(run_dir):

@@ -28,7 +28,7 @@ from keras_resnet.utils.progress import bar
 # The verdict on a file.
 SOUND = "sound"
 CHANGED = "changed"
-DIFFERS = "answers differ"
+DIFFERS = "predictions differ"
 FORCED = "failed at its export"
 NOT_RUN = "checksum fits, not run"
 
@@ -53,8 +53,8 @@ _ARTIFACT = {
 def verify(folder, *, trust=False, dataset=None, **data_options):
     """Checks an export folder: checksums first, then every artifact by its own runtime.
 
-    The folder is enough. It holds real images, and the answers of the Keras model and of each
-    artifact to them at the export; an artifact must give the same answers again.
+    The folder is enough. It holds real images, and the predictions of the Keras model and of each
+    artifact for them at the export; an artifact must give the same predictions again.
 
     Args:
         folder: The folder that `export` wrote.
@@ -66,8 +66,8 @@ def verify(folder, *, trust=False, dataset=None, **data_options):
     Returns:
         A dict: "passed", and "files", a dict for each: "file"; "verdict", one of `SOUND`,
         `CHANGED`, `DIFFERS`, `FORCED` and `NOT_RUN`; "failures", a list of strings. For an artifact
-        that ran: "max_difference" and "agreement" with its answers at the export, "images", the
-        number of those answers, and "accuracy" and "accuracy_images", None without a data set.
+        that ran: "max_difference" and "agreement" with its predictions at the export, "images", the
+        number of those predictions, and "accuracy" and "accuracy_images", None without a data set.
 
     Raises:
         InputError: If there is no manifest, or it or the reference breaks a rule, or the data set
@@ -155,7 +155,7 @@ def _verify(path, row, class_names, recorded, split, prober):
                 top1 = predict(runtime, split.images).argmax(axis=1)
     except InputError as error:
         return {"verdict": DIFFERS, "failures": [str(error)]}
-    then = compare(probabilities, recorded.answers[row["file"]])
+    then = compare(probabilities, recorded.predictions[row["file"]])
     failures += check_tolerance(precision, then)
     if PRECISIONS[precision].tolerance.max_difference is not None:
         # For 8 bits a few hundred images are too few; the manifest has the agreement on all.

@@ -29,7 +29,7 @@ def open_runtime(path, *, threads=None, trust=False, prober=None):
 
     Args:
         path: A .keras, .tflite or .onnx file, or a SavedModel folder.
-        threads: How many threads compute one answer; None for the runtime's choice. Keras and
+        threads: How many threads compute one batch; None for the runtime's choice. Keras and
             TensorFlow use those of this process.
         trust: Whether to load a SavedModel, which can run code, and to load .tflite and .onnx
             files without trying them in another process.

@@ -19,7 +19,7 @@ MEMORY = 4 * 2**30
 MEMORY_PER_BYTE = 8
 """Further bytes of address space for each byte of the file."""
 SECONDS = 60
-"""Seconds that a model may take to load and to answer a few batches."""
+"""Seconds that a model may take to load and to predict a few batches."""
 MAX_ELEMENTS = 2**26
 """The most numbers that an input or output of two images may have."""
 
@@ -69,7 +69,7 @@ class Prober:
 
         Raises:
             InputError: If the model is refused there, or the process ends, runs out of memory,
-                or does not answer in time.
+                or does not finish in time.
         """
         if self._remote is None or not self._remote.is_alive():
             self.close()
@@ -86,7 +86,7 @@ class Prober:
                 path=str(path),
                 form=form,
                 memory=self.memory or MEMORY + MEMORY_PER_BYTE * len(content),
-                # Reached only where the process that waits for the answer has ended.
+                # Reached only where the calling process has ended.
                 seconds=2 * self.seconds,
             )
         except remote.RemoteError as error:

@@ -60,8 +60,8 @@ class SavedModelRuntime(Runtime):
     def call(self, images):
         """Returns the output for one batch."""
         # NumPy has no bfloat16 of its own.
-        answers = self._function(**{self.input.name: tf.constant(images)})[self.output.name]
-        return (tf.cast(answers, tf.float32) if answers.dtype == tf.bfloat16 else answers).numpy()
+        outputs = self._function(**{self.input.name: tf.constant(images)})[self.output.name]
+        return (tf.cast(outputs, tf.float32) if outputs.dtype == tf.bfloat16 else outputs).numpy()
 
 
 class IsolatedSavedModel(Runtime):
@@ -110,7 +110,7 @@ class IsolatedSavedModel(Runtime):
         return self._ask("call", images)
 
     def time(self, images):
-        """Returns how many seconds the answers take in the process."""
+        """Returns how many seconds a batch takes in the process."""
         self.run(images)
         return self._remote.seconds
 
@@ -175,8 +175,8 @@ def open_bare(path, threads):
     (name,) = serve.structured_input_signature[1]
 
     def run(images, loaded=loaded):  # which must exist as long as the function
-        (answer,) = serve(**{name: tf.constant(images)}).values()
-        return answer.numpy()
+        (output,) = serve(**{name: tf.constant(images)}).values()
+        return output.numpy()
 
     return run
 

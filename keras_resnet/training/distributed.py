@@ -49,7 +49,7 @@ class DistributedTrainer(Trainer):
             strategies.check_first()
             # Data can lie elsewhere on another machine; all other settings must be equal.
             command = {name: repr(v) for name, v in self.given.items() if name != "data_dir"}
-            about = {**strategies.versions(), **command}
+            about = {**strategies.describe_worker(), **command}
             with rendezvous.meet(cluster, about, self.worker_timeout) as meeting:
                 described = meeting.share(lambda: self._open_and_describe(lock))
             if not self.is_chief:

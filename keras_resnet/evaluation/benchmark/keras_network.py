@@ -9,7 +9,7 @@ def open_bare(path, threads):
 
     Args:
         path: The .keras file.
-        threads: How many threads compute one answer.
+        threads: How many threads compute one batch.
     """
     set_tensorflow_threads(threads)
     return inference.load(path)

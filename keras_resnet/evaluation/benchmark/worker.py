@@ -62,7 +62,7 @@ class Worker:
             calls.append(time.perf_counter() - start)
         return calls
 
-    def answer(self, batch):
+    def predict(self, batch):
         """Returns the probabilities of all images, computed in batches."""
         starts = range(0, len(self._images), batch)
         parts = [self._run(np.array(self._images[start : start + batch])) for start in starts]
