@@ -99,6 +99,7 @@ class Dataset:
         splits: "train", and "test" or "validation".
         source: The place where it was found, in one line.
         fingerprint: sha256 (hex) of the contents; see `fingerprint_arrays`.
+        is_labelled: Whether the labels are known.
 
     Raises:
         InputError: A label of a split has no class name.
@@ -109,6 +110,7 @@ class Dataset:
     splits: Mapping[str, Split]
     source: str
     fingerprint: str
+    is_labelled: bool = True
 
     def __post_init__(self):
         for split in self.splits.values():
