@@ -7,6 +7,7 @@ import flatbuffers
 import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
+from tensorflow.lite.python.convert import mlir_quantize
 
 from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
@@ -30,6 +31,8 @@ def _int8(converter, images):
 # The converter's metadata entry: the first version of TensorFlow Lite with all of the operators.
 _OLDEST_RUNTIME = b"min_runtime_version"
 _DEQUANTIZE_RUNTIME = "1.15.0"
+
+_CONVOLUTION = schema.BuiltinOperator.CONV_2D
 
 # precision -> settings of the converter beyond "built-in operators only".
 _SETTINGS = {
@@ -78,15 +81,45 @@ def convert(module, precision, images=()):
 
 
 def _convert(module, precision, images):
+    (spec,) = module.serve.input_signature
+    resizes = None in spec.shape.as_list()[1:]
     with suppress_stderr():
         converter = tf.lite.TFLiteConverter.from_saved_model(module.save())
         # The default includes TensorFlow's own operators, which a phone does not have.
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         _SETTINGS[precision](converter, images)
         try:
+            if precision == "int8" and resizes:
+                return _quantize_network(converter)
             return bytes(converter.convert())
         except Exception as error:
             raise InputError(f"TFLite cannot hold this network: {_reason(error)}") from error
+
+
+def _quantize_network(converter):
+    """Returns an int8 model that resizes images in floats.
+
+    In 8 bits the weights of the resizing, which depend on the image's size, would be wrong.
+    """
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    converter._experimental_calibrate_only = True
+    calibrated = converter.convert()
+    return bytes(mlir_quantize(calibrated, denylisted_nodes=_find_preparation(calibrated)))
+
+
+def _find_preparation(content):
+    """Returns the names of the operators before the first convolution, which prepare images."""
+    model = schema.Model.GetRootAs(content, 0)
+    graph = model.Subgraphs(0)
+    names = set()
+    for index in range(graph.OperatorsLength()):
+        operator = graph.Operators(index)
+        if model.OperatorCodes(operator.OpcodeIndex()).BuiltinCode() == _CONVOLUTION:
+            break
+        # The name of a fused operator has one part for each operator that it was made of.
+        outputs = [graph.Tensors(i).Name().decode() for i in operator.OutputsAsNumpy()]
+        names |= {part for name in outputs for part in (name, *name.split(";"))}
+    return names
 
 
 def oldest_runtime(content):
