@@ -26,13 +26,16 @@ def _int8(converter, images):
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.representative_dataset = lambda: ({graph.IMAGE: image[None]} for image in images)
+    # `_quantize` does the rest: the converter would quantize the resampling of the images, too.
+    converter._experimental_calibrate_only = True
 
+
+_CONVOLUTION = schema.BuiltinOperator.CONV_2D
+_PRODUCTS = {schema.BuiltinOperator.BATCH_MATMUL, schema.BuiltinOperator.FULLY_CONNECTED}
 
 # The converter's metadata entry: the first version of TensorFlow Lite with all of the operators.
 _OLDEST_RUNTIME = b"min_runtime_version"
 _DEQUANTIZE_RUNTIME = "1.15.0"
-
-_CONVOLUTION = schema.BuiltinOperator.CONV_2D
 
 # precision -> settings of the converter beyond "built-in operators only".
 _SETTINGS = {
@@ -81,45 +84,33 @@ def convert(module, precision, images=()):
 
 
 def _convert(module, precision, images):
-    (spec,) = module.serve.input_signature
-    resizes = None in spec.shape.as_list()[1:]
     with suppress_stderr():
         converter = tf.lite.TFLiteConverter.from_saved_model(module.save())
         # The default includes TensorFlow's own operators, which a phone does not have.
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         _SETTINGS[precision](converter, images)
         try:
-            if precision == "int8" and resizes:
-                return _quantize_network(converter)
-            return bytes(converter.convert())
+            content = bytes(converter.convert())
+            return _quantize(content) if precision == "int8" else content
         except Exception as error:
             raise InputError(f"TFLite cannot hold this network: {_reason(error)}") from error
 
 
-def _quantize_network(converter):
-    """Returns an int8 model that resizes images in floats.
+def _quantize(calibrated):
+    """Quantizes a calibrated .tflite model to 8 bits, but for matrix products that resize images.
 
-    In 8 bits the weights of the resizing, which depend on the image's size, would be wrong.
+    Their whole numbers need all bits of float32; so do the operators between them and the network.
     """
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    converter._experimental_calibrate_only = True
-    calibrated = converter.convert()
-    return bytes(mlir_quantize(calibrated, denylisted_nodes=_find_preparation(calibrated)))
-
-
-def _find_preparation(content):
-    """Returns the names of the operators before the first convolution, which prepare images."""
-    model = schema.Model.GetRootAs(content, 0)
-    graph = model.Subgraphs(0)
-    names = set()
-    for index in range(graph.OperatorsLength()):
-        operator = graph.Operators(index)
-        if model.OperatorCodes(operator.OpcodeIndex()).BuiltinCode() == _CONVOLUTION:
-            break
-        # The name of a fused operator has one part for each operator that it was made of.
-        outputs = [graph.Tensors(i).Name().decode() for i in operator.OutputsAsNumpy()]
-        names |= {part for name in outputs for part in (name, *name.split(";"))}
-    return names
+    model = schema.Model.GetRootAs(calibrated, 0)
+    table = [model.OperatorCodes(i).BuiltinCode() for i in range(model.OperatorCodesLength())]
+    subgraph = model.Subgraphs(0)
+    operators = [subgraph.Operators(index) for index in range(subgraph.OperatorsLength())]
+    kinds = [table[operator.OpcodeIndex()] for operator in operators]
+    kept = []
+    if _CONVOLUTION in kinds and _PRODUCTS & {*kinds[: kinds.index(_CONVOLUTION)]}:
+        outputs = [operator.OutputsAsNumpy() for operator in operators[: kinds.index(_CONVOLUTION)]]
+        kept = [subgraph.Tensors(i).Name().decode() for indices in outputs for i in indices]
+    return bytes(mlir_quantize(calibrated, denylisted_nodes=kept))
 
 
 def oldest_runtime(content):
