@@ -21,6 +21,7 @@ from keras_resnet.runtimes import Runtime, open_runtime
 from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.runtimes.normalized import normalized
+from keras_resnet.runtimes.resized import resized
 from keras_resnet.utils.errors import ImageError, InputError, one_line
 from keras_resnet.utils.files import expand_user
 from keras_resnet.utils.progress import note
@@ -205,7 +206,7 @@ def load(path, *, trust=False, normalize=None, threads=None, prober=None):
     """
     path = resolve_model_path(path)
     runtime = open_runtime(path, threads=threads, trust=trust, prober=prober)
-    return Predictor(normalized(runtime, normalize))
+    return Predictor(normalized(resized(runtime), normalize))
 
 
 # ----------------------------------------------------------------------------------------------
