@@ -283,9 +283,8 @@ def _launch_train(args, options):
     if options.run_dir is not None:
         check_empty(Path(options.run_dir))  # a restart would resume a run that is in it
         return [], ["--resume", "auto"]
-    run_dir = default_run_dir(
-        options.model or config.TrainConfig.model, options.recipe or config.TrainConfig.recipe
-    )
+    settings = config.TrainConfig(**_given(options, ("--model", "--dataset", "--recipe")))
+    run_dir = default_run_dir(settings.model, settings.recipe)
     return ["--run-dir", str(run_dir)], ["--resume", "auto"]
 
 

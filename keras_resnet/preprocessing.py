@@ -151,13 +151,15 @@ class RandomResizedCrop(keras.layers.Layer):
     """Cuts a random rectangle out of each image and resizes it; in inference, the middle.
 
     Resizing is bilinear with antialiasing: two matrix products, whose weights are triangles as
-    wide as an output pixel, or as an input pixel where the image is enlarged. In inference a square
-    of `image_size` pixels is cut out of the middle, at the offset of torchvision's `CenterCrop`.
+    wide as an output pixel, or as an input pixel where the image is enlarged.
 
     Args:
-        image_size: Height and width of the result, in pixels; those of the input are not smaller.
-        area: (smallest, largest) share of the image's area.
-        proportions: (smallest, largest) width over height, relative to the image's.
+        image_size: Height and width of the result, in pixels.
+        crop_pct: In inference, the share of the shorter edge that the square in the middle has. If
+            this is `image_size` pixels, the square is cut out at the offset of torchvision's
+            `CenterCrop`; otherwise it is resized.
+        area: (smallest, largest) share of the image's area, in training.
+        proportions: (smallest, largest) width over height, relative to the image's, in training.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -167,7 +169,7 @@ class RandomResizedCrop(keras.layers.Layer):
         (batch, image_size, image_size, channels), float32.
 
     Raises:
-        InputError: If the images are smaller than the result.
+        InputError: If the height or the width of the images is not known.
 
     Source:
         Szegedy et al., Going Deeper with Convolutions, 2015, section 6: 8 % to 100 % of the area,
@@ -175,29 +177,28 @@ class RandomResizedCrop(keras.layers.Layer):
 
     Example:
         >>> images = keras.random.uniform((2, 40, 40, 3))
-        >>> crop = RandomResizedCrop(32)
+        >>> crop = RandomResizedCrop(32, crop_pct=0.8)
         >>> tuple(crop(images, training=True).shape)
         (2, 32, 32, 3)
         >>> bool(ops.all(crop(images) == images[:, 4:36, 4:36]))
         True
     """
 
-    def __init__(self, image_size, area=(0.35, 1.0), proportions=(3 / 4, 4 / 3), **kwargs):
+    def __init__(
+        self, image_size, crop_pct=1.0, area=(0.35, 1.0), proportions=(3 / 4, 4 / 3), **kwargs
+    ):
         super().__init__(**{"dtype": "float32", **kwargs})
         check_count("image_size", image_size)
         self.image_size = image_size
+        self.crop_pct = crop_pct
         self.area = tuple(area)
         self.proportions = tuple(proportions)
         self.seeds = keras.random.SeedGenerator()
 
     def build(self, input_shape):
         """Checks `input_shape`; there are no weights."""
-        sizes = input_shape[1:3]
-        if None in sizes or min(sizes) < self.image_size:
-            raise InputError(
-                f"a crop of {self.image_size}×{self.image_size} pixels needs images at least as "
-                f"large, got {sizes[1]}×{sizes[0]}"
-            )
+        if None in input_shape[1:3]:
+            raise InputError(f"a crop needs images of a known size, got {tuple(input_shape)}")
 
     def compute_output_shape(self, input_shape):
         """Returns the output's shape for images of `input_shape`."""
@@ -207,38 +208,50 @@ class RandomResizedCrop(keras.layers.Layer):
         """Returns a random part of each image, or the middle."""
         height, width = images.shape[1:3]
         images = ops.cast(images, self.compute_dtype)
-        if not training:
+        if training:
+            count = ops.shape(images)[0]
+            area = self._uniform(count, *self.area)
+            ratio = ops.exp(self._uniform(count, *map(math.log, self.proportions)))
+            tall = ops.minimum(ops.sqrt(area / ratio), 1.0) * height
+            wide = ops.minimum(ops.sqrt(area * ratio), 1.0) * width
+            top = self._uniform(count, 0.0, 1.0) * (height - tall)
+            left = self._uniform(count, 0.0, 1.0) * (width - wide)
+            return self._resize(images, (top, left), (tall, wide))
+        edge = self.crop_pct * min(height, width)
+        if round(edge) == self.image_size:
             top, left = (round((size - self.image_size) / 2) for size in (height, width))
             return images[:, top : top + self.image_size, left : left + self.image_size]
-        count = ops.shape(images)[0]
-        area = self._uniform(count, *self.area)
-        ratio = ops.exp(self._uniform(count, *map(math.log, self.proportions)))
-        tall = ops.minimum(ops.sqrt(area / ratio), 1.0)
-        wide = ops.minimum(ops.sqrt(area * ratio), 1.0)
-        rows = self._weights(count, tall, height)
-        columns = self._weights(count, wide, width)
-        # Rows first: (count, size, height) × (count, height, width · channels).
-        x = ops.matmul(rows, ops.reshape(images, (count, height, width * images.shape[-1])))
-        x = ops.reshape(x, (count, self.image_size, width, images.shape[-1]))
-        return ops.matmul(columns[:, None], x)
+        starts = [ops.array([(size - edge) / 2], self.compute_dtype) for size in (height, width)]
+        return self._resize(images, starts, [ops.array([edge], self.compute_dtype)] * 2)
 
     def _uniform(self, count, low, high):
         return keras.random.uniform((count,), low, high, self.compute_dtype, self.seeds)
 
-    def _weights(self, count, share, length):
-        """Returns weights (count, image_size, length) of a random part of an axis."""
-        start = self._uniform(count, 0.0, 1.0) * (1 - share) * length
-        step = share * length / self.image_size
+    def _resize(self, images, starts, lengths):
+        """Returns rectangles of the images: their starts and lengths by axis, one or one each."""
+        _, height, width, channels = images.shape
+        rows, columns = (
+            self._weights(start, length, size)
+            for start, length, size in zip(starts, lengths, (height, width), strict=True)
+        )
+        # (·, size, height) × (count, height, width · channels), then the same for the columns.
+        x = ops.matmul(rows, ops.reshape(images, (-1, height, width * channels)))
+        x = ops.reshape(x, (-1, self.image_size, width, channels))
+        return ops.matmul(columns[:, None], x)
+
+    def _weights(self, start, length, size):
+        """Returns weights (·, image_size, size) of a part of an axis of `size` pixels."""
+        step = length / self.image_size
         places = ops.arange(self.image_size, dtype=self.compute_dtype) + 0.5
         centres = start[:, None] + step[:, None] * places
-        pixels = ops.arange(length, dtype=self.compute_dtype) + 0.5
+        pixels = ops.arange(size, dtype=self.compute_dtype) + 0.5
         distances = ops.abs(pixels - centres[..., None]) / ops.maximum(step, 1.0)[:, None, None]
         weights = ops.relu(1 - distances)
         return weights / ops.sum(weights, axis=-1, keepdims=True)
 
     def get_config(self):
         """Returns the arguments that make this layer again."""
-        names = ("image_size", "area", "proportions")
+        names = ("image_size", "crop_pct", "area", "proportions")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
@@ -310,16 +323,16 @@ def _grey(x):
 # These change raw images, before the preprocessing; the others change its result.
 RAW_AUGMENTATIONS = ("crop", "colour")
 
-# name -> a function of the network's image size that makes a layer, which changes training images
-# at random.
+# name -> a function that makes a layer, which changes training images at random. Its arguments are
+# the network's image size, and the share of the shorter edge that the network sees in inference.
 AUGMENTATIONS = {
     "crop": RandomResizedCrop,
-    "colour": lambda size: ColourJitter(),
-    "flip": lambda size: keras.layers.RandomFlip("horizontal", data_format="channels_last"),
-    "shift": lambda size: keras.layers.RandomTranslation(
+    "colour": lambda *_: ColourJitter(),
+    "flip": lambda *_: keras.layers.RandomFlip("horizontal", data_format="channels_last"),
+    "shift": lambda *_: keras.layers.RandomTranslation(
         0.1, 0.1, fill_mode="constant", data_format="channels_last"
     ),
-    "erase": lambda size: keras.layers.RandomErasing(
+    "erase": lambda *_: keras.layers.RandomErasing(
         scale=(0.02, 0.25), fill_value=0.0, value_range=(0, 1), data_format="channels_last"
     ),
 }
@@ -335,6 +348,7 @@ class Augmentation(keras.layers.Layer):
     Args:
         names: Rows of `AUGMENTATIONS`, applied in the order given.
         image_size: Height and width of the result of "crop", in pixels.
+        crop_pct: See `RandomResizedCrop`; for "crop" only.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -353,14 +367,14 @@ class Augmentation(keras.layers.Layer):
         True
     """
 
-    def __init__(self, names=(), image_size=None, **kwargs):
+    def __init__(self, names=(), image_size=None, crop_pct=1.0, **kwargs):
         super().__init__(**kwargs)
         if isinstance(names, str):
             raise InputError(f"`names` must be a list of names, got {names!r}")
         self.names = tuple(names)
-        self.image_size = image_size
+        self.image_size, self.crop_pct = image_size, crop_pct
         rows = [look_up(AUGMENTATIONS, name, "augmentation") for name in self.names]
-        self.steps = [row(image_size) for row in rows]
+        self.steps = [row(image_size, crop_pct) for row in rows]
 
     def build(self, input_shape):
         """Builds each step; there are no weights."""
@@ -383,12 +397,13 @@ class Augmentation(keras.layers.Layer):
 
     def get_config(self):
         """Returns the arguments that make this layer again."""
-        size = {} if self.image_size is None else {"image_size": self.image_size}
-        return {**super().get_config(), "names": list(self.names), **size}
+        names = () if self.image_size is None else ("image_size", "crop_pct")
+        crop = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), "names": list(self.names), **crop}
 
 
 def with_preprocessing(
-    network, image_shape, augmentation=(), mean=0.0, std=1.0, reverse_channels=False
+    network, image_shape, augmentation=(), mean=0.0, std=1.0, reverse_channels=False, crop_pct=1.0
 ):
     """Puts preprocessing and augmentation before a network.
 
@@ -399,6 +414,7 @@ def with_preprocessing(
         mean: See `ImagePreprocessing`.
         std: See `ImagePreprocessing`.
         reverse_channels: See `ImagePreprocessing`.
+        crop_pct: See `RandomResizedCrop`.
 
     Returns:
         A Keras model: input "image", uint8, (batch, *image_shape), to the network's logits. Its
@@ -422,11 +438,9 @@ def with_preprocessing(
         [name for name in augmentation if (name in RAW_AUGMENTATIONS) == is_raw]
         for is_raw in (True, False)
     )
-    x = (
-        Augmentation(raw, height, dtype="float32", name="raw_augmentation")(inputs)
-        if raw
-        else inputs
-    )
+    x = inputs
+    if raw:
+        x = Augmentation(raw, height, crop_pct, dtype="float32", name="raw_augmentation")(x)
     x = ImagePreprocessing(height, channels, **normalization, name="preprocessing")(x)
     x = Augmentation(others, name="augmentation")(x)
     return keras.Model(inputs, network(x), name=f"{network.name}_classifier")

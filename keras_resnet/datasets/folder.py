@@ -96,7 +96,8 @@ def load_folder(
         path: The folder, or a CSV.
         image_size: (height, width) or one number, for images of varying sizes and for larger
             images. Images of one smaller size keep it, since the model resizes them. (None, None)
-            keeps every image's own size; see `ImageFiles`.
+            keeps every image's own size; see `ImageFiles`. With "shorter_edge" the images become
+            squares of this size, or of their median shorter edge if that is smaller.
         channels: 1 or 3; by default 1 if all images are grey, else 3.
         validation_split: The fraction of each class for validation, taken from the training images
             if there is no validation split; None for a folder that is not trained on, which may
@@ -127,7 +128,10 @@ def load_folder(
             "them with --skip-bad (`skip_bad=True`)"
         )
     _check_counts(root, listing, checked, is_trained_on)
-    image_size = _decoding_size(checked, image_size)
+    if resize == "shorter_edge":
+        image_size = _square_size(checked, image_size)
+    else:
+        image_size = _decoding_size(checked, image_size)
     if channels is None:
         channels = 1 if all(each.is_grey for each in checked.values()) else 3
     numbers = {name: number for number, name in enumerate(listing.class_names)}
@@ -474,6 +478,16 @@ def _decoding_size(checked, image_size):
             "(`image_size`)"
         )
     return image_size
+
+
+def _square_size(checked, image_size):
+    """Returns the (height, width) of squares to decode at: at most the median shorter edge."""
+    if image_size is not None and None in image_size:
+        return image_size
+    edges = [min(each.size) for each in checked.values()]
+    median = int(np.median(edges))
+    edge = median if image_size is None else min(*image_size, median)
+    return edge, edge
 
 
 def _copies(listing, splits, checked):

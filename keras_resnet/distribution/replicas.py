@@ -6,6 +6,7 @@ sum is the gradient of one replica that sees the whole batch.
 """
 
 import hashlib
+import time
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from keras_resnet import PACKAGE
 from keras_resnet.datasets.base import cut_batches
+from keras_resnet.losses import Crossentropy, make_loss
 from keras_resnet.utils.errors import InputError
 
 
@@ -57,7 +59,12 @@ class Shards:
         self.order = order or (lambda epoch: np.arange(len(split)))
         self.first_epoch = first_epoch
         self.failure = None
+        self._delivered = {}
         self.dataset = strategy.distribute_datasets_from_function(self._local)
+
+    def delivered_at(self, epoch, step):
+        """Returns when the shards of a step were there, by `time.perf_counter()`, or None."""
+        return self._delivered.get((epoch, step))
 
     def _local(self, context):
         """Returns the data set of this process: the shards of its replicas, in turn."""
@@ -68,9 +75,15 @@ class Shards:
             epoch = self.first_epoch
             while True:
                 order = self.order(epoch)
-                for cut in self.cuts:
+                for step, cut in enumerate(self.cuts):
                     shards = np.array_split(order[cut], context.num_replicas_in_sync)
-                    yield from map(self._read, shards[first : first + replicas])
+                    for shard in shards[first : first + replicas]:
+                        batch = self._read(shard)
+                        self._delivered[epoch, step] = time.perf_counter()
+                        yield batch
+                self._delivered = {
+                    key: when for key, when in self._delivered.items() if key[0] == epoch
+                }
                 epoch += 1
 
         images = tf.TensorSpec((None, *self.split.images.shape[1:]), "uint8")
@@ -116,7 +129,7 @@ def check_batches(images, batch_size, replicas):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
+class GlobalBatchCrossentropy(Crossentropy):
     """The mean crossentropy of a batch that is cut into shards of different sizes.
 
     Keras takes the mean of the replicas' means, in which an image of a smaller shard has a larger
@@ -124,8 +137,7 @@ class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
     value is still the mean of the shard, because Keras's running mean of the loss needs that.
 
     Args:
-        from_logits: Whether the predictions are logits.
-        **kwargs: Further arguments of `keras.losses.SparseCategoricalCrossentropy`.
+        **kwargs: Arguments of `losses.Crossentropy`.
     """
 
     def __call__(self, y_true, y_pred, sample_weight=None):
@@ -140,7 +152,7 @@ class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
         return weight * loss + tf.stop_gradient((1 - weight) * loss)
 
 
-def choose_loss(images, batch_size, replicas, least=None):
+def choose_loss(images, batch_size, replicas, least=None, **options):
     """Returns the loss of logits for several replicas with `Shards`.
 
     Args:
@@ -148,10 +160,11 @@ def choose_loss(images, batch_size, replicas, least=None):
         batch_size: The number of images a step, over all replicas.
         replicas: The number of replicas.
         least: See `Shards`.
+        **options: `class_weights` and `label_smoothing` of `losses.Crossentropy`.
 
     Returns:
-        Keras's loss if all shards have the same size, which saves a message a step; otherwise
-        `GlobalBatchCrossentropy`.
+        Keras's loss (`Crossentropy` with options) if all shards have the same size, which saves a
+        message a step; otherwise `GlobalBatchCrossentropy`.
 
     Example:
         >>> type(choose_loss(60000, 128, 4)).__name__, type(choose_loss(60000, 128, 3)).__name__
@@ -159,8 +172,9 @@ def choose_loss(images, batch_size, replicas, least=None):
     """
     cuts = cut_batches(images, batch_size, max(least or 0, replicas))
     even = all((cut.stop - cut.start) % replicas == 0 for cut in cuts)
-    kind = keras.losses.SparseCategoricalCrossentropy if even else GlobalBatchCrossentropy
-    return kind(from_logits=True)
+    if not even:
+        return GlobalBatchCrossentropy(from_logits=True, **options)
+    return make_loss(**options)
 
 
 def synchronize_batchnorm(model):

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import keras
+
 from keras_resnet.models import module_of
 from keras_resnet.utils.errors import InputError
 from keras_resnet.weights.layouts import Checkpoint
@@ -160,3 +162,29 @@ def freeze(network, names):
     for layer in network.layers:
         if module_of(layer) in names:
             layer.trainable = False
+
+
+def set_trainable(network, *, frozen=(), head_only=False, normalization=True):
+    """Chooses the layers of a network that are trained. Compile the model afterwards.
+
+    Args:
+        network: The result of `build_resnet`.
+        frozen: Modules that keep their weights; see `freeze`.
+        head_only: Whether the module "logits" alone is trained.
+        normalization: Whether BatchNormalization is trained; if not, it keeps its moving
+            statistics, scale and offset, and normalises by them.
+
+    Example:
+        >>> from keras_resnet import Spec, build_resnet
+        >>> network = build_resnet(Spec((1,), (4,)), (32, 32, 3))
+        >>> set_trainable(network, head_only=True)
+        >>> [variable.path for variable in network.trainable_variables]
+        ['logits/kernel', 'logits/bias']
+    """
+    for layer in network.layers:
+        module = module_of(layer)
+        layer.trainable = module not in frozen and (module == "logits" or not head_only)
+    if not normalization:
+        for layer in network._flatten_layers(include_self=False):
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = False

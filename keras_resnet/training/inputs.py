@@ -1,5 +1,8 @@
 """The batches that `model.fit` trains on and evaluates."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 
@@ -9,6 +12,9 @@ from keras_resnet.utils.errors import InputError
 
 class Batches(keras.utils.PyDataset):
     """A split as uint8 batches, on every Keras backend.
+
+    While a batch is trained on, a thread decodes the files of the next one; images in memory need
+    none.
 
     Args:
         split: A `datasets.Split`.
@@ -27,15 +33,33 @@ class Batches(keras.utils.PyDataset):
         self.cuts = cut_batches(len(split), batch_size, least)
         self.order = np.arange(len(split))
         self.failure = None
+        self._ahead = {}  # index -> the `Future` of a batch
+        self._delivered = {}
 
     def shuffle(self, seed, epoch):
         """Puts the images in the order of an epoch, counted from 0; see `Split.order`."""
         self.order = self.split.order(seed, epoch)
+        self._ahead = {}
+
+    def delivered_at(self, epoch, step):
+        """Returns when a batch was there, by `time.perf_counter()`; None if it is not."""
+        return self._delivered.get(step)
 
     def __len__(self):
         return len(self.cuts)
 
     def __getitem__(self, index):
+        future = self._ahead.pop(index, None)
+        if index + 1 < len(self) and not isinstance(self.split.images, np.ndarray):
+            # A pool for one batch: its thread ends with it, also where training fails.
+            pool = ThreadPoolExecutor(1)
+            self._ahead[index + 1] = pool.submit(self._read, index + 1)
+            pool.shutdown(wait=False)
+        batch = future.result() if future else self._read(index)
+        self._delivered[index] = time.perf_counter()
+        return batch
+
+    def _read(self, index):
         chosen = self.order[self.cuts[index]]
         try:
             return self.split.images[chosen], self.split.labels[chosen]
