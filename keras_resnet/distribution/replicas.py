@@ -59,12 +59,12 @@ class Shards:
         self.order = order or (lambda epoch: np.arange(len(split)))
         self.first_epoch = first_epoch
         self.failure = None
-        self._delivered = {}
+        self._read_times = {}
         self.dataset = strategy.distribute_datasets_from_function(self._local)
 
-    def delivered_at(self, epoch, step):
-        """Returns when the shards of a step were there, by `time.perf_counter()`, or None."""
-        return self._delivered.get((epoch, step))
+    def read_from_to(self, epoch, step):
+        """Returns when this process's shards of a step were read; see `Batches.read_from_to`."""
+        return self._read_times.get((epoch, step))
 
     def _local(self, context):
         """Returns the data set of this process: the shards of its replicas, in turn."""
@@ -77,13 +77,14 @@ class Shards:
                 order = self.order(epoch)
                 for step, cut in enumerate(self.cuts):
                     shards = np.array_split(order[cut], context.num_replicas_in_sync)
+                    start = time.perf_counter()
                     for shard in shards[first : first + replicas]:
                         batch = self._read(shard)
-                        self._delivered[epoch, step] = time.perf_counter()
+                        self._read_times[epoch, step] = start, time.perf_counter()
                         yield batch
-                self._delivered = {
-                    key: when for key, when in self._delivered.items() if key[0] == epoch
-                }
+                # Read ahead: the epoch before may still be trained.
+                for key in [key for key in self._read_times if key[0] < epoch]:
+                    del self._read_times[key]
                 epoch += 1
 
         images = tf.TensorSpec((None, *self.split.images.shape[1:]), "uint8")

@@ -175,8 +175,8 @@ def write_report(run_dir, config, history, evaluation, split):
 def build_report(config, history, evaluation):
     """Returns the metrics of a run as plain JSON values.
 
-    The training speed and the wait for data are medians over the epochs, since the first epoch may
-    include compilation; the time is the sum over all epochs, including those before an interruption.
+    Training speed and wait for data are medians over the epochs, since the first epoch may include
+    compilation; the time is the sum over all epochs, including those before an interruption.
 
     Args:
         config: As for `write_report`.

@@ -136,13 +136,13 @@ class StopOnRequest(keras.callbacks.Callback):
 class EpochTimer(keras.callbacks.Callback):
     """Adds an epoch's duration, speed, wait for data and learning rate to the epoch's logs.
 
-    It stands before the callbacks that use these values. A step waits for its batch from the end of
-    the step before until the batch is delivered; batches are made ahead, so the time is often 0.
+    It stands before the callbacks that use these values. A step waits while its batch is read, as
+    far as that is after the end of the step before: batches are read ahead, so it is often 0.
 
     Args:
         images: Number of training images.
-        batches: The training batches, with `delivered_at(epoch, step)`: the `time.perf_counter()`
-            at which a batch was there, or None.
+        batches: The training batches, with `read_from_to(epoch, step)`: when a batch was read, two
+            times of `time.perf_counter()`, or None.
     """
 
     def __init__(self, images, batches):
@@ -161,8 +161,8 @@ class EpochTimer(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         """Adds the step's wait."""
         now = time.perf_counter()
-        delivered = self.batches.delivered_at(self.epoch, batch) or self.last
-        self.waited += min(max(delivered - self.last, 0.0), now - self.last)
+        start, stop = self.batches.read_from_to(self.epoch, batch) or (now, now)
+        self.waited += max(0.0, min(stop, now) - max(start, self.last))
         self.last = now
 
     def on_test_begin(self, logs=None):

@@ -34,29 +34,29 @@ class Batches(keras.utils.PyDataset):
         self.order = np.arange(len(split))
         self.failure = None
         self._ahead = {}  # index -> the `Future` of a batch
-        self._delivered = {}
+        self._read_times = {}
 
     def shuffle(self, seed, epoch):
         """Puts the images in the order of an epoch, counted from 0; see `Split.order`."""
         self.order = self.split.order(seed, epoch)
         self._ahead = {}
 
-    def delivered_at(self, epoch, step):
-        """Returns when a batch was there, by `time.perf_counter()`; None if it is not."""
-        return self._delivered.get(step)
+    def read_from_to(self, epoch, step):
+        """Returns when a batch was asked for and was there, by `time.perf_counter()`, or None."""
+        return self._read_times.get(step)
 
     def __len__(self):
         return len(self.cuts)
 
     def __getitem__(self, index):
-        future = self._ahead.pop(index, None)
+        start, future = time.perf_counter(), self._ahead.pop(index, None)
         if index + 1 < len(self) and not isinstance(self.split.images, np.ndarray):
             # A pool for one batch: its thread ends with it, also where training fails.
             pool = ThreadPoolExecutor(1)
             self._ahead[index + 1] = pool.submit(self._read, index + 1)
             pool.shutdown(wait=False)
         batch = future.result() if future else self._read(index)
-        self._delivered[index] = time.perf_counter()
+        self._read_times[index] = start, time.perf_counter()
         return batch
 
     def _read(self, index):
