@@ -100,6 +100,7 @@ class Dataset:
         source: The place where it was found, in one line.
         fingerprint: sha256 (hex) of the contents; see `fingerprint_arrays`.
         remarks: Sentences about the data that the user should know.
+        is_labelled: Whether the labels are known.
 
     Raises:
         InputError: A label of a split has no class name.
@@ -111,6 +112,7 @@ class Dataset:
     source: str
     fingerprint: str
     remarks: tuple[str, ...] = ()
+    is_labelled: bool = True
 
     def __post_init__(self):
         for split in self.splits.values():

@@ -76,8 +76,9 @@ BATCH_SIZES = (1, 2, 7)
 """The batch sizes that verification runs every artifact with."""
 
 REFERENCE = "reference.npz"
+LABELS = "labels.txt"
 BENCHMARK = ("benchmark.json", "benchmark.png")
-OWN_FILES = (MANIFEST, REFERENCE, *BENCHMARK)
+OWN_FILES = (MANIFEST, REFERENCE, LABELS, *BENCHMARK)
 """Files of an export folder beside the artifacts."""
 
 

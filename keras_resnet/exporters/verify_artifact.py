@@ -61,7 +61,7 @@ class Failure:
         return f"{self.check}: {found}, must be {limit}"
 
 
-def verify_artifact(path, artifact, contract, inputs, reference):
+def verify_artifact(path, artifact, contract, inputs, reference, recorded):
     """Compares a file that was just written with its Keras model, and measures its latency.
 
     Args:
@@ -70,9 +70,10 @@ def verify_artifact(path, artifact, contract, inputs, reference):
         contract: The `Contract`.
         inputs: All test images; see `predict`.
         reference: The `Reference`.
+        recorded: The `Recorded`; the artifact's predictions for its images are added to it.
 
     Returns:
-        The artifact's row of the manifest, its probabilities, and a list of `Failure`s.
+        The artifact's row of the manifest, and a list of `Failure`s.
 
     Raises:
         ExportError: If its runtime does not load or run it.
@@ -82,10 +83,9 @@ def verify_artifact(path, artifact, contract, inputs, reference):
     *fewer, most = sorted({1, cores()})
     try:
         with contextlib.closing(open_artifact(path, artifact.format, most, trust=True)) as runtime:
+            predictions, failures = run_checks(runtime, contract, artifact.batch, recorded.images)
             with bar(len(inputs), artifact.file) as shown:
-                probabilities, failures = run_checks(
-                    runtime, contract, artifact.batch, inputs, shown.update
-                )
+                probabilities = predict(runtime, inputs, shown.update)
             latency[str(most)] = measure_latency(runtime, inputs[np.arange(1)])
         # The number of threads is fixed when a file is opened.
         for threads in fewer:
@@ -99,6 +99,7 @@ def verify_artifact(path, artifact, contract, inputs, reference):
             f"{artifact.file} is not run by its own runtime: nothing was written",
             [Failure("loads and runs", str(error), "yes", artifact.file)],
         ) from error
+    recorded.predictions[artifact.file] = predictions
     figures = compare_with_reference(probabilities, reference)
     outside = check_tolerance(artifact.precision, figures)
     if inconclusive := check_conclusive(artifact.precision, reference):
@@ -122,7 +123,7 @@ def verify_artifact(path, artifact, contract, inputs, reference):
         "latency_ms": latency,
         "operators": runtime.operators,
     }
-    return row, probabilities, failures
+    return row, failures
 
 
 def open_artifact(path, format, threads=None, *, trust=False, prober=None):
@@ -140,22 +141,21 @@ def open_artifact(path, format, threads=None, *, trust=False, prober=None):
     return open_runtime(path, threads=threads, trust=trust, prober=prober)
 
 
-def run_checks(runtime, contract, batch, inputs, progress=lambda count: None):
-    """Runs an artifact on all images, and checks its contract and its batch sizes.
+def run_checks(runtime, contract, batch, images):
+    """Runs an artifact on some images, and checks its contract and its batch sizes.
 
     Args:
         runtime: Its `Runtime`.
         contract: The `Contract`.
         batch: The batch size that it is made for; None for any.
-        inputs: See `predict`.
-        progress: See `predict`.
+        images: The images of a `Recorded`.
 
     Returns:
         Its probabilities, float32, [count, classes], and a list of `Failure`s.
     """
     failures = check_contract(runtime, contract, batch)
-    probabilities = predict(runtime, inputs, progress)
-    return probabilities, failures + check_batch_sizes(runtime, inputs, probabilities)
+    probabilities = predict(runtime, images)
+    return probabilities, failures + check_batch_sizes(runtime, images, probabilities)
 
 
 def predict(runtime, inputs, progress=lambda count: None):
@@ -164,12 +164,14 @@ def predict(runtime, inputs, progress=lambda count: None):
     Args:
         runtime: Its `Runtime`.
         inputs: The images as it takes them, [count, height, width, channels]: an array, or another
-            object with a length that an array of positions can index.
+            object with a length that an array of positions can index. Its attribute `chunk`, if
+            there is one, is the number of images that can be indexed at a time.
         progress: Called with the number of images of each finished call.
     """
     parts = []
-    for start in range(0, len(inputs), CHUNK):
-        batch = inputs[np.arange(start, min(start + CHUNK, len(inputs)))]
+    chunk = getattr(inputs, "chunk", CHUNK)
+    for start in range(0, len(inputs), chunk):
+        batch = inputs[np.arange(start, min(start + chunk, len(inputs)))]
         parts.append(_probabilities(runtime, batch))
         progress(len(batch))
     return np.concatenate(parts)
@@ -237,15 +239,18 @@ def compare_with_reference(probabilities, reference):
     """Returns the dict of `compare` for the Keras model on all test images, and more.
 
     Returns:
-        "images", "accuracy" and "accuracy_change", too, and "max_difference_in_own_precision" if
-        the model has a twin.
+        "images", "accuracy" and "accuracy_change", too, which are None without labels, and
+        "max_difference_in_own_precision" if the model has a twin.
     """
-    accuracy = float(np.mean(probabilities.argmax(axis=1) == reference.labels))
+    accuracy = change = None
+    if reference.labels is not None:
+        accuracy = float(np.mean(probabilities.argmax(axis=1) == reference.labels))
+        change = accuracy - reference.accuracy
     figures = {
         "images": len(probabilities),
         **compare(probabilities, reference.probabilities),
         "accuracy": accuracy,
-        "accuracy_change": accuracy - reference.accuracy,
+        "accuracy_change": change,
     }
     if reference.own is not None:
         difference = np.abs(probabilities - reference.own).max()
@@ -258,7 +263,8 @@ def check_tolerance(precision, figures):
 
     Args:
         precision: A row of `PRECISIONS`.
-        figures: "max_difference", "agreement" and "accuracy_change"; missing ones are not checked.
+        figures: "max_difference", "agreement" and "accuracy_change"; those that are missing or None
+            are not checked.
 
     Example:
         >>> figures = {"max_difference": 2e-5, "agreement": 1.0, "accuracy_change": 0.0}
@@ -274,7 +280,7 @@ def check_tolerance(precision, figures):
     )
     failures = []
     for check, key, sign, side, limit in rows:
-        if limit is not None and key in figures:
+        if limit is not None and figures.get(key) is not None:
             found = sign * figures[key]
             # A figure that is not a number fails.
             if not (found >= limit if side == "at least" else found <= limit):
@@ -310,10 +316,11 @@ def check_conclusive(precision, reference):
         top1 = reference.probabilities.argmax(axis=1)
         common = np.bincount(top1).argmax()
         found = float(np.mean(top1 == common))
-        change = float(np.mean(reference.labels == common)) - reference.accuracy
-        is_conclusive = bool(
-            check_tolerance(precision, {"agreement": found, "accuracy_change": change})
-        )
+        figures = {"agreement": found}
+        if reference.labels is not None:
+            share = float(np.mean(reference.labels == common))
+            figures["accuracy_change"] = share - reference.accuracy
+        is_conclusive = bool(check_tolerance(precision, figures))
     return [] if is_conclusive else [Failure(f"{INCONCLUSIVE}, {check}", found, limit)]
 
 
