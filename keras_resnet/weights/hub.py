@@ -108,6 +108,15 @@ class Repository:
             raise InputError(f"{self.name}: {file}: must hold an object, got {value!r:.60}")
         return value
 
+    def folder(self, ending):
+        """Returns the path of a folder for results: beside a local folder, else in the current one.
+
+        Args:
+            ending: The end of its name, such as "-export".
+        """
+        base = Path(self.hub_name.repository).name if self.hub_name else Path(self.name)
+        return Path(f"{base}{ending}")
+
     def fetch_weights(self):
         """Returns the path of the weights, with the checksum that the hub and the user state.
 
@@ -157,7 +166,8 @@ def find_repository(given, *, revision=None, sha256=None):
     Local files and folders take precedence over names.
 
     Args:
-        given: A repository's name (see the module) or folder, or the path of anything else.
+        given: A repository's name (see the module) or folder, or the path of anything else. A
+            `Repository` is returned as it is.
         revision: A branch, a tag or a commit of a repository of the hub, instead of one in the
             name.
         sha256: The checksum (hex) that the weights must have, instead of one in the name.
@@ -169,7 +179,7 @@ def find_repository(given, *, revision=None, sha256=None):
         InputError: If there is no such repository, or it cannot be downloaded.
     """
     if not isinstance(given, (str, os.PathLike)):
-        return None
+        return given if isinstance(given, Repository) else None
     text, pin = split_pin(os.fspath(given))
     sha256 = check_sha256(sha256 or pin)
     path = expand_user(text)

@@ -77,7 +77,7 @@ def build_pretrained(source, *, num_classes=None, image_size=None, test_size=Fal
         name=stated.model,
     )
     source.load_into(network, skip_head=new_head)
-    model = with_preprocessing(network, (None, None, channels), **_keywords(preprocessing))
+    model = add_preprocessing(network, preprocessing)
     archive.attach_metadata(model, describe(source, preprocessing, new_head))
     return model
 
@@ -101,9 +101,18 @@ def choose_preprocessing(source, image_size=None, test_size=False):
     return chosen
 
 
-def _keywords(preprocessing):
-    """Returns the keys that `with_preprocessing` takes."""
-    return {key: preprocessing[key] for key in ("mean", "std", "reverse_channels")}
+def add_preprocessing(network, preprocessing):
+    """Puts the published preprocessing before a network.
+
+    Args:
+        network: A Keras model of (batch, image_size, image_size, channels), floats.
+        preprocessing: The result of `choose_preprocessing`.
+
+    Returns:
+        A Keras model of raw images of any size, uint8.
+    """
+    keywords = {key: preprocessing[key] for key in ("mean", "std", "reverse_channels")}
+    return with_preprocessing(network, (None, None, network.input_shape[-1]), **keywords)
 
 
 def describe(source, preprocessing=None, new_head=False):

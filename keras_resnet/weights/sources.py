@@ -18,6 +18,7 @@ from keras_resnet.weights.applications import read_keras_applications
 from keras_resnet.weights.checkpoint import read_checkpoint, to_tensors
 from keras_resnet.weights.configuration import Configuration, read_configuration
 from keras_resnet.weights.hub import (
+    CONFIG,
     WEIGHTS,
     Repository,
     check_pin,
@@ -137,9 +138,7 @@ def open_source(path, layout=None, *, revision=None, sha256=None):
     Raises:
         InputError: If the weights cannot be read, are refused, or are of no known layout.
     """
-    if isinstance(path, Repository):
-        return _open_repository(path, layout)
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike, Repository)):
         raise InputError(f"a checkpoint must be named by its path, got {type(path).__name__}")
     if repository := find_repository(path, revision=revision, sha256=sha256):
         return _open_repository(repository, layout)
@@ -175,37 +174,32 @@ def _check_agreement(stated, source):
     The network is built as the configuration states: a large number in it must not fill the
     memory.
     """
-    found = source.checkpoint
-    row = LAYOUTS[found.layout]
+    row, found, spec = LAYOUTS[source.checkpoint.layout], source.checkpoint, stated.spec
     tensors = find_network(source.tensors, found.layout).select(source.tensors)
-    last_conv = "conv2" if stated.spec.block == "basic" else "conv3"
-    expansion = 1 if stated.spec.block == "basic" else 4
+    last_conv, expansion = ("conv2", 1) if spec.block == "basic" else ("conv3", 4)
 
     def outputs(stage, block):
+        """Returns the channels of a block's output, or None where there is no such block."""
         path = f"stage{stage}_block{block}/{last_conv}/kernel"
         kernel = tensors.get(row.name(path))
         return None if kernel is None else row.to_ours(path, kernel).shape[-1]
 
+    fits = stated.variant in (row.variant, *row.also)
     pairs = [
-        (
-            "variant",
-            stated.variant,
-            stated.variant if stated.variant in (row.variant, *row.also) else row.variant,
-        ),
+        ("variant", stated.variant, stated.variant if fits else row.variant),
         ("channels", stated.channels, found.channels),
         ("classes", stated.num_classes or None, found.num_classes),
-        ("stem", stated.spec.stem, found.stem),
+        ("stem", spec.stem, found.stem),
     ]
-    for stage, (blocks, filters) in enumerate(
-        zip(stated.spec.blocks, stated.spec.filters, strict=True), start=1
-    ):
+    stages = zip(spec.blocks, spec.filters, strict=True)
+    for stage, (blocks, filters) in enumerate(stages, start=1):
         pairs.append((f"width of stage {stage}", filters * expansion, outputs(stage, blocks)))
         pairs.append((f"block {blocks + 1} of stage {stage}", None, outputs(stage, blocks + 1)))
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise InputError(
-                f"config.json states a network of {stated.architecture}, whose {name} must be "
-                f"{theirs or 'none'}, and {WEIGHTS} has {ours or 'none'}"
+                f"{CONFIG} states {stated.architecture}: its {name} must be {theirs or 'none'}, "
+                f"{WEIGHTS} has {ours or 'none'}"
             )
 
 
