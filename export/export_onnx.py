@@ -3,8 +3,8 @@
     python export_onnx.py RUN_OR_MODEL [--precision float32 float16 int8] [--out DIR]
         [--dataset NAME] [--no-preprocessing] [--force]
 
-The files in DIR (default: exported) are verified: ONNX Runtime gave the answers of the model to all
-test images. The options are those of `keras-resnet export`.
+The files in DIR (default: exported) are verified: ONNX Runtime gave the predictions of the model
+for all test images. The options are those of `keras-resnet export`.
 """
 
 import json
@@ -27,9 +27,9 @@ def top3(session, images):
     # The class names are an entry of the file's metadata.
     names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
     (output,) = session.get_outputs()
-    (answers,) = session.run([output.name], {"image": images})
-    best = np.argsort(-answers[0])[:3]
-    return f"{output.name}: " + ", ".join(f"{names[i]} {answers[0, i]:.4f}" for i in best)
+    (probabilities,) = session.run([output.name], {"image": images})
+    best = np.argsort(-probabilities[0])[:3]
+    return f"{output.name}: " + ", ".join(f"{names[i]} {probabilities[0, i]:.4f}" for i in best)
 
 
 def main():

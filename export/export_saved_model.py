@@ -4,7 +4,7 @@
         [--force]
 
 The folder in DIR (default: exported) is verified: TensorFlow, in a process without Keras, gave the
-answers of the model to all test images. The options are those of `keras-resnet export`.
+predictions of the model for all test images. The options are those of `keras-resnet export`.
 """
 
 import json
@@ -28,9 +28,10 @@ def main():
         (folder / "assets.extra" / "keras_resnet.json").read_text(encoding="utf-8")
     )
     image = np.load(out / "reference.npz")["images"][:1]
-    ((name, answers),) = loaded.signatures["serving_default"](image=tf.constant(image)).items()
-    best = np.argsort(-answers.numpy()[0])[:3]
-    named = (f"{metadata['class_names'][i]} {answers[0, i]:.4f}" for i in best)
+    serve = loaded.signatures["serving_default"]
+    ((name, probabilities),) = serve(image=tf.constant(image)).items()
+    best = np.argsort(-probabilities.numpy()[0])[:3]
+    named = (f"{metadata['class_names'][i]} {probabilities[0, i]:.4f}" for i in best)
     print(f"{folder.name}: {name}:", ", ".join(named))
     return 0
 

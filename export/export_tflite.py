@@ -20,8 +20,8 @@ def predict(path, images):
     """Returns the name of a .tflite file's output, and the output for a batch of images."""
     # The signature has names for input and output, and takes a batch of any size.
     run = Interpreter(str(path), num_threads=2).get_signature_runner("serving_default")
-    ((name, answers),) = run(image=images).items()
-    return name, answers
+    ((name, probabilities),) = run(image=images).items()
+    return name, probabilities
 
 
 def class_names(path):
@@ -38,9 +38,9 @@ def main():
     image = np.load(out / "reference.npz")["images"][:1]
     # Files with "batch1" in the name take one image, for accelerators and browsers.
     for path in sorted(out.glob("*.tflite")):
-        name, (answer,) = predict(path, image)
+        name, (probabilities,) = predict(path, image)
         names = class_names(path)
-        best = (f"{names[i]} {answer[i]:.4f}" for i in np.argsort(-answer)[:3])
+        best = (f"{names[i]} {probabilities[i]:.4f}" for i in np.argsort(-probabilities)[:3])
         print(f"{path.name}: {name}:", ", ".join(best))
     return 0
 

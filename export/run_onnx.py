@@ -131,12 +131,12 @@ def classify(path, model, args):
     names = metadata.get("class_names") or [f"class {i}" for i in range(outputs)]
     image = read_image(path, height, width, channels)
     inverted = is_inverted(image, args.invert, metadata.get("background"))
-    answer = run(255 - image if inverted else image)[0].astype("float64")
-    if not np.isfinite(answer).all():
-        raise BadInput(f"{path}: {args.model} answers with numbers that are not finite")
-    answer = (answer / answer.sum()).astype("float32")
-    best = np.argsort(-answer, kind="stable")[: max(args.top, 1)]
-    labels = [{"label": names[i], "probability": float(answer[i])} for i in best]
+    probabilities = run(255 - image if inverted else image)[0].astype("float64")
+    if not np.isfinite(probabilities).all():
+        raise BadInput(f"{path}: {args.model} gives numbers that are not finite")
+    probabilities = (probabilities / probabilities.sum()).astype("float32")
+    best = np.argsort(-probabilities, kind="stable")[: max(args.top, 1)]
+    labels = [{"label": names[i], "probability": float(probabilities[i])} for i in best]
     return {"image": path, "inverted": inverted, "labels": labels}
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from keras_resnet import __version__, config
 from keras_resnet.config import positive
-from keras_resnet.exporters.formats import FORMATS
 from keras_resnet.exporters.formats import PRECISIONS as EXPORT_PRECISIONS
+from keras_resnet.formats import EXPORTED
 from keras_resnet.recipes import RECIPES
 from keras_resnet.utils.errors import (
     ExportError,
@@ -120,7 +120,7 @@ _EXPORT_OPTIONS = {
         "metavar": "RUN_OR_MODEL",
         "help": f"a run folder, a .keras file, or a published network's name{_NAME}",
     },
-    "--to": {"nargs": "+", "choices": tuple(FORMATS), "help": "formats (default: all)"},
+    "--to": {"nargs": "+", "choices": tuple(EXPORTED), "help": "formats (default: all)"},
     "--precision": {
         "nargs": "+",
         "choices": tuple(EXPORT_PRECISIONS),
@@ -627,7 +627,7 @@ def export_to(format):
     """Runs `keras-resnet export` for a script that exports to one format.
 
     Args:
-        format: A row of `exporters.formats.FORMATS`; the rest comes from `sys.argv`.
+        format: A row of `formats.EXPORTED`; the rest comes from `sys.argv`.
 
     Returns:
         The exit status, and the folder that was written to: --out, or "exported".

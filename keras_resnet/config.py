@@ -195,19 +195,11 @@ class TrainConfig(DataConfig):
         object.__setattr__(self, name, value)  # the class is frozen
 
     def check(self):
-        """Raises an `InputError` for a value that is no row of its setting's table.
-
-        The tables are named as text: their modules import Keras.
-        """
+        """Raises an `InputError` for a value that its setting does not allow."""
+        check_rows(self)
         for field in dataclasses.fields(self):
-            value, table = getattr(self, field.name), field.metadata["table"]
-            choices = field.metadata["option"].get("choices")
-            if table and value is not None:
-                module, _, name = table.partition(".")
-                rows = getattr(importlib.import_module(f"keras_resnet.{module}"), name)
-                look_up(rows, value, field.name)
-            elif choices:
-                look_up(dict.fromkeys(choices), value, field.name)
+            if choices := field.metadata["option"].get("choices"):
+                look_up(dict.fromkeys(choices), getattr(self, field.name), field.name)
 
     def resume(self, given):
         """Returns these settings with the settings given for a resumed run.
@@ -228,6 +220,22 @@ class TrainConfig(DataConfig):
                     f"{before!r}, got {after!r}; leave it out, or start a new run"
                 )
         return asked
+
+
+def check_rows(record):
+    """Raises an `InputError` for a value, or a value in a tuple, that is no row of its table.
+
+    Args:
+        record: An instance of a dataclass. The metadata of a field can name its "table" as
+            "module.NAME"; as text, since the modules import Keras.
+    """
+    for field in dataclasses.fields(record):
+        value, table = getattr(record, field.name), field.metadata.get("table")
+        if table and value is not None:
+            module, _, name = table.rpartition(".")
+            rows = getattr(importlib.import_module(f"keras_resnet.{module}"), name)
+            for each in value if isinstance(value, tuple) else (value,):
+                look_up(rows, each, field.name)
 
 
 def _as_names(names):

@@ -5,6 +5,10 @@ import dataclasses
 from keras_resnet.utils.errors import InputError, check_count
 
 
+def _row_of(table, default):
+    return dataclasses.field(default=default, metadata={"table": table})
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a network is trained.
@@ -15,9 +19,9 @@ class Recipe:
         batch_size: Images per step.
         image_size: Height and width that images are resized to, in pixels.
         learning_rate: The learning rate; with a schedule, its peak.
-        optimizer: A row of `trainer.OPTIMIZERS`.
-        schedule: A row of `trainer.SCHEDULES`: "constant", "warmup" (constant after a linear
-            warm-up), or "cosine" (after a linear warm-up).
+        optimizer: A row of `training.trainer.OPTIMIZERS`.
+        schedule: A row of `training.trainer.SCHEDULES`: "constant", "warmup" (constant after a
+            linear warm-up), or "cosine" (after a linear warm-up).
         warmup: Share of all steps in which the rate rises from zero; not used by "constant".
         augmentation: Rows of `preprocessing.AUGMENTATIONS`.
         variant: A row of `models.VARIANTS`.
@@ -29,14 +33,16 @@ class Recipe:
     batch_size: int
     image_size: int
     learning_rate: float
-    optimizer: str = "adam"
-    schedule: str = "constant"
+    optimizer: str = _row_of("training.trainer.OPTIMIZERS", "adam")
+    schedule: str = _row_of("training.trainer.SCHEDULES", "constant")
     warmup: float = 0.2
-    augmentation: tuple[str, ...] = ()
-    variant: str = "d2l"
-    stem: str | None = None
+    augmentation: tuple[str, ...] = _row_of("preprocessing.AUGMENTATIONS", ())
+    variant: str = _row_of("models.VARIANTS", "d2l")
+    stem: str | None = _row_of("models.STEMS", None)
 
     def __post_init__(self):
+        names = [self.augmentation] if isinstance(self.augmentation, str) else self.augmentation
+        object.__setattr__(self, "augmentation", tuple(names))  # JSON has lists
         for name in ("epochs", "batch_size", "image_size"):
             check_count(name, getattr(self, name))
         rate = self.learning_rate

@@ -22,7 +22,7 @@ METADATA = {"class_names": [f"name {i}" for i in range(CLASSES)], "background": 
 
 
 def build(spec=None, shape=SHAPE, classes=CLASSES):
-    """Returns a model of raw images whose answers differ from image to image."""
+    """Returns a model of raw images whose predictions differ from image to image."""
     network = build_resnet(spec or Spec((1, 1), (8, 16)), shape, classes)
     random = np.random.default_rng(0)
     for weight in network.weights:

@@ -11,7 +11,7 @@ from keras_resnet.utils.errors import InputError
 __all__ = ["Dataset", "Split", "load_dataset"]
 
 
-class Source(NamedTuple):
+class Loader(NamedTuple):
     """A kind of data set: its loader, and the options of `load_dataset` that the loader takes."""
 
     load: callable
@@ -20,11 +20,11 @@ class Source(NamedTuple):
 
 _HELD_OUT = ("image_size", "channels", "validation_split", "seed")
 
-# The prefix of a data set's name -> its source. The loader gets the text after the colon.
-SOURCES = {
-    "fashion_mnist": Source(load_fashion_mnist, ("data_dir", "channels", "prefer_tensorflow")),
-    "folder:": Source(load_folder, (*_HELD_OUT, "skip_bad")),
-    "tfds:": Source(load_tfds, (*_HELD_OUT, "data_dir")),
+# The prefix of a data set's name -> its loader. The loader gets the text after the colon.
+LOADERS = {
+    "fashion_mnist": Loader(load_fashion_mnist, ("data_dir", "channels", "prefer_tensorflow")),
+    "folder:": Loader(load_folder, (*_HELD_OUT, "skip_bad")),
+    "tfds:": Loader(load_tfds, (*_HELD_OUT, "data_dir")),
 }
 
 
@@ -74,8 +74,8 @@ def load_dataset(
 tfds:NAME, got 'imagenet'
     """
     kind, colon, argument = name.partition(":")
-    source = SOURCES.get(kind + colon)
-    if source is None or bool(colon) != bool(argument):
+    loader = LOADERS.get(kind + colon)
+    if loader is None or bool(colon) != bool(argument):
         raise InputError(
             f"a data set is named fashion_mnist, folder:PATH or tfds:NAME, got {name!r}"
         )
@@ -88,5 +88,5 @@ tfds:NAME, got 'imagenet'
         "seed": seed,
         "prefer_tensorflow": prefer_tensorflow,
     }
-    options = {option: given[option] for option in source.options}
-    return source.load(*[argument] if argument else [], **options)
+    options = {option: given[option] for option in loader.options}
+    return loader.load(*[argument] if argument else [], **options)

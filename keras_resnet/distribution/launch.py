@@ -335,20 +335,20 @@ class _WorkerGroup:
         if self.received:
             self._stop_chief()
         self._signal(signal.SIGTERM)
-        self._wait(self._impatient, TERMINATE_SECONDS)
+        self._wait(self._is_second_ctrl_c, TERMINATE_SECONDS)
 
     def _stop_chief(self):
         """Forwards the signal to the chief alone, and waits until it has saved."""
         if 0 in self._poll():
             self.workers[0].send_signal(_FORWARDED[self.received[0]])
-        self._wait(lambda: 0 not in self.running or self._impatient(), STOP_SECONDS)
+        self._wait(lambda: 0 not in self.running or self._is_second_ctrl_c(), STOP_SECONDS)
         if 0 in self.running:
             late = f"the chief had not ended after {STOP_SECONDS} s"
             self._signal(signal.SIGKILL)
-            reason = "a second Ctrl-C" if self._impatient() else late
+            reason = "a second Ctrl-C" if self._is_second_ctrl_c() else late
             _print_error(f"keras-resnet: {reason}; all workers were killed")
 
-    def _impatient(self):
+    def _is_second_ctrl_c(self):
         return signal.SIGINT in self.received[1:]
 
     def _wait(self, until, seconds=float("inf")):

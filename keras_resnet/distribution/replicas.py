@@ -261,12 +261,12 @@ def _summable(value):
     return value if value.dtype.is_floating else tf.cast(value, "int64")
 
 
-def check_same(strategy, what, text):
+def check_same(strategy, name, text):
     """Raises an `InputError` on a worker whose text differs from the chief's.
 
     Args:
         strategy: A `tf.distribute.Strategy`.
-        what: A name of the text, for the message.
+        name: The name of the text in the message.
         text: The text of this worker.
     """
     number = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
@@ -277,7 +277,7 @@ def check_same(strategy, what, text):
         return context.all_reduce("SUM", tf.where(mine, tf.constant(number, "int64"), 0))
 
     if int(_run(strategy, from_chief)) != number:
-        raise InputError(f"every worker needs the chief's {what}; this worker's differs: {text}")
+        raise InputError(f"every worker needs the chief's {name}; this worker's differs: {text}")
 
 
 def find_failed(strategy, failed):

@@ -206,7 +206,7 @@ def check_first():
         )
 
 
-def versions():
+def describe_worker():
     """Returns the versions and the number of GPUs, which must be equal on all workers."""
     import tensorflow as tf
 
@@ -250,7 +250,7 @@ def choose_strategy(name="auto", *, timeout=WORKER_TIMEOUT, say=print):
         )
     if decision.cluster:
         check_first()
-        with rendezvous.meet(decision.cluster, versions(), timeout) as meeting:
+        with rendezvous.meet(decision.cluster, describe_worker(), timeout) as meeting:
             meeting.share(str)  # no worker continues before all are connected
     strategy = start(decision)
     if say:

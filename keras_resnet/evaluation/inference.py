@@ -113,11 +113,11 @@ class Predictor:
         return to_probabilities(self.runtime.run(images), self.output_kind, self.name)
 
 
-def to_probabilities(answers, kind, name):
+def to_probabilities(outputs, kind, name):
     """Converts a model's outputs to probabilities.
 
     Args:
-        answers: The outputs, floats, [count, columns].
+        outputs: The outputs, floats, [count, columns].
         kind: Their kind, a row of `runtimes.base.OUTPUT_KINDS`.
         name: The model's name, for messages.
 
@@ -134,10 +134,10 @@ def to_probabilities(answers, kind, name):
         >>> to_probabilities(np.array([[0.75]]), "binary_sigmoid", "a model").tolist()
         [[0.25, 0.75]]
     """
-    if not np.isfinite(answers).all():
+    if not np.isfinite(outputs).all():
         raise InputError(f"{name}: the model's outputs are not finite")
     # float64: rows must sum to 1 for models in half precision too.
-    numbers = answers.astype("float64")
+    numbers = outputs.astype("float64")
     if kind == BINARY_LOGIT:
         numbers = np.concatenate([np.zeros_like(numbers), numbers], axis=1)
     if kind in (LOGITS, BINARY_LOGIT):

@@ -227,10 +227,10 @@ def evaluate(predict, split, class_names, *, batch_size=256):
         for images, _ in split.batches(max(1, min(batch_size, fitting))):
             start = time.perf_counter()
             # Some runtimes compute asynchronously: converting the result to an array waits for it.
-            answer = _as_float32(predict(images))
+            probabilities = _as_float32(predict(images))
             seconds += time.perf_counter() - start
-            _check_probabilities(answer, (len(images), len(class_names)), several_labels)
-            rows.append(answer)
+            _check_probabilities(probabilities, (len(images), len(class_names)), several_labels)
+            rows.append(probabilities)
             shown.update(len(images))
     return Evaluation(labels, np.concatenate(rows), tuple(class_names), seconds)
 
@@ -238,21 +238,25 @@ def evaluate(predict, split, class_names, *, batch_size=256):
 _RULE = "`predict` must return probabilities: finite, none negative, each row with the sum 1"
 
 
-def _as_float32(answer):
+def _as_float32(outputs):
     try:
-        return np.asarray(answer, "float32")
+        return np.asarray(outputs, "float32")
     except (TypeError, ValueError) as error:
-        raise InputError(f"{_RULE}; got {type(answer).__name__}, not an array ({error})") from error
+        raise InputError(
+            f"{_RULE}; got {type(outputs).__name__}, not an array ({error})"
+        ) from error
 
 
-def _check_probabilities(answer, shape, several_labels):
-    if answer.shape != shape:
-        raise InputError(f"{_RULE}; got shape {answer.shape}, not {shape}")
-    if not np.isfinite(answer).all():
-        raise InputError(f"{_RULE}; got {answer[~np.isfinite(answer)][0]}")
-    if answer.min() < 0:
-        raise InputError(f"{_RULE}; got {answer.min():.4g} (are these logits? apply a softmax)")
-    sums = answer.sum(axis=1, dtype="float64")
+def _check_probabilities(probabilities, shape, several_labels):
+    if probabilities.shape != shape:
+        raise InputError(f"{_RULE}; got shape {probabilities.shape}, not {shape}")
+    if not np.isfinite(probabilities).all():
+        raise InputError(f"{_RULE}; got {probabilities[~np.isfinite(probabilities)][0]}")
+    if probabilities.min() < 0:
+        raise InputError(
+            f"{_RULE}; got {probabilities.min():.4g} (are these logits? apply a softmax)"
+        )
+    sums = probabilities.sum(axis=1, dtype="float64")
     worst = sums[np.abs(sums - 1).argmax()]
     if abs(worst - 1) > SUM_TOLERANCE and not several_labels:
         raise InputError(f"{_RULE}; got a row with the sum {worst:.6g} (logits? apply a softmax)")

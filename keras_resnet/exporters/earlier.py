@@ -37,18 +37,18 @@ def keep_earlier(folder, work, earlier, manifest, recorded, report):
         work: The workspace.
         earlier: The result of `read_earlier`.
         manifest: The new manifest; rows are added to it.
-        recorded: The new `Recorded`; answers are added to it.
+        recorded: The new `Recorded`; predictions are added to it.
         report: Called with a line about each artifact that is not kept.
     """
     new = {row["file"] for row in manifest["artifacts"]}
     kept = []
-    # A row needs its recorded answers; a damaged `reference.npz` has none.
+    # A row needs its recorded predictions; a damaged `reference.npz` has none.
     with contextlib.suppress(InputError):
         if earlier["artifacts"] and _is_alike(earlier, manifest):
-            answers = read_reference(folder, earlier).answers
+            predictions = read_reference(folder, earlier).predictions
             rows = [row for row in earlier["artifacts"] if row["file"] not in new]
             kept = [row for row in rows if _is_whole(folder, row)]
-            recorded.answers.update({row["file"]: answers[row["file"]] for row in kept})
+            recorded.predictions.update({row["file"]: predictions[row["file"]] for row in kept})
     kept_names = [row["file"] for row in kept]
     known = {*OWN_FILES, *new, *(row["file"] for row in earlier["artifacts"])}
     for name in sorted(known - new - {*OWN_FILES, *kept_names}):

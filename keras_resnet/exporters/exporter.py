@@ -14,14 +14,13 @@ from keras_resnet.exporters.calibration import calibration_images, draw_evenly
 from keras_resnet.exporters.earlier import keep_earlier, read_earlier
 from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS, REFERENCE, choose_artifacts
 from keras_resnet.exporters.graph import Serving
-from keras_resnet.exporters.source import open_source
+from keras_resnet.exporters.source import open_export_source
 from keras_resnet.exporters.verify_artifact import INCONCLUSIVE, measure_latency, verify_artifact
+from keras_resnet.formats import EXPORTED
 from keras_resnet.runtimes.base import OUTPUT_KIND_KEY
 from keras_resnet.untrusted.manifest import MANIFEST, SPLIT_OPTIONS, VERSION, digest, read_manifest
 from keras_resnet.utils import environment, files
 from keras_resnet.utils.errors import ExportError, InputError
-
-TOOLS = ("tensorflow", "tf2onnx", "onnx", "onnxruntime", "ai-edge-litert")
 
 REFERENCE_IMAGES = 256
 _REFERENCE_BYTES = 16 * 2**20
@@ -61,7 +60,7 @@ def export(
     """Exports a model to other formats, and verifies that each file gives the same predictions.
 
     Every file is loaded by its own runtime and runs on all test images. A difference from the Keras
-    model beyond the tolerance (`formats.PRECISIONS`) stops the export, and nothing is written.
+    model beyond the tolerance of its precision stops the export, and nothing is written.
 
     Args:
         model: A run folder, a .keras file, or a Keras model with one image input and one output
@@ -69,9 +68,9 @@ def export(
             exported with two columns: 1 − p and p.
         folder: The folder to write. By default "export" in the run folder, or NAME-export beside
             NAME.keras. It keeps an earlier export's files of the same model.
-        to: Rows of `formats.FORMATS`: "saved_model", "tflite", "onnx"; None for all.
-        precision: Rows of `formats.PRECISIONS`: "float32", "float16", "dynamic", "int8"; None
-            for all of each format.
+        to: Rows of `formats.EXPORTED`: "saved_model", "tflite", "onnx"; None for all.
+        precision: Rows of `exporters.formats.PRECISIONS`: "float32", "float16", "dynamic",
+            "int8"; None for all of each format.
         dataset: A `Dataset` or its name; by default the one that the model was trained on. See
             `inference.load_data` for the images that it is evaluated on.
         normalize: For a Keras model that takes floats: the normalisation of its training images, a
@@ -102,7 +101,7 @@ def export(
         )
     report = report or (lambda line: None)
     artifacts = choose_artifacts(to, precision)
-    source = open_source(model, normalize)
+    source = open_export_source(model, normalize)
     if folder is None and source.folder is None:
         raise InputError("`folder` must be given to export a Keras model object")
     folder = folders.check_target(folder or source.folder)
@@ -116,7 +115,7 @@ def export(
 
     with folders.workspace(folder) as work:
         earlier = read_earlier(folder, serving.contract)
-        # The answers of the Keras model.
+        # The predictions of the Keras model.
         reference = references.compute_reference(source.predictor.model, serving, split)
         manifest = _make_manifest(source, job, data, split, options, reference)
         if manifest["keras"]["note"]:
@@ -132,7 +131,7 @@ def export(
                 path, artifact, serving.contract, inputs, reference
             )
             manifest["artifacts"].append({**row, "oldest_runtime": oldest_runtime})
-            recorded.answers[artifact.file] = probabilities[some]
+            recorded.predictions[artifact.file] = probabilities[some]
             failures += failed
             report(_describe_row(row))
         _check_passed(manifest["artifacts"], failures, force, folder)
@@ -166,7 +165,7 @@ def _record_some(inputs, split, reference):
     some = draw_evenly(split.labels, min(REFERENCE_IMAGES, most))
     probabilities = reference.probabilities
     recorded = references.Recorded(
-        inputs[some], probabilities[some], probabilities.argmax(axis=1), answers={}
+        inputs[some], probabilities[some], probabilities.argmax(axis=1), predictions={}
     )
     return recorded, some
 
@@ -201,6 +200,7 @@ def _make_manifest(source, job, data, split, options, reference):
     """Returns the manifest without artifacts; measures the latency of the Keras model."""
     described = environment.describe_environment()
     parameters = job.serving.model.count_params()
+    tools = [name for row in EXPORTED.values() for name in (row.library[0], *row.converters)]
     takes_floats = not source.predictor.runtime.input.dtype.startswith(("int", "uint"))
     latency = measure_latency(job.serving.runtime, split.images[np.arange(1)])
     return {
@@ -208,7 +208,7 @@ def _make_manifest(source, job, data, split, options, reference):
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "model": {"name": source.predictor.model.name, "parameters": parameters},
         "source": source.record,
-        "tool_versions": environment.versions(*TOOLS),
+        "tool_versions": environment.versions(*tools),
         "machine": {**described["machine"], "git_commit": described["git_commit"]},
         "class_names": job.metadata["class_names"],
         "data": {

@@ -61,7 +61,7 @@ def in_float32(model):
 
 
 def check_twin(name, dtypes, own, twins):
-    """Compares the answers of a float32 twin with those of the model itself.
+    """Compares the predictions of a float32 twin with those of the model itself.
 
     Args:
         name: The model's name, for messages.

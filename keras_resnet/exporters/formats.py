@@ -1,4 +1,4 @@
-"""The tables of exports: formats, precisions, and the tolerances that artifacts must keep.
+"""The precisions of exports, the tolerances that artifacts must keep, and the artifacts.
 
 Command line, checks and tests read these tables; nothing heavy is imported here.
 """
@@ -6,13 +6,14 @@ Command line, checks and tests read these tables; nothing heavy is imported here
 import collections.abc
 import dataclasses
 
+from keras_resnet.formats import EXPORTED
 from keras_resnet.untrusted.manifest import MANIFEST
 from keras_resnet.utils.errors import InputError, look_up
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """How far the answers of an artifact may be from those of its Keras model, on test images.
+    """How far the predictions of an artifact may be from those of its Keras model, on test images.
 
     Attributes:
         max_difference: Largest difference of any probability; None for no limit.
@@ -71,33 +72,6 @@ def least_halved(sizes):
     return min(2**14, sum(sizes) // 100)
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A file format with its precisions and batch sizes.
-
-    Attributes:
-        file: Pattern of the file's name.
-        precisions: Rows of `PRECISIONS`.
-        batches: Batch sizes; None is any.
-    """
-
-    file: str
-    precisions: tuple[str, ...]
-    batches: tuple[int | None, ...] = (None,)
-
-
-# The module of this package with a format's name writes it.
-FORMATS = {
-    "saved_model": Format("saved_model", ("float32",)),
-    "tflite": Format(
-        "model-{precision}{batch}.tflite",
-        ("float32", "float16", "dynamic", "int8"),
-        # Runtimes that need static shapes: LiteRT.js, accelerators.
-        batches=(None, 1),
-    ),
-    "onnx": Format("model-{precision}.onnx", ("float32", "float16", "int8")),
-}
-
 BATCH_SIZES = (1, 2, 7)
 """The batch sizes that verification runs every artifact with."""
 
@@ -112,7 +86,7 @@ class Artifact:
     """One file to write (a folder, for a SavedModel).
 
     Attributes:
-        format: A row of `FORMATS`.
+        format: A row of `formats.EXPORTED`.
         precision: A row of `PRECISIONS`.
         batch: Its batch size; None for any.
     """
@@ -125,14 +99,14 @@ class Artifact:
     def file(self):
         """The name of the file in the export folder."""
         batch = f"-batch{self.batch}" if self.batch else ""
-        return FORMATS[self.format].file.format(precision=self.precision, batch=batch)
+        return EXPORTED[self.format].file.format(precision=self.precision, batch=batch)
 
 
 def choose_artifacts(formats=None, precisions=None):
     """Returns the `Artifact`s of some formats and precisions, in the order of the tables.
 
     Args:
-        formats: Rows of `FORMATS`; None for all.
+        formats: Rows of `formats.EXPORTED`; None for all.
         precisions: Rows of `PRECISIONS`; None for all of each format.
 
     Raises:
@@ -146,14 +120,14 @@ def choose_artifacts(formats=None, precisions=None):
         ...
         keras_resnet.utils.errors.InputError: saved_model comes in float32, not in int8
     """
-    named = _rows(FORMATS, formats, "to")
+    named = _rows(EXPORTED, formats, "to")
     wanted = _rows(PRECISIONS, precisions, "precision")
     chosen = [
         Artifact(name, precision, batch)
         for name in named
-        for precision in FORMATS[name].precisions
+        for precision in EXPORTED[name].precisions
         if precision in wanted
-        for batch in FORMATS[name].batches
+        for batch in EXPORTED[name].batches
     ]
     # Each name of a list must have an artifact: (format, precisions that it lacks).
     unmet = []
@@ -164,7 +138,7 @@ def choose_artifacts(formats=None, precisions=None):
         found = {artifact.precision for artifact in chosen}
         unmet += [(named[0], [precision]) for precision in wanted if precision not in found]
     for name, lacking in unmet:
-        own = ", ".join(FORMATS[name].precisions)
+        own = ", ".join(EXPORTED[name].precisions)
         raise InputError(f"{name} comes in {own}, not in {' or '.join(lacking)}")
     return chosen
 

@@ -1,4 +1,4 @@
-"""The answers of the Keras model to the test images, and `reference.npz`, which keeps some."""
+"""The predictions of the Keras model for the test images, and `reference.npz`, which keeps some."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ MAX_BYTES = 256 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The answers of a Keras model to real test images.
+    """The predictions of a Keras model for real test images.
 
     Attributes:
         labels: int64, [count].
@@ -129,26 +129,26 @@ def digest_order(split):
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """Some images and their answers at an export.
+    """Some images and their predictions at an export.
 
     Attributes:
         images: Some test images as the artifacts take them, [count, height, width, channels].
         probabilities: The Keras model's, float32, [count, classes].
         top1: Its most probable class for every test image, int64, [all images].
-        answers: file -> the artifact's own probabilities, float32, [count, classes].
+        predictions: file -> the artifact's own probabilities, float32, [count, classes].
     """
 
     images: np.ndarray
     probabilities: np.ndarray
     top1: np.ndarray
-    answers: dict
+    predictions: dict
 
 
 def write_reference(path, recorded):
     """Writes a `Recorded` to an .npz file."""
     arrays = {name: getattr(recorded, name) for name in ("images", "probabilities", "top1")}
-    answers = {f"answers/{file}": array for file, array in recorded.answers.items()}
-    np.savez(path, **arrays, **answers)
+    predictions = {f"answers/{file}": array for file, array in recorded.predictions.items()}
+    np.savez(path, **arrays, **predictions)
 
 
 def read_reference(folder, manifest):
@@ -184,10 +184,10 @@ def read_reference(folder, manifest):
 
 def _check(found, manifest):
     shape = (len(found.images), len(manifest["class_names"]))
-    floats = [found.probabilities, *found.answers.values()]
+    floats = [found.probabilities, *found.predictions.values()]
     if found.images.ndim != 4 or shape[0] < max(BATCH_SIZES):
         raise ValueError(f"its images have the shape {found.images.shape}")
     if any(one.shape != shape or not np.isfinite(one).all() for one in floats):
-        raise ValueError(f"its answers must be finite and of shape {shape}")
+        raise ValueError(f"its predictions must be finite and of shape {shape}")
     if found.top1.shape != (manifest["data"]["images"],):
         raise ValueError("it must hold one class for each image of the data set")

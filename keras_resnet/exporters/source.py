@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_resnet.evaluation.inference import Predictor, open_model, resolve_model_path
+from keras_resnet.formats import EXPORTED, find_format
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.runtimes.normalized import normalized
 from keras_resnet.training.run_folder import CONFIG
@@ -20,7 +21,7 @@ from keras_resnet.weights.hub import find_repository
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A Keras model and its provenance.
 
     Attributes:
@@ -41,7 +42,7 @@ class Source:
         return {name: str(value) for name, value in known.items() if value is not None}
 
 
-def open_source(model, normalize=None):
+def open_export_source(model, normalize=None):
     """Opens the model that is to be exported.
 
     Args:
@@ -49,7 +50,7 @@ def open_source(model, normalize=None):
         normalize: See `export`.
 
     Returns:
-        A `Source`.
+        An `ExportSource`.
 
     Raises:
         InputError: If it is something else, or cannot be loaded.
@@ -60,7 +61,7 @@ def open_source(model, normalize=None):
             weights.update(np.ascontiguousarray(weight))
         record = {"path": "", "sha256": weights.hexdigest(), "of": "the weights"}
         predictor = Predictor(normalized(KerasRuntime(model), normalize))
-        return Source(predictor, {**record, "normalize": normalize})
+        return ExportSource(predictor, {**record, "normalize": normalize})
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
             "a model is a run folder, a .keras file, a published network's name or a Keras model, "
@@ -70,16 +71,16 @@ def open_source(model, normalize=None):
         predictor = Predictor(open_model(repository, normalize))
         sha256 = predictor.metadata["origin"]["sha256"]
         record = {"path": repository.name, "sha256": sha256, "normalize": normalize}
-        return Source(predictor, record, repository.folder("-export"))
+        return ExportSource(predictor, record, repository.folder("-export"))
     given, path = Path(model), resolve_model_path(model)
-    if path.is_dir() or path.suffix in (".tflite", ".onnx"):
+    if path.is_dir() or find_format(path) in EXPORTED:
         raise InputError(f"{path}: an export is made of a run folder or a .keras file")
     predictor = Predictor(open_model(path, normalize))
     size, sha256 = digest(path)
     record = {"path": str(path.resolve()), "sha256": sha256, "bytes": size, "normalize": normalize}
     if not given.is_dir():
-        return Source(predictor, record, path.with_name(f"{path.stem}-export"))
-    return Source(predictor, {**record, "run": _describe_run(given)}, given / "export")
+        return ExportSource(predictor, record, path.with_name(f"{path.stem}-export"))
+    return ExportSource(predictor, {**record, "run": _describe_run(given)}, given / "export")
 
 
 def _describe_run(run_dir):

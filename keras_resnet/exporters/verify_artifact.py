@@ -1,6 +1,7 @@
-"""Verification of one artifact by its real runtime: contract, batch sizes, answers, tolerances.
+"""Verification of one artifact by its real runtime: contract, batch sizes, tolerances.
 
-`export` compares an artifact with the answers of its Keras model, `verify` with those on record.
+`export` compares an artifact's predictions with those of its Keras model, `verify` with those on
+record.
 """
 
 import contextlib
@@ -13,7 +14,8 @@ import numpy as np
 
 from keras_resnet.evaluation.inference import to_probabilities
 from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS
-from keras_resnet.runtimes import Tensor, open_runtime
+from keras_resnet.formats import EXPORTED
+from keras_resnet.runtimes import Tensor, find_opener, open_runtime
 from keras_resnet.runtimes.base import CHUNK, LOGITS
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils.environment import cores
@@ -22,11 +24,11 @@ from keras_resnet.utils.progress import bar
 
 INCONCLUSIVE = "inconclusive"
 
-# Largest difference between the answers to an image in batches of different sizes. Runtimes add in
-# another order for another size; BatchNormalization in training mode is off by percents.
+# Largest difference between the predictions for an image in batches of different sizes. Runtimes
+# add in another order for another size; BatchNormalization in training mode is off by percents.
 _BATCH_TOLERANCE = 1e-4
 
-# The answers must spread over the images by this many times the largest difference allowed: an
+# The predictions must spread over the images by this many times the largest difference allowed: an
 # artifact with one output for all images must not pass.
 _MIN_SPREAD = 10
 
@@ -100,7 +102,7 @@ def verify_artifact(path, artifact, contract, inputs, reference):
     figures = compare_with_reference(probabilities, reference)
     outside = check_tolerance(artifact.precision, figures)
     if inconclusive := check_conclusive(artifact.precision, reference):
-        # The largest of nearly equal answers depends on rounding.
+        # The largest of nearly equal predictions depends on rounding.
         outside = [failure for failure in outside if failure.check != "agreement"]
     failures = [
         dataclasses.replace(failure, file=artifact.file)
@@ -124,19 +126,17 @@ def verify_artifact(path, artifact, contract, inputs, reference):
 
 
 def open_artifact(path, format, threads=None, *, trust=False, prober=None):
-    """Opens an artifact with its real runtime; a SavedModel in a process without Keras.
+    """Opens an artifact with its real runtime; a SavedModel runs in a process without Keras.
 
     Args:
         path: The file or folder; a SavedModel is trusted.
-        format: A row of `FORMATS`.
-        threads: The number of threads that compute one answer; None for the runtime's choice.
+        format: A row of `formats.EXPORTED`.
+        threads: The number of threads that compute one batch; None for the runtime's choice.
         trust: See `open_runtime`.
         prober: See `open_runtime`.
     """
-    if format == "saved_model":
-        from keras_resnet.runtimes.saved_model import IsolatedSavedModel
-
-        return IsolatedSavedModel(path, threads)
+    if EXPORTED[format].isolated:
+        return find_opener(format, isolated=True)(path, threads)
     return open_runtime(path, threads=threads, trust=trust, prober=prober)
 
 
@@ -155,7 +155,7 @@ def run_checks(runtime, contract, batch, inputs, progress=lambda count: None):
     """
     failures = check_contract(runtime, contract, batch)
     probabilities = predict(runtime, inputs, progress)
-    return probabilities, failures + check_batches(runtime, inputs, probabilities)
+    return probabilities, failures + check_batch_sizes(runtime, inputs, probabilities)
 
 
 def predict(runtime, inputs, progress=lambda count: None):
@@ -176,13 +176,13 @@ def predict(runtime, inputs, progress=lambda count: None):
 
 
 def _probabilities(runtime, batch):
-    answers = runtime.run(batch)
+    outputs = runtime.run(batch)
     if runtime.output_kind == LOGITS:
-        return to_probabilities(answers, LOGITS, runtime.name)
+        return to_probabilities(outputs, LOGITS, runtime.name)
     # Not normalised: wrong probabilities would look right.
-    if not np.isfinite(answers).all():
-        raise InputError(f"{runtime.name}: the model answers with numbers that are not finite")
-    return answers
+    if not np.isfinite(outputs).all():
+        raise InputError(f"{runtime.name}: the model gives numbers that are not finite")
+    return outputs
 
 
 def check_contract(runtime, contract, batch=None):
@@ -199,15 +199,15 @@ def check_contract(runtime, contract, batch=None):
     ]
 
 
-def check_batches(runtime, inputs, probabilities):
-    """Returns a `Failure` for each batch size that fails, or changes the answers."""
+def check_batch_sizes(runtime, inputs, probabilities):
+    """Returns a `Failure` for each batch size that fails, or changes the predictions."""
     failures = []
     for count in BATCH_SIZES:
         check = f"batch of {count}"
         try:
             found = _probabilities(runtime, inputs[np.arange(count)])
         except InputError as error:
-            failures.append(Failure(check, str(error), "answered"))
+            failures.append(Failure(check, str(error), "predicted"))
             continue
         difference = float(np.abs(found - probabilities[:count]).max())
         if not difference <= _BATCH_TOLERANCE:
@@ -216,7 +216,7 @@ def check_batches(runtime, inputs, probabilities):
 
 
 def compare(probabilities, expected):
-    """Returns the difference between an artifact's answers and others.
+    """Returns the difference between an artifact's predictions and others.
 
     Args:
         probabilities: float32, [count, classes].
@@ -283,9 +283,9 @@ def check_tolerance(precision, figures):
 
 
 def check_conclusive(precision, reference):
-    """Returns a `Failure` if an artifact with one answer to all images would be within tolerance.
+    """Returns a `Failure` if an artifact with one output for all images would be within tolerance.
 
-    An untrained MobileNetV2 answers 1/7 to every image: a comparison with it shows nothing.
+    An untrained MobileNetV2 gives 1/7 for every image: a comparison with it shows nothing.
 
     Args:
         precision: A row of `PRECISIONS`.
@@ -299,7 +299,7 @@ def check_conclusive(precision, reference):
     """
     max_difference = PRECISIONS[precision].tolerance.max_difference
     if max_difference is not None:
-        check = "spread of the Keras model's answers over the images"
+        check = "spread of the Keras model's predictions over the images"
         found, least = (
             float(np.ptp(reference.probabilities, axis=0).max()),
             _MIN_SPREAD * max_difference,

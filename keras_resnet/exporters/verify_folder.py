@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_resnet.datasets import Dataset, load_dataset
 from keras_resnet.evaluation.inference import resize_to_model
-from keras_resnet.exporters.formats import FORMATS, PRECISIONS
+from keras_resnet.exporters.formats import PRECISIONS
 from keras_resnet.exporters.graph import Contract
 from keras_resnet.exporters.reference import digest_order, read_reference
 from keras_resnet.exporters.verify_artifact import (
@@ -18,6 +18,7 @@ from keras_resnet.exporters.verify_artifact import (
     predict,
     run_checks,
 )
+from keras_resnet.formats import EXPORTED
 from keras_resnet.runtimes import Prober
 from keras_resnet.untrusted import schema
 from keras_resnet.untrusted.manifest import MANIFEST, find_change, read_manifest
@@ -27,7 +28,7 @@ from keras_resnet.utils.progress import bar
 # The verdict on a file.
 SOUND = "sound"
 CHANGED = "changed"
-DIFFERS = "answers differ"
+DIFFERS = "predictions differ"
 FORCED = "failed at its export"
 NOT_RUN = "checksum fits, not run"
 
@@ -41,7 +42,7 @@ def _sizes(rank):
 
 # Rules for a row of the manifest beyond those of the manifest itself: this version can run it.
 _ARTIFACT = {
-    "format": schema.one_of(FORMATS),
+    "format": schema.one_of(EXPORTED),
     "precision": schema.one_of(PRECISIONS),
     "batch": schema.Rule("null or 1", lambda batch: batch in (None, 1)),
     "input": {"shape": _sizes(4)},
@@ -52,8 +53,8 @@ _ARTIFACT = {
 def verify(folder, *, trust=False, dataset=None, **data_options):
     """Checks an export folder: checksums first, then every artifact by its own runtime.
 
-    The folder is enough. It holds real images, and the answers of the Keras model and of each
-    artifact to them at the export; an artifact must give the same answers again.
+    The folder is enough. It holds real images, and the predictions of the Keras model and of each
+    artifact for them at the export; an artifact must give the same predictions again.
 
     Args:
         folder: The folder that `export` wrote.
@@ -65,8 +66,8 @@ def verify(folder, *, trust=False, dataset=None, **data_options):
     Returns:
         A dict: "passed", and "files", a dict for each: "file"; "verdict", one of `SOUND`,
         `CHANGED`, `DIFFERS`, `FORCED` and `NOT_RUN`; "failures", a list of strings. For an artifact
-        that ran: "max_difference" and "agreement" with its answers at the export, "images", the
-        number of those answers, and "accuracy" and "accuracy_images", None without a data set.
+        that ran: "max_difference" and "agreement" with its predictions at the export, "images", the
+        number of those predictions, and "accuracy" and "accuracy_images", None without a data set.
 
     Raises:
         InputError: If there is no manifest, or it or the reference breaks a rule, or the data set
@@ -92,7 +93,7 @@ def verify(folder, *, trust=False, dataset=None, **data_options):
     files[0]["verdict"] = SOUND
     with Prober() as prober, bar(len(rows), "verification", " files") as shown:
         for found, row in zip(files[1:], rows, strict=True):
-            if not found["failures"] and (trust or row["format"] != "saved_model"):
+            if not found["failures"] and (trust or not EXPORTED[row["format"]].runs_code):
                 names = manifest["class_names"]
                 found |= _verify(folder / row["file"], row, names, recorded, split, prober)
             if row["failures"] and not found["failures"]:
@@ -154,7 +155,7 @@ def _verify(path, row, class_names, recorded, split, prober):
                 top1 = predict(runtime, split.images).argmax(axis=1)
     except InputError as error:
         return {"verdict": DIFFERS, "failures": [str(error)]}
-    then = compare(probabilities, recorded.answers[row["file"]])
+    then = compare(probabilities, recorded.predictions[row["file"]])
     failures += check_tolerance(precision, then)
     if PRECISIONS[precision].tolerance.max_difference is not None:
         # For 8 bits a few hundred images are too few; the manifest has the agreement on all.

@@ -9,6 +9,7 @@ import importlib
 import stat
 from pathlib import Path
 
+from keras_resnet.formats import FORMATS, find_format
 from keras_resnet.runtimes.base import Runtime, Tensor
 from keras_resnet.runtimes.probe import Prober
 from keras_resnet.untrusted import checksums, manifest
@@ -19,18 +20,6 @@ __all__ = ["Prober", "Runtime", "Tensor", "open_runtime"]
 MAX_FILE_BYTES = 2 * 2**30
 """The size that a .tflite or .onnx file must stay below: both formats end there."""
 
-# Suffix -> format. The opener of Keras files says why HDF5 is refused.
-_FORMATS = dict.fromkeys((".keras", ".h5", ".hdf5"), "keras")
-_FORMATS |= {".tflite": "tflite", ".onnx": "onnx"}
-# Format -> module, and the class or function in it that opens a model.
-_OPENERS = {
-    "keras": ("keras_file", "open_keras"),
-    "saved_model": ("saved_model", "SavedModelRuntime"),
-    "tflite": ("tflite", "TFLiteRuntime"),
-    "onnx": ("onnx", "OnnxRuntime"),
-}
-_CHECKSUMS = {"tflite": checksums.read_tflite_metadata, "onnx": checksums.check_onnx_checksum}
-
 
 def open_runtime(path, *, threads=None, trust=False, prober=None):
     """Opens a model.
@@ -40,7 +29,7 @@ def open_runtime(path, *, threads=None, trust=False, prober=None):
 
     Args:
         path: A .keras, .tflite or .onnx file, or a SavedModel folder.
-        threads: How many threads compute one answer; None for the runtime's choice. Keras and
+        threads: How many threads compute one batch; None for the runtime's choice. Keras and
             TensorFlow use those of this process.
         trust: Whether to load a SavedModel, which can run code, and to load .tflite and .onnx
             files without trying them in another process.
@@ -53,33 +42,35 @@ def open_runtime(path, *, threads=None, trust=False, prober=None):
         InputError: If there is no such model, it is damaged, or it breaks a rule.
     """
     path = Path(path)
-    if path.is_dir():
-        format = "saved_model"
+    format = "saved_model" if path.is_dir() else find_format(path)
+    row = FORMATS.get(format)
+    if format == "saved_model":
         _check_folder(path, trust)
-    else:
-        format = _FORMATS.get(path.suffix.lower())
-    content = None if format in ("saved_model", "keras") else _read(path, format)
+    is_read_here = row is None or row.parser is not None
+    content = _read(path, format) if is_read_here else None
     manifest.check_listed(path, content)
     if content is None:
         return find_opener(format)(path, threads)
     if not trust:
-        _CHECKSUMS[format](content, path)  # a damaged file need not be tried
+        getattr(checksums, row.checksum)(content, path)  # a damaged file need not be tried
         with contextlib.nullcontext(prober) if prober else Prober() as used:
             used.probe(path, format, content)
     return find_opener(format)(content, path, threads)
 
 
-def find_opener(format):
+def find_opener(format, isolated=False):
     """Imports the module that opens a format, with its libraries.
 
     Args:
-        format: "keras", "saved_model", "tflite" or "onnx".
+        format: A row of `FORMATS`.
+        isolated: Whether the model runs in a process without Keras; its path is trusted.
 
     Returns:
-        A function of (path, threads); for "tflite" and "onnx" of (content, path, threads).
+        Its opener, a function that returns a `Runtime`; see `Format`.
     """
-    module, name = _OPENERS[format]
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    row = FORMATS[format]
+    module = importlib.import_module(f"{__name__}.{row.module}")
+    return getattr(module, row.isolated if isolated else row.opener)
 
 
 def _check_folder(path, trust):

@@ -66,7 +66,7 @@ class Runtime:
     Args:
         path: The file, for messages; None for a model that was not loaded from one.
         metadata: The file's metadata, a dict.
-        threads: How many threads compute one answer; None for the runtime's choice.
+        threads: How many threads compute one batch; None for the runtime's choice.
 
     Attributes:
         format: "keras", "saved_model", "tflite" or "onnx".
@@ -155,7 +155,7 @@ class Runtime:
         return (images / 255).astype(self.input.dtype)
 
     def run(self, images):
-        """Returns the model's answers.
+        """Returns the model's outputs.
 
         Args:
             images: [count, height, width, channels], uint8; floats of the input's type where the
@@ -172,7 +172,7 @@ class Runtime:
         parts = [images[start : start + size] for start in range(0, len(images), size)]
         if not parts:
             return np.zeros((0, self.columns or 0), "float32")
-        return np.concatenate([self._answer(part) for part in parts])
+        return np.concatenate([self._run_batch(part) for part in parts])
 
     def _as_input(self, images):
         """Returns the images in the input's type; refuses images that do not fit."""
@@ -183,7 +183,7 @@ class Runtime:
         fits = images.ndim == len(shape) and all(
             size in (None, own) for size, own in zip(shape[1:], images.shape[1:], strict=True)
         )
-        # A model of normalised floats would give wrong answers to raw images.
+        # A model of normalised floats would give wrong outputs for raw images.
         is_alike = images.dtype.kind == np.dtype(self.input.dtype).kind
         if not fits or not is_alike:
             raise InputError(
@@ -191,27 +191,27 @@ class Runtime:
             )
         return np.ascontiguousarray(images, self.input.dtype)
 
-    def _answer(self, images):
-        """Returns the answers to one batch; pads it where the model's batch is fixed."""
+    def _run_batch(self, images):
+        """Returns the outputs for one batch; pads it where the model's batch is fixed."""
         count, fixed = len(images), self.input.shape[0]
         if fixed and count < fixed:
             images = np.concatenate([images, np.repeat(images[-1:], fixed - count, axis=0)])
         try:
-            answers = as_rows(np.asarray(self.call(images)))
+            outputs = as_rows(np.asarray(self.call(images)))
         except InputError:
             raise
         # Each runtime raises errors of its own; all mean that the model cannot be run.
         except Exception as error:
             raise InputError(f"{self.name}: it cannot be run: {reason(error)}") from error
-        if answers.ndim != 2 or len(answers) != len(images) or answers.dtype.kind != "f":
+        if outputs.ndim != 2 or len(outputs) != len(images) or outputs.dtype.kind != "f":
             raise InputError(
                 f"{self.name}: {len(images)} images must give floats (images, classes), got "
-                f"{answers.dtype} {answers.shape!s:.80}"
+                f"{outputs.dtype} {outputs.shape!s:.80}"
             )
-        return answers[:count]
+        return outputs[:count]
 
     def time(self, images):
-        """Returns how many seconds the answers to one batch take; see `run`."""
+        """Returns how many seconds the outputs for one batch take; see `run`."""
         start = time.perf_counter()
         self.run(images)
         return time.perf_counter() - start
@@ -231,24 +231,24 @@ def reason(error):
     return printable(one_line(error))[:300]
 
 
-def as_rows(answers):
-    """Returns answers of shape [count], or [count, 1, 1, columns], as [count, columns].
+def as_rows(outputs):
+    """Returns outputs of shape [count], or [count, 1, 1, columns], as [count, columns].
 
     Example:
         >>> as_rows(np.zeros((5, 1, 1, 3))).shape, as_rows(np.zeros(5)).shape
         ((5, 3), (5, 1))
     """
-    count, *sizes = answers.shape or (0, 0)
+    count, *sizes = outputs.shape or (0, 0)
     *ones, columns = sizes or [1]
-    return answers.reshape(count, columns) if set(ones) <= {1} else answers
+    return outputs.reshape(count, columns) if set(ones) <= {1} else outputs
 
 
-def only_one(name, what, tensors):
+def only_one(name, side, tensors):
     """Returns a model's only input or output.
 
     Args:
         name: The model's name, for messages.
-        what: "input" or "output".
+        side: "input" or "output".
         tensors: name -> the input or output.
 
     Raises:
@@ -257,7 +257,7 @@ def only_one(name, what, tensors):
     if len(tensors) != 1:
         shown = ", ".join(printable(str(each))[:40] for each in list(tensors)[:8])
         hint = f" ({shown}): save it again with one of them only" if tensors else ""
-        raise InputError(f"{name}: a model must have one {what}, got {len(tensors)}{hint}")
+        raise InputError(f"{name}: a model must have one {side}, got {len(tensors)}{hint}")
     return next(iter(tensors.values()))
 
 
@@ -306,11 +306,11 @@ def kind_by_graph(last, look_up):
     return kind(last, _DEPTH)
 
 
-def kind_by_numbers(answers):
-    """Returns the kind of numbers that answers look like.
+def kind_by_numbers(outputs):
+    """Returns the kind of numbers that outputs look like.
 
     Args:
-        answers: [count, columns], floats, for images that differ.
+        outputs: [count, columns], floats, for images that differ.
 
     Example:
         >>> kind_by_numbers(np.array([[0.2, 0.8], [0.5, 0.5]]))
@@ -320,10 +320,10 @@ def kind_by_numbers(answers):
         >>> kind_by_numbers(np.array([[-3.0, 2.0]]))
         'logits'
     """
-    sums = answers.sum(axis=1, dtype="float64")
-    low, high = answers.min(), answers.max()
+    sums = outputs.sum(axis=1, dtype="float64")
+    low, high = outputs.min(), outputs.max()
     # NaN fails every comparison. A head of zeros gives logits.
     if not (low >= -_NUMBER_TOLERANCE and 0 < high <= 1 + _NUMBER_TOLERANCE):
         return LOGITS
-    is_shared = answers.shape[1] > 1 and (abs(sums - 1) <= _SUM_TOLERANCE).all()
+    is_shared = outputs.shape[1] > 1 and (abs(sums - 1) <= _SUM_TOLERANCE).all()
     return SOFTMAX if is_shared else SIGMOID

@@ -81,10 +81,10 @@ class KerasRuntime(Runtime):
 
     def call(self, images):
         """Returns the output for one batch."""
-        (answers,) = keras.tree.flatten(self.model.predict_on_batch(images))
-        answers = keras.ops.convert_to_numpy(answers)
+        (outputs,) = keras.tree.flatten(self.model.predict_on_batch(images))
+        outputs = keras.ops.convert_to_numpy(outputs)
         # NumPy has no bfloat16; the type that other libraries add is not of the kind "f".
-        return answers if answers.dtype.kind == "f" else answers.astype("float32")
+        return outputs if outputs.dtype.kind == "f" else outputs.astype("float32")
 
 
 def open_keras(path, threads=None):

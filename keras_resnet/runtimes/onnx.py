@@ -1,5 +1,7 @@
 """ONNX files, run by ONNX Runtime on the CPU."""
 
+from pathlib import Path
+
 import onnxruntime
 
 from keras_resnet.runtimes import base
@@ -33,12 +35,19 @@ def open_session(content, threads=None):
 
     Args:
         content: The file, bytes. A path would let the model name files beside it.
-        threads: How many threads compute one answer; None for as many as there are cores.
+        threads: How many threads compute one batch; None for as many as there are cores.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised as exceptions
     options.intra_op_num_threads = threads or 0
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def open_bare(path, threads):
+    """Returns a file's function from images to outputs, for a benchmark; see `tflite.open_bare`."""
+    session = open_session(Path(path).read_bytes(), threads)
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
 
 
 class OnnxRuntime(Runtime):
@@ -47,7 +56,7 @@ class OnnxRuntime(Runtime):
     Args:
         content: The file, bytes.
         path: Its path, for messages.
-        threads: How many threads compute one answer.
+        threads: How many threads compute one batch.
     """
 
     format = "onnx"
@@ -93,13 +102,13 @@ class OnnxRuntime(Runtime):
                 names.append(message.op_type)
         return names
 
-    def _tensor(self, what, found):
-        found = only_one(self.name, what, {each.name: each for each in found})
+    def _tensor(self, side, found):
+        found = only_one(self.name, side, {each.name: each for each in found})
         # An open size is a name or None.
         shape = tuple(size if isinstance(size, int) else None for size in found.shape)
         if found.type not in _DTYPES:
             raise InputError(
-                f"{self.name}: its {what} must hold uint8, int8 or floats, got {found.type}"
+                f"{self.name}: its {side} must hold uint8, int8 or floats, got {found.type}"
             )
         return Tensor(found.name, shape, _DTYPES[found.type])
 

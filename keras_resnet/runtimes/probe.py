@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from keras_resnet.formats import FORMATS
 from keras_resnet.runtimes import remote
 from keras_resnet.runtimes.base import reason
 from keras_resnet.utils.errors import InputError
@@ -18,14 +19,12 @@ MEMORY = 4 * 2**30
 MEMORY_PER_BYTE = 8
 """Further bytes of address space for each byte of the file."""
 SECONDS = 60
-"""Seconds that a model may take to load and to answer a few batches."""
+"""Seconds that a model may take to load and to predict a few batches."""
 MAX_ELEMENTS = 2**26
 """The most numbers that an input or output of two images may have."""
 
 # Height and width of the images for a model that takes any.
 _PIXELS = 64
-# Format -> the library that parses the file besides the runtime.
-_PARSERS = {"tflite": "ai_edge_litert.schema_py_generated", "onnx": "onnx"}
 
 
 class Prober:
@@ -65,12 +64,12 @@ class Prober:
 
         Args:
             path: The file's path, for messages.
-            form: "tflite" or "onnx".
+            form: A row of `FORMATS` with a parser.
             content: The file, bytes.
 
         Raises:
             InputError: If the model is refused there, or the process ends, runs out of memory,
-                or does not answer in time.
+                or does not finish in time.
         """
         if self._remote is None or not self._remote.is_alive():
             self.close()
@@ -87,7 +86,7 @@ class Prober:
                 path=str(path),
                 form=form,
                 memory=self.memory or MEMORY + MEMORY_PER_BYTE * len(content),
-                # Reached only where the process that waits for the answer has ended.
+                # Reached only where the calling process has ended.
                 seconds=2 * self.seconds,
             )
         except remote.RemoteError as error:
@@ -114,7 +113,7 @@ class Trial:
 
         try:
             open_model = find_opener(form)
-            importlib.import_module(_PARSERS[form])
+            importlib.import_module(FORMATS[form].parser)
             with remote.limited(memory, seconds):
                 _run(open_model(content.tobytes(), path, threads=1))
         except InputError:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import tensorflow as tf
+
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count, only_one, reason
 from keras_resnet.runtimes.remote import Remote, RemoteError
@@ -57,11 +59,9 @@ class SavedModelRuntime(Runtime):
 
     def call(self, images):
         """Returns the output for one batch."""
-        import tensorflow as tf
-
         # NumPy has no bfloat16 of its own.
-        answers = self._function(**{self.input.name: tf.constant(images)})[self.output.name]
-        return (tf.cast(answers, tf.float32) if answers.dtype == tf.bfloat16 else answers).numpy()
+        outputs = self._function(**{self.input.name: tf.constant(images)})[self.output.name]
+        return (tf.cast(outputs, tf.float32) if outputs.dtype == tf.bfloat16 else outputs).numpy()
 
 
 class IsolatedSavedModel(Runtime):
@@ -110,7 +110,7 @@ class IsolatedSavedModel(Runtime):
         return self._ask("call", images)
 
     def time(self, images):
-        """Returns how many seconds the answers take in the process."""
+        """Returns how many seconds a batch takes in the process."""
         self.run(images)
         return self._remote.seconds
 
@@ -140,8 +140,6 @@ def set_tensorflow_threads(threads):
     Args:
         threads: A number, or None.
     """
-    import tensorflow as tf
-
     if threads:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
@@ -160,8 +158,6 @@ def load_signature(path):
     Raises:
         InputError: If it cannot be loaded, or has no such signature.
     """
-    import tensorflow as tf
-
     try:
         loaded = tf.saved_model.load(str(path))
         signatures = dict(loaded.signatures)
@@ -170,6 +166,19 @@ def load_signature(path):
     if SIGNATURE not in signatures:
         raise InputError(f"{path}: it must have the signature {SIGNATURE}, got {list(signatures)}")
     return loaded, signatures[SIGNATURE]
+
+
+def open_bare(path, threads):
+    """Returns a SavedModel's function, for a benchmark; see `tflite.open_bare`."""
+    set_tensorflow_threads(threads)
+    loaded, serve = load_signature(path)
+    (name,) = serve.structured_input_signature[1]
+
+    def run(images, loaded=loaded):  # which must exist as long as the function
+        (output,) = serve(**{name: tf.constant(images)}).values()
+        return output.numpy()
+
+    return run
 
 
 def _read_metadata(folder):

@@ -26,7 +26,7 @@ class Interpreter:
 
     Args:
         source: The file, bytes; or its path, a string, which LiteRT maps into memory.
-        threads: How many threads compute one answer; None for LiteRT's choice.
+        threads: How many threads compute one batch; None for LiteRT's choice.
 
     Attributes:
         litert: LiteRT's own `Interpreter`.
@@ -62,13 +62,25 @@ class Interpreter:
         return self.litert.get_tensor(self.outputs[0]["index"])
 
 
+def open_bare(path, threads):
+    """Returns a file's function from images to outputs, for a benchmark; nothing is checked.
+
+    Args:
+        path: The file.
+        threads: How many threads compute one batch.
+    """
+    interpreter = Interpreter(path, threads)
+    interpreter.allocate()
+    return interpreter.run
+
+
 class TFLiteRuntime(Runtime):
     """A .tflite file; see `Runtime`.
 
     Args:
         content: The file, bytes.
         path: Its path, for messages.
-        threads: How many threads compute one answer.
+        threads: How many threads compute one batch.
     """
 
     format = "tflite"
@@ -82,8 +94,8 @@ class TFLiteRuntime(Runtime):
         self.operators = count(self._operators(content))
         ends = (self._interpreter.inputs, self._interpreter.outputs)
         self._in, self._out = (
-            only_one(path, what, {each["index"]: each for each in found})
-            for what, found in zip(("input", "output"), ends, strict=True)
+            only_one(path, side, {each["index"]: each for each in found})
+            for side, found in zip(("input", "output"), ends, strict=True)
         )
         signatures = list(self._interpreter.litert.get_signature_list().values())
         names = signatures[0] if len(signatures) == 1 else {"inputs": [], "outputs": []}
@@ -162,9 +174,9 @@ def _quantize(numbers, details):
     return np.clip(rounded, ends.min, ends.max).astype(details["dtype"])
 
 
-def _dequantize(answers, details):
-    """Returns the numbers that a full-integer model's answers stand for."""
-    if answers.dtype.kind not in "iu":
-        return answers
+def _dequantize(outputs, details):
+    """Returns the numbers that a full-integer model's outputs stand for."""
+    if outputs.dtype.kind not in "iu":
+        return outputs
     scale, zero = details["quantization"]
-    return ((answers.astype("float32") - zero) * (scale or 1)).astype("float32")
+    return ((outputs.astype("float32") - zero) * (scale or 1)).astype("float32")

@@ -34,8 +34,8 @@ CHIEF_SECONDS = 10.0
 class DistributedTrainer(Trainer):
     """Trains one network on several replicas; the arguments are those of `Trainer`."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.is_chief = self.decision.is_chief
         self.verbose = self.verbose and self.is_chief
         self.stop_delay = 0.0 if self.is_chief else CHIEF_SECONDS
@@ -49,7 +49,7 @@ class DistributedTrainer(Trainer):
             strategies.check_first()
             # Data can lie elsewhere on another machine; all other settings must be equal.
             command = {name: repr(v) for name, v in self.given.items() if name != "data_dir"}
-            about = {**strategies.versions(), **command}
+            about = {**strategies.describe_worker(), **command}
             with rendezvous.meet(cluster, about, self.worker_timeout) as meeting:
                 described = meeting.share(lambda: self._open_and_describe(lock))
             if not self.is_chief:
@@ -72,8 +72,7 @@ class DistributedTrainer(Trainer):
         """Takes over the chief's description of the run."""
         data_dir = self.given.get("data_dir") or described["settings"]["data_dir"]
         self.settings = config.TrainConfig(**{**described["settings"], "data_dir": data_dir})
-        recipe = described["recipe"]
-        self.recipe = Recipe(**{**recipe, "augmentation": tuple(recipe["augmentation"])})
+        self.recipe = Recipe(**described["recipe"])
         self.run_dir = Path(described["run_dir"])
         self.precision = described["precision"]
         self.precision_reason = described["precision_reason"]

@@ -30,7 +30,7 @@ from keras_resnet.training import callbacks, fine_tuning, records, run_folder
 from keras_resnet.training.inputs import Batches, Shuffle
 from keras_resnet.training.precision import POLICIES, choose_precision
 from keras_resnet.utils import files
-from keras_resnet.utils.errors import InputError, Interrupted, TrainingError, look_up
+from keras_resnet.utils.errors import InputError, Interrupted, TrainingError
 
 OPTIMIZERS = {
     "adam": lambda rate: keras.optimizers.Adam(rate),
@@ -144,7 +144,14 @@ def train(
     if decision.name != "none":
         from keras_resnet.training.distributed import DistributedTrainer as trainer
     return trainer(
-        given, in_memory, run_dir, resume, decision, worker_timeout, verbose, command
+        given,
+        decision,
+        dataset=in_memory,
+        run_dir=run_dir,
+        resume=resume,
+        worker_timeout=worker_timeout,
+        verbose=verbose,
+        command=command,
     ).run()
 
 
@@ -153,10 +160,10 @@ class Trainer:
 
     Args:
         given: The settings that were given, a dict; see `config.given_settings`.
+        decision: The `strategies.Decision`.
         dataset: A `Dataset` in memory; None to load it.
         run_dir: See `train`.
         resume: See `train`.
-        decision: The `strategies.Decision`.
         worker_timeout: See `train`.
         verbose: See `train`.
         command: See `train`.
@@ -174,7 +181,9 @@ class Trainer:
     stop_delay = 0.0
     """Seconds between a stop signal and the stop."""
 
-    def __init__(self, given, dataset, run_dir, resume, decision, worker_timeout, verbose, command):
+    def __init__(
+        self, given, decision, *, dataset, run_dir, resume, worker_timeout, verbose, command
+    ):
         self.given, self.dataset = given, dataset
         self.run_dir, self.resume = Path(run_dir) if run_dir else None, resume
         self.decision, self.worker_timeout = decision, worker_timeout
@@ -318,6 +327,7 @@ class Trainer:
         recipe = fine_tuning.adopt_form(recipe, self.source, settings)
         if settings.scale_batch:
             recipe = scale_batch(recipe, self.decision.num_replicas)
+        config.check_rows(recipe)
         return dataclasses.replace(recipe, stem=recipe.stem or SPECS[settings.model].stem)
 
     def check_same_recipe(self, before):
@@ -404,9 +414,9 @@ class Trainer:
         """Compiles the model and creates the variables of optimizer and metrics."""
         recipe = self.recipe
         cuts = cut_batches(len(self.train_split), recipe.batch_size, self.least_batch)
-        schedule = look_up(SCHEDULES, recipe.schedule, "schedule")
-        rate = schedule(recipe.learning_rate, recipe.epochs * len(cuts), recipe.warmup)
-        optimizer = look_up(OPTIMIZERS, recipe.optimizer, "optimizer")(rate)
+        steps = recipe.epochs * len(cuts)
+        rate = SCHEDULES[recipe.schedule](recipe.learning_rate, steps, recipe.warmup)
+        optimizer = OPTIMIZERS[recipe.optimizer](rate)
         self.model.compile(optimizer, self.make_loss(), metrics=["accuracy"])
         self.build_metrics()
         optimizer.build(self.model.trainable_variables)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import default_signals
 
-from keras_resnet.distribution import launch as launcher
+from keras_resnet.distribution import launch as launch_module
 from keras_resnet.distribution.launch import launch_workers, share_cores, share_gpus
 from keras_resnet.utils.errors import InputError
 
@@ -51,7 +51,7 @@ def survivors():
 def launch(monkeypatch, capfd):
     """Runs workers from here; returns status, standard output and standard error."""
     for name, seconds in QUICK.items():
-        monkeypatch.setattr(launcher, name, seconds)
+        monkeypatch.setattr(launch_module, name, seconds)
     monkeypatch.delenv("TF_CONFIG", raising=False)
 
     def run(lines, count=2, again=None, environ=None, **options):
@@ -161,7 +161,7 @@ def test_a_program_that_is_not_there_leaves_nothing(launch, monkeypatch):
     # The first worker has been started when the second one cannot be.
     start = subprocess.Popen
     monkeypatch.setattr(
-        launcher.subprocess,
+        launch_module.subprocess,
         "Popen",
         lambda command, **options: start(
             ["/no/such"] if "stdout" in options else command, **options
@@ -226,11 +226,11 @@ print("left it")
 """
     began = time.monotonic()
     assert launch(lines) == (0, "left it\n", "worker 1: left it\n")
-    assert time.monotonic() - began < launcher._DRAIN_SECONDS
+    assert time.monotonic() - began < launch_module._DRAIN_SECONDS
 
 
 def test_the_others_may_take_their_time(launch, monkeypatch):
-    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0)
+    monkeypatch.setattr(launch_module, "GRACE_SECONDS", 0)
     assert launch("if not index: time.sleep(0.7); print('report')") == (0, "report\n", "")
 
 
@@ -270,7 +270,7 @@ def test_one_fails_and_all_end(launch, tmp_path, chief, other, status, how):
         "",
         f"worker 1: the last words\nkeras-resnet: worker 1 {how}; the others were ended\n",
     )
-    assert time.monotonic() - began >= launcher.GRACE_SECONDS
+    assert time.monotonic() - began >= launch_module.GRACE_SECONDS
 
 
 # Asked to stop, a chief says 130; to be ended because another one failed is not that.
@@ -290,7 +290,7 @@ ASKED = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130)); time.sleep(60)
 )
 def test_which_status_counts(launch, monkeypatch, tmp_path, chief, expected):
     if chief is not ASKED:
-        monkeypatch.setattr(launcher, "GRACE_SECONDS", 20)
+        monkeypatch.setattr(launch_module, "GRACE_SECONDS", 20)
     ready = {"READY": str(tmp_path / "ready")}
     status, _, err = launch(failing(chief, "sys.exit(1)"), environ=ready)
     assert status == expected

@@ -360,10 +360,10 @@ def test_torch_worker_resizes_and_normalises_as_keras_does(tmp_path, layout):
     row = find_torch(source, tmp_path)[layout]
     with start("torch", tmp_path / "images.npy") as worker:
         worker.call("load", path=str(row.path), options=row.options)
-        found = worker.call("answer", batch=2)
+        found = worker.call("predict", batch=2)
     expected = inference.load(tmp_path / SOURCE)(images)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    assert np.ptp(expected, axis=0).max() > 1e-3  # the answers tell images apart
+    assert np.ptp(expected, axis=0).max() > 1e-3  # the predictions tell images apart
 
 
 @pytest.mark.parametrize(

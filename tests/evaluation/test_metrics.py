@@ -187,7 +187,7 @@ def test_a_terminal_shows_how_many_images_are_done(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("answer", "complaint"),
+    ("output", "complaint"),
     [
         ([[0.5, 0.5]], r"got shape \(1, 2\), not \(2, 2\)"),
         ([0.5, 0.5], r"got shape \(2,\), not \(2, 2\)"),
@@ -200,15 +200,15 @@ def test_a_terminal_shows_how_many_images_are_done(monkeypatch):
         (None, r"got shape \(\)"),
     ],
 )
-def test_other_outputs_than_probabilities_are_refused(answer, complaint):
+def test_other_outputs_than_probabilities_are_refused(output, complaint):
     with pytest.raises(InputError, match=f"must return probabilities.*{complaint}") as caught:
-        evaluate(lambda images: answer, make_split([0, 1]), ["a", "b"])
+        evaluate(lambda images: output, make_split([0, 1]), ["a", "b"])
     assert "\n" not in str(caught.value)
 
 
 def test_rounding_in_the_sum_is_accepted():
-    answer = [[0.5, 0.5005]]
-    assert evaluate(lambda images: answer, make_split([1]), ["a", "b"]).accuracy == 1
+    output = [[0.5, 0.5005]]
+    assert evaluate(lambda images: output, make_split([1]), ["a", "b"]).accuracy == 1
 
 
 @pytest.mark.parametrize("label", [-1, 2])

@@ -290,7 +290,7 @@ def test_a_twin_that_answers_otherwise_is_refused(fashion, tmp_path):
 
 @pytest.fixture(scope="module")
 def alike(fashion_folder, tmp_path_factory):
-    """A file of an untrained network that answers 1/4 to every image."""
+    """A file of an untrained network that gives 1/4 for every image."""
     path = tmp_path_factory.mktemp("alike") / "alike.keras"
     keras.utils.set_random_seed(6)  # not better than chance
     inputs = keras.Input((28, 28, 1), dtype="uint8")

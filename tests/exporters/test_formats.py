@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from keras_resnet.exporters import onnx, tflite
 from keras_resnet.exporters.formats import (
-    FORMATS,
     OWN_FILES,
     PRECISIONS,
     Tolerance,
     choose_artifacts,
 )
+from keras_resnet.formats import EXPORTED
 from keras_resnet.utils.errors import InputError
 
 QUANTIZED = Tolerance(max_difference=None, agreement=0.985, accuracy_drop=0.003)
@@ -51,10 +51,10 @@ def test_only_int8_takes_training_images():
     assert [name for name, row in PRECISIONS.items() if row.is_calibrated] == ["int8"]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_a_format_has_a_writer_and_known_precisions_in_the_tables_order(name):
     assert callable(importlib.import_module(f"keras_resnet.exporters.{name}").write)
-    own = FORMATS[name].precisions
+    own = EXPORTED[name].precisions
     assert own and list(own) == [precision for precision in PRECISIONS if precision in own]
 
 
@@ -62,7 +62,7 @@ def test_a_format_has_a_writer_and_known_precisions_in_the_tables_order(name):
 def test_a_writer_knows_each_precision_of_its_format(module):
     name = module.__name__.rpartition(".")[2]
     known = {"tflite": tflite._SETTINGS, "onnx": onnx._PRECISIONS}[name]
-    assert tuple(known) == FORMATS[name].precisions
+    assert tuple(known) == EXPORTED[name].precisions
 
 
 def test_all_artifacts_by_name():
@@ -111,7 +111,7 @@ def names(table):
     return st.none() | st.lists(st.sampled_from([*table]), max_size=6)
 
 
-@given(names(FORMATS), names(PRECISIONS))
+@given(names(EXPORTED), names(PRECISIONS))
 def test_any_choice_is_refused_or_has_a_file_of_every_name(formats, precisions):
     try:
         chosen = choose_artifacts(formats, precisions)
@@ -121,9 +121,9 @@ def test_any_choice_is_refused_or_has_a_file_of_every_name(formats, precisions):
         assert (
             formats == []
             or precisions == []
-            or any(not {*FORMATS[each].precisions} & {*wanted} for each in formats or FORMATS)
+            or any(not {*EXPORTED[each].precisions} & {*wanted} for each in formats or EXPORTED)
             or any(
-                all(each not in FORMATS[name].precisions for name in formats or FORMATS)
+                all(each not in EXPORTED[name].precisions for name in formats or EXPORTED)
                 for each in wanted
             )
         ), error
@@ -135,8 +135,8 @@ def test_any_choice_is_refused_or_has_a_file_of_every_name(formats, precisions):
     places = [ALL.index(artifact.file) for artifact in chosen]
     assert places == sorted(set(places))
     for artifact in chosen:
-        assert artifact.precision in FORMATS[artifact.format].precisions
-        assert artifact.batch in FORMATS[artifact.format].batches
+        assert artifact.precision in EXPORTED[artifact.format].precisions
+        assert artifact.batch in EXPORTED[artifact.format].batches
 
 
 def test_help_names_every_format_and_precision(capsys):
@@ -145,5 +145,5 @@ def test_help_names_every_format_and_precision(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["export", "--help"])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in (*FORMATS, *PRECISIONS))
+    assert all(name in shown for name in (*EXPORTED, *PRECISIONS))
     assert all(row.description in shown for row in PRECISIONS.values())

@@ -12,8 +12,8 @@ IMAGES = family.noise(count=5)
 
 
 def predict(serving, images):
-    (answers,) = serving.module().serve(tf.constant(serving.prepare(images))).values()
-    return answers.numpy()
+    (outputs,) = serving.module().serve(tf.constant(serving.prepare(images))).values()
+    return outputs.numpy()
 
 
 def softmax(logits):

@@ -10,21 +10,22 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from keras_resnet import InputError
-from keras_resnet.exporters import onnx as exporting
+from keras_resnet.exporters import onnx as onnx_exporter
 from keras_resnet.exporters.exporter import Job
-from keras_resnet.exporters.formats import FORMATS, Artifact
+from keras_resnet.exporters.formats import Artifact
 from keras_resnet.exporters.graph import Serving
+from keras_resnet.formats import EXPORTED
 
 pytestmark = pytest.mark.thorough
 
-PRECISIONS = FORMATS["onnx"].precisions
+PRECISIONS = EXPORTED["onnx"].precisions
 
 
 @pytest.fixture(scope="module")
 def converted(serving, fashion):
     """precision -> the model."""
     images = fashion.splits["train"].images[:100]
-    return {name: exporting.convert(serving.module(), name, images) for name in PRECISIONS}
+    return {name: onnx_exporter.convert(serving.module(), name, images) for name in PRECISIONS}
 
 
 def operators(proto):
@@ -34,7 +35,7 @@ def operators(proto):
 def check_structure(proto):
     """Checks the properties of every graph."""
     onnx.checker.check_model(proto, full_check=True)
-    assert [(o.domain, o.version) for o in proto.opset_import] == [("", exporting.OPSET)]
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", onnx_exporter.OPSET)]
     assert not {"BatchNormalization", "Identity"} & set(operators(proto))
     makers = {name: node.op_type for node in proto.graph.node for name in node.output}
     for node in proto.graph.node:
@@ -59,13 +60,13 @@ def test_structure(converted, precision):
 def test_names_shapes_and_dtypes(converted):
     for proto in converted.values():
         session = onnxruntime.InferenceSession(proto.SerializeToString())
-        (image,), (answer,) = session.get_inputs(), session.get_outputs()
+        (image,), (output,) = session.get_inputs(), session.get_outputs()
         assert (image.name, image.type, image.shape) == (
             "image",
             "tensor(uint8)",
             ["batch", 28, 28, 1],
         )
-        assert (answer.name, answer.type, answer.shape) == (
+        assert (output.name, output.type, output.shape) == (
             "probabilities",
             "tensor(float)",
             ["batch", 10],
@@ -110,7 +111,7 @@ def test_names_and_provenance_travel_inside(serving, tmp_path):
     path = tmp_path / "model.onnx"
     metadata = {"class_names": ["T-shirt/top", "衬衫"], "background": "dark"}
     job = Job(serving, metadata, {"source_sha256": "abc", "recipe": "quick"}, None)
-    exporting.write(job, Artifact("onnx", "float32"), path)
+    onnx_exporter.write(job, Artifact("onnx", "float32"), path)
     found = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
     assert json.loads(found["class_names"]) == metadata["class_names"]
     assert json.loads(found["keras_resnet"]) == metadata
@@ -119,12 +120,12 @@ def test_names_and_provenance_travel_inside(serving, tmp_path):
 
 
 def largest_difference(model, images, precision="float32"):
-    proto = exporting.convert(Serving(model).module(), precision, images)
+    proto = onnx_exporter.convert(Serving(model).module(), precision, images)
     check_structure(proto)
     session = onnxruntime.InferenceSession(proto.SerializeToString())
-    (answers,) = session.run(None, {"image": images})
+    (outputs,) = session.run(None, {"image": images})
     expected = np.asarray(keras.ops.softmax(model(images, training=False)))
-    return np.abs(answers - expected).max()
+    return np.abs(outputs - expected).max()
 
 
 @pytest.mark.parametrize("kind", family.SOME_SLOW)
@@ -167,24 +168,24 @@ def test_an_operator_that_onnx_lacks_is_an_error_that_names_it():
     model = keras.Sequential([keras.Input((28, 28, 1)), Digamma(), keras.layers.Flatten()])
     model.add(keras.layers.Dense(10))
     with pytest.raises(InputError, match=r"ONNX cannot hold this network: .*Digamma") as caught:
-        exporting.convert(Serving(model).module(), "float32")
+        onnx_exporter.convert(Serving(model).module(), "float32")
     assert "\n" not in str(caught.value)
 
 
 def test_all_precisions_are_made_of_one_conversion(monkeypatch):
     module, count = Serving(family.build("resnet18")).module(), 0
-    convert = exporting.tf2onnx.convert.from_function
+    convert = onnx_exporter.tf2onnx.convert.from_function
 
     def counted(*arguments, **options):
         nonlocal count
         count += 1
         return convert(*arguments, **options)
 
-    monkeypatch.setattr(exporting.tf2onnx.convert, "from_function", counted)
-    protos = [exporting.convert(module, name, family.noise()) for name in PRECISIONS]
+    monkeypatch.setattr(onnx_exporter.tf2onnx.convert, "from_function", counted)
+    protos = [onnx_exporter.convert(module, name, family.noise()) for name in PRECISIONS]
     assert count == 1 and len({proto.SerializeToString() for proto in protos}) == 3
 
 
 def test_nothing_is_printed(serving, fashion, capfd):
-    exporting.convert(serving.module(), "int8", fashion.splits["train"].images[:10])
+    onnx_exporter.convert(serving.module(), "int8", fashion.splits["train"].images[:10])
     assert capfd.readouterr() == ("", "")

@@ -35,10 +35,10 @@ def test_a_process_without_keras_and_this_package_answers_the_same(folder, small
     images = fashion.splits["test"].images[:50]
     fresh = IsolatedSavedModel(folder)
     try:
-        answers = fresh.run(images)
+        outputs = fresh.run(images)
     finally:
         fresh.close()
-    assert answers == pytest.approx(np.asarray(softmax(small_model, images)), abs=1e-6)
+    assert outputs == pytest.approx(np.asarray(softmax(small_model, images)), abs=1e-6)
     assert fresh.metadata == METADATA
     assert (fresh.input.name, fresh.input.shape) == ("image", (None, 28, 28, 1))
 
@@ -91,8 +91,8 @@ def test_tensorflows_own_tool_shows_and_runs_it(folder, fashion, small_model, tm
         *("run", "--dir", folder, "--tag_set", "serve", "--signature_def", "serving_default"),
         *("--inputs", f"image={tmp_path / 'images.npy'}", "--outdir", tmp_path),
     )
-    answers = np.load(tmp_path / "probabilities.npy")
-    assert answers == pytest.approx(np.asarray(softmax(small_model, images)), abs=1e-6)
+    outputs = np.load(tmp_path / "probabilities.npy")
+    assert outputs == pytest.approx(np.asarray(softmax(small_model, images)), abs=1e-6)
 
 
 def test_the_metadata_lies_where_tensorflow_leaves_room_for_it(folder):

@@ -10,12 +10,13 @@ from ai_edge_litert.interpreter import Interpreter
 from keras_resnet import InputError
 from keras_resnet.exporters import tflite
 from keras_resnet.exporters.exporter import Job
-from keras_resnet.exporters.formats import FORMATS, Artifact
+from keras_resnet.exporters.formats import Artifact
 from keras_resnet.exporters.graph import Serving
+from keras_resnet.formats import EXPORTED
 
 pytestmark = pytest.mark.thorough
 
-PRECISIONS = FORMATS["tflite"].precisions
+PRECISIONS = EXPORTED["tflite"].precisions
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,9 @@ def test_names_shapes_and_dtypes(converted):
         assert interpreter.get_signature_list() == {
             "serving_default": {"inputs": ["image"], "outputs": ["probabilities"]}
         }
-        (image,), (answer,) = interpreter.get_input_details(), interpreter.get_output_details()
+        (image,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
         assert image["shape_signature"].tolist() == [-1, 28, 28, 1]
-        assert (image["dtype"], answer["dtype"]) == (np.uint8, np.float32)
+        assert (image["dtype"], output["dtype"]) == (np.uint8, np.float32)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_weights_are_stored_in_the_precision(converted, precision, stored):
 
 
 def test_int8_computes_in_integers(converted):
-    """Floats remain where the images are scaled and where the answer is given, nowhere else."""
+    """Floats remain where the images are scaled and where the output is given, nowhere else."""
     floats = {name: types(converted[name]).count("float32") for name in ("dynamic", "int8")}
     assert floats["int8"] <= 6 < floats["dynamic"]
 
@@ -104,9 +105,9 @@ def test_nothing_is_printed(serving, calibration, capfd):
 
 def largest_difference(model, images, precision="float32"):
     content = tflite.convert(Serving(model).module(), precision, images)
-    answers = Interpreter(model_content=content).get_signature_runner()(image=images)
+    outputs = Interpreter(model_content=content).get_signature_runner()(image=images)
     expected = np.asarray(keras.ops.softmax(model(images, training=False)))
-    return np.abs(answers["probabilities"] - expected).max()
+    return np.abs(outputs["probabilities"] - expected).max()
 
 
 @pytest.mark.parametrize("kind", family.SOME_SLOW)

@@ -85,7 +85,7 @@ def test_a_wrong_graph_is_not_published(
 
 
 def test_a_network_that_sees_its_batch_fails_by_its_batches(small_model, fashion, tmp_path):
-    """In training mode an image's answer depends on its neighbours."""
+    """In training mode an image's prediction depends on its neighbours."""
     serving = graph.Serving(small_model)
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, graph.Serving, "_serve", CORRECT)
@@ -96,8 +96,8 @@ def test_a_network_that_sees_its_batch_fails_by_its_batches(small_model, fashion
         contextlib.closing(verify_artifact.open_artifact(tmp_path, "saved_model"))
     )
     images = fashion.splits["test"].images[:64]
-    answers = verify_artifact.predict(runtime, images)
-    failures = verify_artifact.check_batches(runtime, images, answers)
+    predictions = verify_artifact.predict(runtime, images)
+    failures = verify_artifact.check_batch_sizes(runtime, images, predictions)
     assert {failure.check for failure in failures} == {
         f"batch of {count}, difference" for count in BATCH_SIZES
     }
@@ -224,8 +224,8 @@ def test_contract(side, change):
 def test_compare():
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]], "float32")
     reference = Reference(np.array([0, 1, 1]), probabilities)
-    answers = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]], "float32")
-    figures = verify_artifact.compare_with_reference(answers, reference)
+    predictions = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]], "float32")
+    figures = verify_artifact.compare_with_reference(predictions, reference)
     assert figures["max_difference"] == pytest.approx(0.2)
     assert figures["mean_difference"] == pytest.approx(0.4 / 6)
     assert figures["agreement"] == pytest.approx(2 / 3)
@@ -261,14 +261,14 @@ LABELS = np.arange(100) % 4
 
 
 def reference(spread=0.5, classes=4):
-    """Answers whose most probable classes are the first so many, in turns."""
+    """Predictions whose most probable classes are the first so many, in turns."""
     top1 = np.arange(100) % classes
     probabilities = np.full((100, 4), 0.25) + spread * 0.75 * np.eye(4)[top1]
     return Reference(LABELS, probabilities.astype("float32"))
 
 
 @pytest.mark.parametrize(
-    "precision, answers, conclusive",
+    "precision, predictions, conclusive",
     [
         ("float32", reference(), True),
         ("float32", reference(spread=0), False),
@@ -282,8 +282,8 @@ def reference(spread=0.5, classes=4):
         ("dynamic", reference(classes=2), True),
     ],
 )
-def test_a_verification_that_could_not_fail_is_inconclusive(precision, answers, conclusive):
-    found = verify_artifact.check_conclusive(precision, answers)
+def test_a_verification_that_could_not_fail_is_inconclusive(precision, predictions, conclusive):
+    found = verify_artifact.check_conclusive(precision, predictions)
     assert (not found) == conclusive
     assert all(str(each).startswith(verify_artifact.INCONCLUSIVE) for each in found)
 
@@ -298,8 +298,8 @@ def test_a_model_at_chance_is_described():
 
 
 def test_a_difference_from_the_users_model_is_recorded_beside_that_from_its_twin():
-    answers = reference().probabilities
-    both = dataclasses.replace(reference(), own=answers + np.float32(0.01))
-    figures = verify_artifact.compare_with_reference(answers, both)
+    predictions = reference().probabilities
+    both = dataclasses.replace(reference(), own=predictions + np.float32(0.01))
+    figures = verify_artifact.compare_with_reference(predictions, both)
     assert figures["max_difference"] == 0
     assert figures["max_difference_in_own_precision"] == pytest.approx(0.01, abs=1e-6)

@@ -118,7 +118,7 @@ def test_a_copy_elsewhere_is_sound_without_its_model_and_data(copy):
     found = json.loads(done.stdout)
     expected = {REFERENCE: SOUND, **dict.fromkeys(ARTIFACTS, SOUND), "saved_model": NOT_RUN}
     assert found["passed"] and verdicts(found) == expected
-    # On the machine of the export every answer is the same again.
+    # On the machine of the export every prediction is the same again.
     assert {row["max_difference"] for row in found["files"][2:]} == {0}
     assert {row["agreement"] for row in found["files"][2:]} == {1}
 
@@ -360,16 +360,16 @@ HOSTILE = {
     "text": lambda folder: (folder / REFERENCE).write_text("images"),
     "a plain array": lambda folder: np.save((folder / REFERENCE).open("wb"), np.zeros(3)),
     "no images": change(images=None),
-    "no answers": change(answers=None),
+    "no predictions": change(answers=None),
     "no top1": change(top1=None),
     "one image": change(images=lambda a: a[:1]),
     "fewer images": change(images=lambda a: a[:-1]),
     "flat images": change(images=lambda a: a.reshape(len(a), -1)),
     "a number for images": change(images=lambda a: np.uint8(3)),
     "fewer classes": change(probabilities=lambda a: a[:, :2]),
-    "fewer answers": change(answers=lambda a: a[:3]),
-    "answers that are none": change(answers=make_nan),
-    "answers of text": change(answers=lambda a: a.astype(str)),
+    "fewer predictions": change(answers=lambda a: a[:3]),
+    "predictions that are NaN": change(answers=make_nan),
+    "predictions of text": change(answers=lambda a: a.astype(str)),
     "fewer top1": change(top1=lambda a: a[:-1]),
     "images of text": change(images=lambda a: a.astype(str)),
     "images of another size": change(images=lambda a: a[:, :14]),

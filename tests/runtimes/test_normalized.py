@@ -25,7 +25,7 @@ def normalise(name, images):
 
 
 def network(name, channels=3):
-    """A network of floats; its answers to `IMAGES`, normalised by a row, are far from alike."""
+    """A network of floats; its outputs to `IMAGES`, normalised by a row, are far from alike."""
     keras.utils.set_random_seed(3)
     return keras.Sequential(
         [
@@ -50,7 +50,7 @@ def convert(model, dtype, name):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Returns the file of a network, by its input's dtype and normalization; and its answers."""
+    """Returns the file of a network, by its input's dtype and normalization; and its outputs."""
     folder, made = tmp_path_factory.mktemp("files"), {}
 
     def make(dtype, name):

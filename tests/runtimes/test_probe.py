@@ -23,7 +23,7 @@ def exports(tmp_path_factory):
 
 
 def hostile(nodes, **constants):
-    """Returns an .onnx file whose answers also need a number that `nodes` compute: "extra"."""
+    """Returns an .onnx file whose outputs also need a number that `nodes` compute: "extra"."""
     shape = ["batch", 8, 8, 1]
     constants["kernel"] = np.ones((64, 3), "float32")
     nodes = [

@@ -1,4 +1,4 @@
-"""One model in every format: the same answers, the same facts about it."""
+"""One model in every format: the same outputs, the same facts about it."""
 
 import numpy as np
 import pytest
@@ -41,11 +41,11 @@ def test_all_formats_answer_alike(opened, name, count):
     images = tiny_exports.images(count)
     expected = Predictor(opened["keras"])(images)
     if count > 1:
-        assert expected.std(axis=0).max() > 0.02  # the answers differ from image to image
-    answers = Predictor(opened[name])(images)
-    assert answers.shape == (count, 10) and answers.dtype == "float32"
-    np.testing.assert_allclose(answers, expected, atol=1e-5)
-    np.testing.assert_allclose(answers.sum(axis=1), 1, atol=1e-6)
+        assert expected.std(axis=0).max() > 0.02  # the outputs differ from image to image
+    outputs = Predictor(opened[name])(images)
+    assert outputs.shape == (count, 10) and outputs.dtype == "float32"
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    np.testing.assert_allclose(outputs.sum(axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", EXPORTED)

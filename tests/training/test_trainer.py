@@ -165,6 +165,25 @@ def test_schedules_and_optimizers_are_rows(tmp_path, tiny, fashion, monkeypatch)
     assert run.history[1]["loss"] < run.history[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer", "adamw"),
+        ("schedule", "step"),
+        ("augmentation", "mixup"),
+        ("variant", "v3"),
+        ("stem", "large"),
+    ],
+)
+def test_a_recipe_of_unknown_rows_is_refused_before_the_data_are_loaded(
+    tmp_path, monkeypatch, field, value
+):
+    monkeypatch.setitem(RECIPES, "other", dataclasses.replace(RECIPES["quick"], **{field: value}))
+    with pytest.raises(InputError, match=f"`{field}` must be one of .*, got '{value}'"):
+        train(dataset="folder:missing", recipe="other", run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ----------------------------------------------------------------------------------------------
 # Batches
 # ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_resnet import archive
 from keras_resnet.blocks import ResidualBlock
+from keras_resnet.formats import EXPORTED
 from keras_resnet.models import STEMS
 from keras_resnet.preprocessing import ImagePreprocessing
 from keras_resnet.untrusted.manifest import check_listed, digest
@@ -28,7 +29,7 @@ class Candidate:
 
     Attributes:
         name: Its name in the table.
-        format: "tflite", "onnx", "saved_model", "keras" or "torch": a row of `worker.RUNTIMES`.
+        format: A row of `worker.RUNTIMES`.
         precision: The type of its weights.
         batch: How many images it takes at a time; None is any number.
         path: The file or folder.
@@ -67,7 +68,7 @@ def find_all(folder, manifest, scratch, torch, trust):
     found, left_out = [], []
     for artifact in manifest["artifacts"]:
         candidate = _find_artifact(folder, artifact)
-        if candidate.format == "saved_model" and not trust:
+        if EXPORTED[candidate.format].runs_code and not trust:
             reason = "a SavedModel can run code when it is loaded: pass --trust"
             left_out.append({"name": candidate.name, "reason": reason})
         else:
@@ -90,9 +91,9 @@ def find_all(folder, manifest, scratch, torch, trust):
 def _find_artifact(folder, artifact):
     path = folder / artifact["file"]
     check_listed(path)
-    if artifact["format"] not in ("tflite", "onnx", "saved_model"):
+    if artifact["format"] not in EXPORTED:
         raise InputError(
-            f"{path}: the format must be tflite, onnx or saved_model, got {artifact['format']!r}"
+            f"{path}: the format must be one of {', '.join(EXPORTED)}, got {artifact['format']!r}"
         )
     if artifact["input"]["dtype"] != "uint8":
         raise InputError(

@@ -1,21 +1,21 @@
 """The results of a benchmark as a table and as a plot."""
 
-from keras_resnet.evaluation import plots
-from keras_resnet.utils.tables import Column, format_table, printable
+import itertools
 
-COLOURS = {
-    "torch": plots.RED,
-    "keras": plots.PURPLE,
-    "saved_model": plots.ORANGE,
-    "tflite": plots.BLUE,
-    "onnx": plots.GREEN,
-}
+from keras_resnet.evaluation import plots
+from keras_resnet.formats import EXPORTED
+from keras_resnet.utils.tables import Column, format_table, printable
 
 MOST_IDLE_LOAD = 0.1
 """The processor load between the turns above which `format_benchmark` prints a warning."""
 
 BASELINES = ("torch", "keras")
 """The formats of the baseline of the speed-ups: the first one that was measured."""
+
+_PALETTE = itertools.cycle(
+    (plots.RED, plots.PURPLE, plots.ORANGE, plots.BLUE, plots.GREEN, plots.SKY)
+)
+COLOURS = dict(zip((*BASELINES, *EXPORTED), _PALETTE, strict=False))
 
 
 def add_speed_ups(rows, threads):

@@ -14,7 +14,7 @@ import numpy as np
 from keras_resnet.evaluation.benchmark import results
 from keras_resnet.evaluation.benchmark.candidates import Candidate, find_all
 from keras_resnet.runtimes.remote import Remote, RemoteError
-from keras_resnet.untrusted.manifest import digest, read_manifest
+from keras_resnet.untrusted.manifest import find_change, read_manifest
 from keras_resnet.utils.environment import cores, describe_environment
 from keras_resnet.utils.errors import InputError, check_count, one_line
 from keras_resnet.utils.files import write_json
@@ -32,7 +32,7 @@ TURN_SECONDS = 0.25
 LEAST_CALLS = {1: 10, 8: 3, 32: 3}
 # Half of the pause after each turn.
 SETTLE_SECONDS = 0.03
-# How many of the reference images the answers are compared on.
+# How many of the reference images the predictions are compared on.
 MAX_CHECKED = 256
 
 
@@ -108,8 +108,10 @@ def _read_reference(folder, manifest):
     """Returns the export's first reference images, and Keras's probabilities for them."""
     listed = manifest["reference"]
     path = folder / listed["file"]
-    if digest(path) != (listed["bytes"], listed["sha256"]):
-        raise InputError(f"{path}: not the file that the manifest lists: export the model again")
+    if change := find_change(path, listed):
+        raise InputError(
+            f"{path}: not the file that the manifest lists: {change}: export the model again"
+        )
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, probabilities = (arrays[n][:MAX_CHECKED] for n in ("images", "probabilities"))
@@ -215,16 +217,17 @@ class _Entry:
             self.calls.setdefault((threads, batch), []).append(calls)
 
     def compare(self, probabilities):
-        """Compares the answers with Keras's: the share of equal labels, the largest difference."""
-        answers = self.remote.call("answer", batch=self.candidate.batch or max(BATCHES))
-        if answers.shape != probabilities.shape or not np.isfinite(answers).all():
+        """Measures the share of the labels that equal Keras's, and the largest difference."""
+        predictions = self.remote.call("predict", batch=self.candidate.batch or max(BATCHES))
+        if predictions.shape != probabilities.shape or not np.isfinite(predictions).all():
             raise RemoteError(
-                f"the answers must be finite, of shape {probabilities.shape}, got {answers.shape}"
+                f"the predictions must be finite, of shape {probabilities.shape}, got "
+                f"{predictions.shape}"
             )
-        answers = answers.astype("float64")
-        same = answers.argmax(axis=1) == probabilities.argmax(axis=1)
+        predictions = predictions.astype("float64")
+        same = predictions.argmax(axis=1) == probabilities.argmax(axis=1)
         self.figures["agreement"] = float(same.mean())
-        self.figures["max_difference"] = float(np.abs(answers - probabilities).max())
+        self.figures["max_difference"] = float(np.abs(predictions - probabilities).max())
 
     def row(self):
         """Returns the candidate's row of the report."""

@@ -54,6 +54,12 @@ def build(channels, stages, num_classes):
     return net
 
 
+def open_bare(path, threads, **network):
+    """Sets PyTorch's number of threads, then calls `load` with the other arguments."""
+    torch.set_num_threads(threads)
+    return load(path, **network)
+
+
 def load(path, channels, stages, num_classes, image_size, mean, std, channels_last):
     """Loads a state dict into the network; no tensor may be missing or left over.
 

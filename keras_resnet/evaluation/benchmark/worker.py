@@ -8,72 +8,20 @@ import importlib
 import sys
 import time
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 
-from keras_resnet.runtimes.saved_model import load_signature, set_tensorflow_threads
+from keras_resnet.formats import EXPORTED, FORMATS
 
 WARM_UP_SECONDS = 0.05
 
-# ----------------------------------------------------------------------------------------------
-# Runtimes: each function returns one from images to probabilities, both NumPy arrays.
-# ----------------------------------------------------------------------------------------------
-
-
-def _open_tflite(path, threads):
-    from keras_resnet.runtimes.tflite import Interpreter
-
-    interpreter = Interpreter(path, threads)
-    interpreter.allocate()
-    return interpreter.run
-
-
-def _open_onnx(path, threads):
-    from keras_resnet.runtimes.onnx import open_session
-
-    session = open_session(Path(path).read_bytes(), threads)
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})[0]
-
-
-def _open_saved_model(path, threads):
-    import tensorflow as tf
-
-    set_tensorflow_threads(threads)
-    loaded, serve = load_signature(path)
-    (name,) = serve.structured_input_signature[1]
-
-    def run(images, loaded=loaded):  # which must exist as long as the function
-        (answer,) = serve(**{name: tf.constant(images)}).values()
-        return answer.numpy()
-
-    return run
-
-
-def _open_keras(path, threads):
-    from keras_resnet.evaluation import inference
-
-    set_tensorflow_threads(threads)
-    return inference.load(path)
-
-
-def _open_torch(path, threads, **network):
-    import torch
-
-    from keras_resnet.evaluation.benchmark import torch_network
-
-    torch.set_num_threads(threads)
-    return torch_network.load(path, **network)
-
-
-# runtime -> (function, the module that it needs, the distribution of that and its name).
+# Name -> the module with its `open_bare`; distribution and name of its library.
 RUNTIMES = {
-    "tflite": (_open_tflite, "keras_resnet.runtimes.tflite", "ai-edge-litert", "LiteRT"),
-    "onnx": (_open_onnx, "keras_resnet.runtimes.onnx", "onnxruntime", "ONNX Runtime"),
-    "saved_model": (_open_saved_model, "tensorflow", "tensorflow", "TensorFlow"),
-    "keras": (_open_keras, "keras_resnet.evaluation.inference", "keras", "Keras"),
-    "torch": (_open_torch, "keras_resnet.evaluation.benchmark.torch_network", "torch", "PyTorch"),
+    "torch": ("keras_resnet.evaluation.benchmark.torch_network", ("torch", "PyTorch")),
+    "keras": ("keras_resnet.evaluation.benchmark.keras_network", FORMATS["keras"].library),
+    **{
+        name: (f"keras_resnet.runtimes.{row.module}", row.library) for name, row in EXPORTED.items()
+    },
 }
 
 
@@ -87,8 +35,9 @@ class Worker:
     """
 
     def __init__(self, runtime, threads, images):
-        self._open, module, distribution, name = RUNTIMES[runtime]
-        importlib.import_module(module)  # before the time of `load` is taken
+        module, (distribution, name) = RUNTIMES[runtime]
+        # Before the time of `load` is taken.
+        self._open = importlib.import_module(module).open_bare
         self._threads = threads
         self._images = np.load(images, mmap_mode="r")
         self._version = f"{name} {metadata.version(distribution)}"
@@ -113,7 +62,7 @@ class Worker:
             calls.append(time.perf_counter() - start)
         return calls
 
-    def answer(self, batch):
+    def predict(self, batch):
         """Returns the probabilities of all images, computed in batches."""
         starts = range(0, len(self._images), batch)
         parts = [self._run(np.array(self._images[start : start + batch])) for start in starts]
