@@ -245,7 +245,7 @@ def _read_timm(file, repository):
     pool = arguments.get("global_pool", content.get("global_pool")) or "avg"
     file.require(pool == "avg", "global_pool must be avg", pool)
     file.require(not cfg.get("label_offset"), "label_offset must be 0", cfg.get("label_offset"))
-    file.check({"model_args": _optional({"in_chans": _optional(_CHANNELS)})})
+    dataclasses.replace(file, content=arguments).check({"in_chans": _optional(_CHANNELS)})
     size = cfg.get("input_size") or [3, 224, 224]
     channels = arguments.get("in_chans") or size[0]
     num_classes = 1000 if cfg.get("num_classes") is None else cfg["num_classes"]

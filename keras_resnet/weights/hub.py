@@ -398,6 +398,9 @@ def _explain(error, name, file, settings):
     hub = settings["endpoint"] or constants.ENDPOINT
     where = f"{hub}/{name.repository}"
     cause = error.__cause__ or error
+    unreachable = f"cannot be reached: {_reason(cause)}"
+    if isinstance(cause, errors.FileMetadataError):  # a portal of a network, a wrong HF_ENDPOINT
+        unreachable = "does not answer as a hub does: check the network and HF_ENDPOINT"
     status = getattr(getattr(error, "response", None), "status_code", None)
     rows = (
         (
@@ -416,8 +419,7 @@ def _explain(error, name, file, settings):
             "neither a file or folder here nor complete in the cache, and HF_HUB_OFFLINE forbids "
             "to download it: download it once without"
             if settings["local_files_only"]
-            else f"neither a file or folder here nor in the cache, and {hub} cannot be reached: "
-            f"{_reason(cause)}",
+            else f"neither a file or folder here nor in the cache, and {hub} {unreachable}",
         ),
         (
             errors.EntryNotFoundError,
