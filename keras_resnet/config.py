@@ -152,7 +152,8 @@ class TrainConfig(DataConfig):
     weights: str | None = _setting(
         None,
         "fine-tune: initial weights, in a checkpoint that `convert` reads or a .keras file of this "
-        "package, which also sets variant and stem; a head with other classes is new",
+        "package, or by a published network's name, such as timm/resnet18.a1_in1k; they also set "
+        "variant and stem; a head with other classes is new",
         metavar="FILE",
     )
     freeze: list[str] | None = _setting(  # noqa: RUF009

@@ -75,19 +75,29 @@ def adopt_form(recipe, source, settings):
 
 
 def adopt_normalization(settings, given, source):
-    """Returns a run's settings with the normalization of the model that the run starts from.
+    """Returns a run's settings with what the weights that it starts from determine.
+
+    That is the normalization, of a model of ours or of a published network; and the depth, of a
+    published network.
 
     Args:
         settings: The run's `TrainConfig`.
-        given: The settings that were given, a dict; a `normalize` there stays.
-        source: The result of `find_source`. Only a model of ours with preprocessing has one.
+        given: The settings that were given, a dict; `normalize` and `model` there stay.
+        source: The result of `find_source`.
 
     Raises:
-        InputError: If the model's normalization is no row of `NORMALIZATIONS`.
+        InputError: If the normalization is no row of `NORMALIZATIONS`, or `model` is given and
+            another than the published one.
     """
-    if "normalize" in given or source is None:
+    if source is None:
         return settings
-    return dataclasses.replace(settings, normalize=source.find_normalization() or "none")
+    if "normalize" not in given:
+        settings = dataclasses.replace(settings, normalize=source.find_normalization() or "none")
+    if "model" in given:
+        source.check_spec(settings.model)
+    elif source.configuration and source.configuration.model:
+        settings = dataclasses.replace(settings, model=source.configuration.model)
+    return settings
 
 
 def load_source(network, source, recipe, num_classes):
