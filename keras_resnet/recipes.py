@@ -124,6 +124,9 @@ FINE_TUNING = {
     },
 }
 
+LEAST_SIZE = 128
+"""Pixels of photographs for weights that were trained on smaller images, such as Fashion-MNIST."""
+
 LEAST_EPOCHS, MOST_EPOCHS = 8, 100
 
 

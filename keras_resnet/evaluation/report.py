@@ -137,8 +137,8 @@ MAX_CLASS_ROWS = 100
 """The longest tables of `report.md`; history.csv and report.json hold all rows."""
 
 
-def write_report(run_dir, config, history, evaluation, split):
-    """Writes `report.json`, `report.md` and its four plots.
+def write_report(run_dir, config, history, evaluation, split, heat_maps=None):
+    """Writes `report.json`, `report.md` and its plots.
 
     Args:
         run_dir: The run folder; it is made if it is missing.
@@ -147,6 +147,7 @@ def write_report(run_dir, config, history, evaluation, split):
         history: One mapping for each epoch; see `HISTORY_COLUMNS`. It may be empty.
         evaluation: The `Evaluation` of the trained model.
         split: The `Split` that was evaluated.
+        heat_maps: See `plots.plot_heat_maps`; None draws none.
 
     Returns:
         The contents of `report.json`.
@@ -166,9 +167,12 @@ def write_report(run_dir, config, history, evaluation, split):
     plots.plot_confusion_matrix(evaluation, run_dir / "confusion_matrix.png")
     plots.plot_confused_pairs(evaluation, split, run_dir / "confused_pairs.png")
     plots.plot_predictions(evaluation, split, run_dir / "predictions.png")
+    if heat_maps is not None:
+        plots.plot_heat_maps(evaluation, split, heat_maps, run_dir / "grad_cam.png")
     files.write_json(run_dir / "report.json", report)
     # Last: the files that it links to must exist.
-    files.write_text(run_dir / "report.md", format_report(run_dir, report, history, has_curves))
+    text = format_report(run_dir, report, history, has_curves, heat_maps is not None)
+    files.write_text(run_dir / "report.md", text)
     return report
 
 
@@ -232,7 +236,7 @@ def _best_epoch(history):
     return measured[find_best(measured)]["epoch"] if measured else None
 
 
-def format_report(run_dir, report, history, has_curves=True):
+def format_report(run_dir, report, history, has_curves=True, has_heat_maps=False):
     """Returns the text of `report.md`.
 
     Args:
@@ -240,6 +244,7 @@ def format_report(run_dir, report, history, has_curves=True):
         report: The result of `build_report`.
         history: As for `write_report`.
         has_curves: Whether learning_curves.png exists.
+        has_heat_maps: Whether grad_cam.png exists.
 
     Returns:
         Markdown.
@@ -253,6 +258,7 @@ def format_report(run_dir, report, history, has_curves=True):
             "![Images of the most confused pairs of classes](confused_pairs.png)",
         ],
         "Predictions": ["![Images with their predictions](predictions.png)"],
+        "Where the network looked": [_HEAT_MAPS if has_heat_maps else ""],
         "How it was made": [_setup(report)],
         "How to go on": [_next_commands(run_dir)],
     }
@@ -261,6 +267,14 @@ def format_report(run_dir, report, history, has_curves=True):
         if any(texts):
             parts += [f"## {title}", *texts]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_HEAT_MAPS = (
+    "![Images and heat maps of the predicted and of the true class](grad_cam.png)\n\n"
+    "The parts of an image that raised the logit of a class most, by Grad-CAM (Selvaraju et al. "
+    "2017); the most confident errors first. Light on the background, and not on the object, hints "
+    "at a background that the photographs of a class share."
+)
 
 
 def format_run(run_dir, report):

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 
 from keras_resnet.models import module_of
+from keras_resnet.recipes import LEAST_SIZE
 from keras_resnet.utils.errors import InputError
 from keras_resnet.weights.layouts import Checkpoint
 from keras_resnet.weights.sources import Source, open_source
@@ -41,8 +42,9 @@ def find_source(settings, recorded=None, needed=True):
 
 
 def record(source):
-    """Returns the record of a `Source` in config.json, a dict: its sha256 and its layout."""
-    return {"sha256": source.sha256, **dataclasses.asdict(source.checkpoint)}
+    """Returns the record of a `Source` in config.json, a dict: sha256, layout and image size."""
+    known = {"sha256": source.sha256, "image_size": source.input_shape[0]}
+    return {**known, **dataclasses.asdict(source.checkpoint)}
 
 
 def _read_record(path, recorded):
@@ -50,7 +52,8 @@ def _read_record(path, recorded):
         return None
     try:
         fields = {**recorded}
-        source = Source(path, fields.pop("sha256"), Checkpoint(**fields), {})
+        sha256, size = fields.pop("sha256"), fields.pop("image_size", None)
+        source = Source(path, sha256, Checkpoint(**fields), {}, image_size=size)
         if not isinstance(source.sha256, str):
             raise TypeError
     except (TypeError, KeyError, ValueError) as error:
@@ -61,15 +64,22 @@ def _read_record(path, recorded):
 
 
 def adopt_form(recipe, source, settings):
-    """Returns a recipe with the variant and the stem of the checkpoint that the run starts from.
+    """Returns a recipe with the form of the checkpoint that the run starts from.
+
+    That is the variant and the stem; and the size of the images where the recipe keeps the
+    proportions of photographs, but not below `recipes.LEAST_SIZE`.
 
     Args:
         recipe: A `Recipe`.
         source: The result of `find_source`.
-        settings: The run's `TrainConfig`; its `variant` and `stem` take precedence if given.
+        settings: The run's `TrainConfig`; its `variant`, `stem` and `image_size` take precedence if
+            given.
     """
     if source is None:
         return recipe
+    size = source.input_shape[0]
+    if size and recipe.resize == "shorter_edge" and settings.image_size is None:
+        recipe = dataclasses.replace(recipe, image_size=max(size, LEAST_SIZE))
     names = [name for name in ("variant", "stem") if getattr(settings, name) is None]
     return dataclasses.replace(recipe, **{n: getattr(source.checkpoint, n) for n in names})
 

@@ -6,6 +6,7 @@ the steps that differ under several replicas.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import random
@@ -17,7 +18,7 @@ import keras
 import numpy as np
 
 from keras_resnet import archive, config
-from keras_resnet.datasets import Dataset, load_dataset
+from keras_resnet.datasets import Dataset, Split, load_dataset
 from keras_resnet.datasets.base import (
     balanced_weights,
     cut_batches,
@@ -26,6 +27,7 @@ from keras_resnet.datasets.base import (
 )
 from keras_resnet.datasets.images import ImageFiles
 from keras_resnet.distribution import strategies
+from keras_resnet.evaluation.grad_cam import grad_cam
 from keras_resnet.evaluation.inference import Predictor
 from keras_resnet.evaluation.metrics import evaluate
 from keras_resnet.evaluation.report import find_best, write_history, write_report
@@ -38,6 +40,12 @@ from keras_resnet.training.inputs import Batches, Shuffle
 from keras_resnet.training.precision import POLICIES, choose_precision
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import InputError, Interrupted, TrainingError
+
+LEAST_PATIENCE = 5
+"""Epochs without a better one that a run goes on at least."""
+
+LEAST_HEAT_MAP = 4
+"""The height of the last feature map below which a heat map shows nothing."""
 
 OPTIMIZERS = {
     "adam": lambda rate: keras.optimizers.Adam(rate),
@@ -352,7 +360,7 @@ class Trainer:
 
     def finish(self):
         """Saves the network as a float32 model, evaluates it and writes the report."""
-        final = self.build_final()
+        final = self.build_classifier("float32", is_final=True)
         final.set_weights(self.best_weights())
         if self.settings.freeze:
             fine_tuning.freeze(final.get_layer(self.settings.model), self.settings.freeze)
@@ -459,7 +467,7 @@ class Trainer:
         if self.recipe.patience is None or not self.history:
             return False
         since = len(self.history) - max(find_best(self.history) + 1, self.phases[-1].start)
-        return since >= max(1, round(self.recipe.patience * self.recipe.epochs))
+        return since >= max(LEAST_PATIENCE, round(self.recipe.patience * self.recipe.epochs))
 
     def begin_phase(self, phase):
         """Makes the layers trainable that a phase trains, and compiles the model."""
@@ -485,13 +493,9 @@ class Trainer:
     @property
     def resizing(self):
         """The arguments of `with_preprocessing` that keep the proportions of photographs."""
-        if self.recipe.resize == "squash":
+        if not self.takes_any_size:
             return {}
-        return {"crop_pct": self.recipe.crop_pct}
-
-    def build_final(self):
-        """Returns the network in float32 with its preprocessing, without augmentation."""
-        return self.build_classifier("float32")
+        return {"resize": self.recipe.resize, "crop_pct": self.recipe.crop_pct, "antialias": True}
 
     def best_weights(self):
         """Returns the weights of the last epoch; of the best one, where the recipe looks for it."""
@@ -501,38 +505,39 @@ class Trainer:
         archive.load_weights(best, self.run_dir / "checkpoints" / "best.keras")
         return best.get_weights()
 
-    def build_network(self, precision):
-        """Returns the network; Keras's dtype policy stays as it is."""
-        recipe, channels = self.recipe, self.dataset.image_shape[-1]
+    def build_classifier(self, precision, is_final=False):
+        """Returns the network with its preprocessing; Keras's dtype policy stays as it is.
+
+        Args:
+            precision: A row of `POLICIES`.
+            is_final: Whether it is the result of the run: without augmentation, and for photographs
+                of any size where the recipe keeps their proportions.
+        """
+        recipe, image_shape = self.recipe, self.dataset.image_shape
+        normalization = find_normalization(self.settings.normalize, image_shape[-1])
+        augmentation = recipe.augmentation
+        if is_final and self.takes_any_size:
+            image_shape, augmentation = (None, None, image_shape[-1]), ()
         policy = keras.config.dtype_policy()
         keras.config.set_dtype_policy(POLICIES[precision])
         try:
-            return build_resnet(
+            network = build_resnet(
                 self.settings.model,
-                (recipe.image_size, recipe.image_size, channels),
+                (recipe.image_size, recipe.image_size, image_shape[-1]),
                 len(self.dataset.class_names),
                 variant=recipe.variant,
                 stem=recipe.stem,
             )
-        finally:
-            keras.config.set_dtype_policy(policy)
-
-    def build_classifier(self, precision):
-        """Returns the network with augmentation and preprocessing of the images as loaded."""
-        recipe, image_shape = self.recipe, self.dataset.image_shape
-        network = self.build_network(precision)
-        policy = keras.config.dtype_policy()
-        keras.config.set_dtype_policy(POLICIES[precision])
-        try:
             return with_preprocessing(
-                network,
-                image_shape,
-                recipe.augmentation,
-                **find_normalization(self.settings.normalize, image_shape[-1]),
-                **self.resizing,
+                network, image_shape, augmentation, **normalization, **self.resizing
             )
         finally:
             keras.config.set_dtype_policy(policy)
+
+    @property
+    def takes_any_size(self):
+        """Whether the trained model takes photographs of any size."""
+        return self.recipe.resize == "shorter_edge"
 
     def load_initial_weights(self):
         """Loads the checkpoint to start from and freezes modules; returns parameter counts."""
@@ -554,8 +559,12 @@ class Trainer:
 
         A channel of a 1×1 feature map has one value per image, so two images are needed.
         """
-        shape = self.settings.model, self.recipe.stem, self.recipe.image_size
-        return 1 if last_map_size(*shape) > 1 else 2
+        return 1 if last_map_size(*self.network_form) > 1 else 2
+
+    @property
+    def network_form(self):
+        """The arguments of `last_map_size`."""
+        return self.settings.model, self.recipe.stem, self.recipe.image_size
 
     @property
     def loss_options(self):
@@ -636,8 +645,15 @@ class Trainer:
         archive.save_model(final, self.run_dir / "model.keras", self.metadata)
         predictor = Predictor(final, self.metadata)
         split, size = self.evaluation_split, min(256, self.recipe.batch_size)
-        evaluation = evaluate(predictor, split, self.dataset.class_names, batch_size=size)
-        return write_report(self.run_dir, self.record, self.history, evaluation, split)
+        measured = split
+        if self.takes_any_size and isinstance(split.images, ImageFiles):
+            # The files themselves, as `keras-resnet evaluate` and the exports see them.
+            sources, channels = split.images.sources, split.images.shape[-1]
+            measured = Split(ImageFiles(sources, (None, None), channels), split.labels)
+        evaluation = evaluate(predictor, measured, self.dataset.class_names, batch_size=size)
+        has_map = last_map_size(*self.network_form) >= LEAST_HEAT_MAP
+        heat_maps = functools.partial(grad_cam, final) if has_map else None
+        return write_report(self.run_dir, self.record, self.history, evaluation, split, heat_maps)
 
     def save_interrupted(self):
         """Saves the current weights; returns a sentence with the path."""
