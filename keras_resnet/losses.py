@@ -48,7 +48,7 @@ class Crossentropy(keras.losses.SparseCategoricalCrossentropy):
             spread = -ops.mean(logs, axis=-1)
             losses = (1 - self.smoothing) * losses + self.smoothing * ops.cast(spread, losses.dtype)
         if self.class_weights is not None:
-            weights = ops.cast(ops.array(self.class_weights, "float32"), losses.dtype)
+            weights = ops.convert_to_tensor(self.class_weights, losses.dtype)
             classes = ops.cast(ops.reshape(y_true, (-1,)), "int32")
             losses = losses * ops.take(weights, classes)
         return losses

@@ -78,11 +78,12 @@ def build(
     decay=None,
     stages=1,
     weighed=True,
+    loss=None,
     **compiled,
 ):
     """Returns a small compiled network of raw images; `decay` is steps of a cosine.
 
-    Without `weighed` it has the loss that Keras has for a single replica.
+    Without `weighed` it has the loss of a single replica. `loss` are options of `choose_loss`.
     """
     import keras
 
@@ -104,7 +105,9 @@ def build(
                 rate = keras.optimizers.schedules.CosineDecay(rate, decay)
             model.compile(
                 keras.optimizers.SGD(rate, momentum=0.9),
-                choose_loss(images, BATCH, strategy.num_replicas_in_sync if weighed else 1),
+                choose_loss(
+                    images, BATCH, strategy.num_replicas_in_sync if weighed else 1, **(loss or {})
+                ),
                 metrics=["accuracy"],
                 **compiled,
             )
