@@ -312,8 +312,8 @@ def test_the_middle_is_cut_out_where_no_training_is():
     down, across = np.mgrid[0:90, 0:127]
     images = np.stack([across * 2, down * 2, down + across], axis=-1)[None].astype("uint8")
     found, expected = crop(images), model(images)
-    # Offsets are rounded to a pixel of 41 on the shorter edge there: half of one is 2.2 levels.
-    assert np.abs(ops.convert_to_numpy(found) - ops.convert_to_numpy(expected)).max() < 3
+    # Lengths and offsets are rounded to pixels of 41 on the shorter edge there: 4.4 levels.
+    assert np.abs(ops.convert_to_numpy(found) - ops.convert_to_numpy(expected)).max() < 4.4
 
 
 @pytest.mark.parametrize("channels", [1, 3])

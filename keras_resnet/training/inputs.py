@@ -71,6 +71,9 @@ class Batches(keras.utils.PyDataset):
 class Shuffle(keras.callbacks.Callback):
     """Shuffles the training batches before each epoch, as a function of seed and epoch.
 
+    The model's random numbers, for augmentation, begin anew with each epoch, also as a function of
+    seed and epoch: Keras does not save their state, and a resumed run needs those of its epoch.
+
     `PyDataset.on_epoch_end` is unsuitable: Keras calls it once more when it builds a model.
 
     Args:
@@ -84,5 +87,9 @@ class Shuffle(keras.callbacks.Callback):
         self.seed = seed
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Shuffles."""
+        """Shuffles, and sets the state of the random numbers."""
         self.batches.shuffle(self.seed, epoch)
+        states = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
+        for number, state in enumerate(states):
+            first = np.random.SeedSequence([self.seed, epoch, number]).generate_state(1)[0]
+            state.assign([int(first), 0])
