@@ -580,10 +580,10 @@ class Trainer:
 
     def compile(self):
         """Compiles the model and creates the variables of optimizer and metrics."""
-        recipe = self.recipe
+        recipe, phase = self.recipe, self.phase
         cuts = cut_batches(len(self.train_split), recipe.batch_size, self.least_batch)
-        steps = recipe.epochs * len(cuts)
-        rate = SCHEDULES[recipe.schedule](recipe.learning_rate, steps, recipe.warmup)
+        steps = (phase.stop - phase.start) * len(cuts)
+        rate = SCHEDULES[recipe.schedule](phase.learning_rate, steps, recipe.warmup)
         optimizer = OPTIMIZERS[recipe.optimizer](rate)
         self.model.compile(optimizer, self.make_loss(), metrics=["accuracy"])
         self.build_metrics()
