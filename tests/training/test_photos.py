@@ -1,8 +1,11 @@
 """The recipe for photographs: a folder as people have it, from scratch and from weights."""
 
+import contextlib
 import dataclasses
+import io
 import json
-import re
+import time
+import zipfile
 from unittest import mock
 
 import keras
@@ -11,11 +14,12 @@ import pytest
 from conftest import run_main, write_tiny
 from PIL import Image
 
-from keras_resnet import models
+from keras_resnet import Split, models
 from keras_resnet.archive import load_model, read_metadata
 from keras_resnet.evaluation.report import find_best
 from keras_resnet.recipes import RECIPES
 from keras_resnet.training import callbacks, trainer
+from keras_resnet.training.inputs import Batches
 from keras_resnet.training.trainer import train
 from keras_resnet.utils.errors import Interrupted
 
@@ -96,22 +100,27 @@ def test_a_finished_run_is_resumed_without_training(run):
     assert again.report["final_epoch"] == before["final_epoch"]
 
 
-@pytest.mark.thorough
-def test_balanced_weights_reach_the_loss(photographs, tmp_path, tiny):
-    # Without training: the first epoch's mean loss is that of the first weights.
-    options = {"epochs": 1, "learning_rate": 1e-12, "dataset": f"folder:{photographs}"}
-    losses = {
-        kind: train(tiny, run_dir=tmp_path / kind, class_weights=kind, **options, **SMALL).history[
-            0
-        ]["loss"]
-        for kind in ("none", "balanced")
-    }
-    assert losses["none"] != pytest.approx(losses["balanced"], rel=1e-3)
-
-
 # ----------------------------------------------------------------------------------------------
 # Fine-tuning
 # ----------------------------------------------------------------------------------------------
+
+
+def fine_tune(photographs, checkpoint, run_dir):
+    options = {"dataset": f"folder:{photographs}", "weights": checkpoint, "epochs": 4}
+    options |= {**SMALL, "class_weights": "balanced", "verbose": True}
+    return train("tiny", run_dir=run_dir, **options)
+
+
+@pytest.fixture(scope="module")
+def tuned(photographs, checkpoint, tmp_path_factory):
+    """A run of four epochs from weights of another task, and its output."""
+    output = io.StringIO()
+    with (
+        mock.patch.dict(models.SPECS, tiny=models.Spec((1, 1), (8, 16))),
+        contextlib.redirect_stdout(output),
+    ):
+        run = fine_tune(photographs, checkpoint, tmp_path_factory.mktemp("tuned") / "run")
+    return run, output.getvalue()
 
 
 def statistics(model):
@@ -119,49 +128,49 @@ def statistics(model):
 
 
 @pytest.mark.thorough
-def test_fine_tuning_trains_the_head_first_and_keeps_statistics(
-    photographs, tmp_path, tiny, checkpoint, capsys
-):
-    options = {**SMALL, "dataset": f"folder:{photographs}", "weights": checkpoint, "epochs": 4}
-    run = train(tiny, run_dir=tmp_path / "run", **{**options, "verbose": True})
-    output = capsys.readouterr().out
-    assert re.search(r"epochs 1 to 2: the head alone; 34 parameters are trained", output)
-    assert re.search(r"epochs 3 to 4: all layers, BatchNormalization as in the chec", output)
-    network = run.model.get_layer("tiny")
-    start = write_tiny(tmp_path / "again.safetensors")
+def test_fine_tuning_trains_the_head_first_and_keeps_statistics(tuned, tmp_path):
+    run, output = tuned
+    assert "epochs 1 to 2: the head alone; 34 parameters are trained" in output
+    assert "epochs 3 to 4: all layers, BatchNormalization as in the checkpoint; 5," in output
+    network, start = run.model.get_layer("tiny"), write_tiny(tmp_path / "again.safetensors")
     for name, value in statistics(start).items():
         np.testing.assert_array_equal(statistics(network)[name], value)
-    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    recipe = json.loads((run.run_dir / "config.json").read_text())["recipe"]
     assert (recipe["variant"], recipe["head_epochs"]) == ("torchvision", 2)
-    # The rate of the second phase begins anew, and is smaller.
+    # The cosine of each phase ends at zero; the second one is lower.
     rates = [row["learning_rate"] for row in run.history]
-    assert rates[1] == pytest.approx(0, abs=1e-9) and rates[0] > 5 * rates[2] > 0
+    assert rates[1] == rates[3] == pytest.approx(0, abs=1e-9) and rates[0] > 5 * rates[2] > 0
     # The trained model has no frozen layers.
     assert len(network.trainable_variables) == len(start.trainable_variables)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_balanced_weights_are_in_the_loss(tuned):
+    run, output = tuned
+    assert "--class-weights" not in output
+    with zipfile.ZipFile(run.run_dir / "checkpoints" / "last.keras") as file:
+        compiled = json.loads(file.read("config.json"))["compile_config"]
+    # 36 images of two classes, 30 and 6.
+    loss = compiled["loss"]["config"]
+    assert loss["class_weights"] == [0.6, 3.0] and loss["label_smoothing"] == 0.1
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "stop", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_run_resumed_in_any_phase_ends_where_an_unbroken_run_ends(
-    photographs, tmp_path, tiny, checkpoint, stop, unbroken, monkeypatch
+    photographs, tmp_path, tiny, checkpoint, stop, tuned, monkeypatch
 ):
     monkeypatch.setattr(callbacks.StopEarly, "on_epoch_end", interrupt_after(stop))
-    options = {**SMALL, "dataset": f"folder:{photographs}", "weights": checkpoint, "epochs": 4}
     with pytest.raises(Interrupted, match=f"{stop} of 4 epochs are finished"):
-        train(tiny, run_dir=tmp_path / "run", **options)
+        fine_tune(photographs, checkpoint, tmp_path / "run")
     monkeypatch.undo()
     with mock.patch.dict(models.SPECS, tiny=models.Spec((1, 1), (8, 16))):
         run = train(run_dir=tmp_path / "run", resume=True, verbose=False)
     for key in ("loss", "val_loss", "learning_rate"):
-        found, expected = ([row[key] for row in each.history] for each in (run, unbroken))
+        found, expected = ([row[key] for row in each.history] for each in (run, tuned[0]))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
-
-
-@pytest.fixture(scope="module")
-def unbroken(photographs, checkpoint, tmp_path_factory):
-    options = {**SMALL, "dataset": f"folder:{photographs}", "weights": checkpoint, "epochs": 4}
-    with mock.patch.dict(models.SPECS, tiny=models.Spec((1, 1), (8, 16))):
-        return train("tiny", run_dir=tmp_path_factory.mktemp("unbroken") / "run", **options)
 
 
 def interrupt_after(epochs):
@@ -217,13 +226,8 @@ def test_the_wait_for_data_is_that_of_slow_images():
             return 12
 
         def __getitem__(self, indices):
-            import time
-
             time.sleep(0.2)
             return np.zeros((len(indices), 4, 4, 1), "uint8")
-
-    from keras_resnet import Split
-    from keras_resnet.training.inputs import Batches
 
     batches = Batches(Split(Slow(), np.zeros(12, int)), 4)
     timer = callbacks.EpochTimer(12, batches)
