@@ -258,8 +258,8 @@ def evaluate_file(path, dataset=None, *, trust=False, normalize=None, **options)
 def load_data(predictor, dataset=None, **options):
     """Loads the images to evaluate a model on.
 
-    The training set is split as it was in training, and the held-out part is used. Any other set
-    is used as a whole, or its test split if it has one. If training images are among the images,
+    The training set is split as it was in training, and the held-out part is used. Of any other set
+    the test split is used, else the validation split, else the whole. If training images are among the images,
     a note on standard error states their number.
 
     Args:
