@@ -9,15 +9,7 @@ import math
 import keras
 from keras import ops
 
-from keras_resnet import PACKAGE
-from keras_resnet.resampling import (
-    FILTERS,
-    LENGTHS,
-    OFFSETS,
-    RESAMPLERS,
-    resample,
-    resized_length,
-)
+from keras_resnet import PACKAGE, resampling
 from keras_resnet.utils.errors import InputError, check_count, look_up
 
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.
@@ -64,15 +56,6 @@ def find_normalization(name, channels):
     if channels != 1:
         return row
     return {name: sum(v) / len(v) if isinstance(v, tuple) else v for name, v in row.items()}
-
-
-# argument of `ImagePreprocessing` -> the table of which it must be a row.
-_CHOICES = {
-    "resize": LENGTHS,
-    "interpolation": FILTERS,
-    "resampler": RESAMPLERS,
-    "rounding": OFFSETS,
-}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -172,7 +155,12 @@ class ImagePreprocessing(keras.layers.Layer):
         self.antialias = antialias
         self.resampler = resampler
         self.rounding = rounding
-        for argument, table in _CHOICES.items():
+        for argument, table in (
+            ("resize", resampling.LENGTHS),
+            ("interpolation", resampling.FILTERS),
+            ("resampler", resampling.RESAMPLERS),
+            ("rounding", resampling.OFFSETS),
+        ):
             look_up(table, getattr(self, argument), argument)
 
     def build(self, input_shape):
@@ -208,7 +196,7 @@ class ImagePreprocessing(keras.layers.Layer):
         return ops.sum(x * ops.cast(ops.array(LUMA), x.dtype), axis=-1, keepdims=True)
 
     def _resized(self, x, exact):
-        size, length = self.image_size, resized_length(self.image_size, self.crop_pct)
+        size, length = self.image_size, resampling.resized_length(self.image_size, self.crop_pct)
         if (*x.shape[1:3], length) == (size, size, size):
             return x
         if (self.resize, length, self.interpolation) == ("squash", size, "bilinear") and (
@@ -218,7 +206,7 @@ class ImagePreprocessing(keras.layers.Layer):
             return ops.image.resize(
                 x, (size, size), interpolation="bilinear", data_format="channels_last"
             )
-        return resample(
+        return resampling.resample(
             x,
             size,
             self.resize,

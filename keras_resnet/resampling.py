@@ -231,11 +231,11 @@ def _product_in_grey_levels(x, weights, total, scale):
     high = ops.floor(ops.cast(weights, x.dtype) / exact + 0.5)
     rest = ops.cast(weights - ops.cast(high, weights.dtype) * total, x.dtype)
     low = ops.floor(rest * 2**11 / exact + 0.5)
-    high, low = ops.split(ops.matmul(x, ops.concatenate([high, low], axis=1)), 2, axis=-1)
+    x, count = ops.matmul(x, ops.concatenate([high, low], axis=1)), high.shape[1]
     scale = ops.cast(scale, x.dtype)
-    high = high * 2**11 / scale + 0.5
+    high, low = x[..., :count] * 2**11 / scale + 0.5, x[..., count:] / scale
     whole = ops.floor(high)
-    return ops.clip(whole + ops.floor((high - whole) + low / scale), 0, 255)
+    return ops.clip(whole + ops.floor((high - whole) + low), 0, 255)
 
 
 def _minimum(a, b):

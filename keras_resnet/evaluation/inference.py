@@ -259,8 +259,8 @@ def load_data(predictor, dataset=None, **options):
     """Loads the images to evaluate a model on.
 
     The training set is split as it was in training, and the held-out part is used. Of any other set
-    the test split is used, else the validation split, else the whole. If training images are among the images,
-    a note on standard error states their number.
+    the test split is used, else the validation split, else the whole. If training images are among
+    the images, a note on standard error states their number.
 
     Args:
         predictor: A `Predictor`.

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_resnet.exporters.float32 import in_float32
@@ -108,7 +109,8 @@ class Serving:
         if self._before is None:
             return images.astype(self.contract.dtype)
         prepared = keras.ops.convert_to_numpy(self._before(images, training=False))
-        # Resized images are whole grey levels already, as floats.
+        if self.contract.dtype == "uint8":  # resized images are grey levels, but for rounding
+            prepared = np.rint(prepared)
         return prepared.astype(self.contract.dtype)
 
     def module(self, batch=None):
