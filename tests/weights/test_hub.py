@@ -665,15 +665,13 @@ def test_the_classes_of_imagenet():
     assert len(set(names)) == 1000
 
 
-def test_the_published_networks(capsys):
-    timm, rows = references.import_timm(), published_networks()
-    assert {row["model"] for row in rows} == set(SPECS)
-    for row in rows:
-        if row["name"] and row["name"].startswith("timm/"):
-            cfg = timm.get_pretrained_cfg(row["name"].removeprefix("timm/"))
-            assert cfg.hf_hub_id == row["name"] and cfg.license == row["license"]
-            assert cfg.input_size[-1] == row["pixels"]
-            assert (cfg.test_input_size or [None])[-1] == row["test_pixels"]
+# The networks without a published one have no name.
+NAMED = [row for row in published_networks() if row["name"]]
+
+
+def test_the_published_networks():
+    assert {row["model"] for row in published_networks()} == set(SPECS)
+    assert len({row["name"] for row in NAMED}) == len(NAMED)
     done = run_main("models", "resnet200")
     assert done.stdout.split()[-7:] == ["resnet200", *6 * "–"]
     done = run_main("models", "resnet18", "--json")
@@ -681,8 +679,27 @@ def test_the_published_networks(capsys):
     assert run_main("models", "resnet19").returncode == 2
 
 
-# The networks without a published one have no name.
-NAMED = [row for row in published_networks() if row["name"]]
+def test_the_configurations_that_timm_publishes(edit):
+    timm, folder = references.import_timm(), edit(TIMM)
+    for row in NAMED:
+        if not row["name"].startswith("timm/"):
+            continue
+        cfg = timm.get_pretrained_cfg(row["name"].removeprefix("timm/"))
+        content = {"architecture": cfg.architecture, "pretrained_cfg": cfg.to_dict()}
+        (folder / "config.json").write_text(json.dumps(content))
+        found = read(folder)
+        assert (found.model, found.variant) == (row["model"], row["variant"])
+        assert found.license == row["license"] and len(found.class_ids) == found.num_classes
+        at_test = found.test_preprocessing or {}
+        sizes = row["pixels"], row["test_pixels"] or row["pixels"]
+        size = found.preprocessing["image_size"]
+        assert sizes == (size, at_test.get("image_size", size))
+        for used, test in ((found.preprocessing, False), (at_test, True)):
+            theirs = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict(), use_test_size=test)
+            keys = ("mean", "std", "crop_pct", "interpolation") if used else ()
+            assert {key: used[key] for key in keys} == {key: theirs[key] for key in keys}
+
+
 OF_TIMM = {(r["model"], r["variant"]): r["name"] for r in NAMED if r["name"].startswith("timm/")}
 OF_TRANSFORMERS = [row["model"] for row in NAMED if row["name"].startswith("microsoft/")]
 
