@@ -9,6 +9,7 @@ The sizes are those of our own networks in float32.
 
 import argparse
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -50,10 +51,10 @@ CLASSES_HEADER = """\
 def timm_names(timm):
     """Yields (row of `SPECS`, variant, name) of the networks that timm publishes."""
     for row in SPECS:
-        for variant, architecture in (
-            ("torchvision", row),
-            ("v2", row.replace("resnet", "resnetv2_")),
-        ):
+        architectures = {"torchvision": row}
+        if re.fullmatch(r"resnet\d+d?", row):
+            architectures["v2"] = row.replace("resnet", "resnetv2_")
+        for variant, architecture in architectures.items():
             for name in timm.list_pretrained(f"{architecture}.*"):
                 yield row, variant, name
 

@@ -1,6 +1,7 @@
 """A hub of our own on 127.0.0.1, which speaks the protocol of huggingface_hub's client."""
 
 import contextlib
+import dataclasses
 import hashlib
 import http.server
 import re
@@ -9,6 +10,14 @@ from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _FILE = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Content whose connection breaks after some bytes."""
+
+    content: bytes
+    after: int
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -20,8 +29,7 @@ class Hub(http.server.ThreadingHTTPServer):
     Attributes:
         requests: (method, path) of each request.
         gated: Repositories that need the token "hf_right".
-        faults: File names -> a function that changes the content that is sent; its size is sent
-            as it is.
+        faults: File names -> a function that returns the content that is sent instead, or a `Cut`.
         status: An HTTP status for all requests, such as 503; None for the usual one.
     """
 
@@ -95,10 +103,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self.send(302, {**commit, **large, "Location": location})
 
     def send_file(self, path, headers=None):
-        change = self.server.faults.get(path.name, bytes)
-        self.send(200, headers, change(path.read_bytes()))
+        content = path.read_bytes()
+        if self.command == "GET" and path.name in self.server.faults:
+            content = self.server.faults[path.name](content)
+        self.send(200, headers, content)
 
     def send(self, status, headers=None, content=b""):
+        after = None
+        if isinstance(content, Cut):
+            content, after, self.close_connection = content.content, content.after, True
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
@@ -106,4 +119,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             # A client that found what it wanted closes the connection.
             with contextlib.suppress(ConnectionError):
-                self.wfile.write(content)
+                self.wfile.write(content[:after])

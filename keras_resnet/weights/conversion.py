@@ -1,7 +1,6 @@
 """From a checkpoint to a `.keras` file of ours, with a report of the network found."""
 
 import os
-from pathlib import Path
 
 from keras_resnet import archive
 from keras_resnet.models import SPECS, build_resnet, count_parameters
@@ -105,6 +104,7 @@ def convert(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from keras_resnet import Spec
         >>> from keras_resnet.weights import save_torch_weights
         >>> folder = Path(tempfile.mkdtemp())
@@ -170,16 +170,13 @@ def convert(
         normalization = find_normalization(normalize, checkpoint.channels)
         built = with_preprocessing(built, shape, **normalization)
     found.update(parameters=count_parameters(built), tensors=transfer.num_tensors)
+    # A file by itself has neither class names nor a licence.
+    metadata = describe(source, inside, new_head=skip_head) if stated else {"model": model}
     if stated:
-        metadata = describe(source, inside, new_head=skip_head)
-        found["class_names"], found["license"] = (
-            len(metadata.get("class_names", ())),
-            stated.license,
-        )
-        origin = {**found, **metadata["origin"]}
-    else:  # A checkpoint has neither class names nor a licence.
-        metadata, origin = {"model": model}, {"file": Path(source.path).name, **found}
-    metadata |= {"takes_raw_images": bool(inside or normalize), "origin": origin}
+        found["class_names"] = len(metadata.get("class_names", ()))
+        found["license"] = stated.license
+    metadata["takes_raw_images"] = bool(inside or normalize)
+    metadata["origin"] = {**found, **source.origin}
     try:
         archive.save_model(built, out, metadata)
     except OSError as error:

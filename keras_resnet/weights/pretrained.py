@@ -123,27 +123,14 @@ def describe(source, preprocessing=None, new_head=False):
         preprocessing: The preprocessing inside the model; None for the network alone.
         new_head: Whether the head is another one than the published one.
     """
-    stated, repository = source.configuration, source.repository
-    origin = {
-        "name": repository.name,
-        "library": stated.library,
-        "architecture": stated.architecture,
-        "sha256": source.sha256,
-        "layout": source.checkpoint.layout,
-        "url": stated.origin_url,
-    }
-    if repository.hub_name:
-        origin |= {
-            "name": repository.hub_name.repository,
-            "revision": repository.hub_name.revision,
-        }
+    stated = source.configuration
     metadata = {
         "model": stated.model,
         "variant": source.checkpoint.variant,
         "stem": source.checkpoint.stem,
         "takes_raw_images": preprocessing is not None,
         "license": stated.license,
-        "origin": origin,
+        "origin": source.origin,
     }
     if preprocessing:
         as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocessing.items()}

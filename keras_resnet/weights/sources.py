@@ -90,6 +90,22 @@ class Source:
         size = known["image_size"] if known else self.image_size
         return size, size, self.checkpoint.channels
 
+    @property
+    def origin(self):
+        """Where the weights come from, a dict that JSON can hold, for the metadata of models."""
+        if self.configuration is None:
+            return {"file": os.path.basename(self.path), "sha256": self.sha256}
+        stated, name = self.configuration, self.repository.hub_name
+        return {
+            "name": name.repository if name else self.path,
+            "revision": name.revision if name else None,
+            "sha256": self.sha256,
+            "library": stated.library,
+            "architecture": stated.architecture,
+            "license": stated.license,
+            "url": stated.origin_url,
+        }
+
     def check_spec(self, spec):
         """Refuses a network of another depth or width than the repository states.
 
