@@ -78,12 +78,12 @@ def build(
     decay=None,
     stages=1,
     weighed=True,
-    loss=None,
+    label_smoothing=0.0,
     **compiled,
 ):
     """Returns a small compiled network of raw images; `decay` is steps of a cosine.
 
-    Without `weighed` it has the loss of a single replica. `loss` are options of `choose_loss`.
+    Without `weighed` it has the loss of a single replica.
     """
     import keras
 
@@ -106,7 +106,10 @@ def build(
             model.compile(
                 keras.optimizers.SGD(rate, momentum=0.9),
                 choose_loss(
-                    images, BATCH, strategy.num_replicas_in_sync if weighed else 1, **(loss or {})
+                    images,
+                    BATCH,
+                    strategy.num_replicas_in_sync if weighed else 1,
+                    label_smoothing=label_smoothing,
                 ),
                 metrics=["accuracy"],
                 **compiled,
@@ -141,7 +144,7 @@ def local_values(variable):
 # ----------------------------------------------------------------------------------------------
 
 
-def train_epoch(strategy, sync=True, epochs=1, **options):
+def train_epoch(strategy, sync=True, epochs=1, class_weights=None, **options):
     """Trains an epoch of ten steps; the last has fewer images."""
     import keras
 
@@ -150,7 +153,8 @@ def train_epoch(strategy, sync=True, epochs=1, **options):
     split, evaluation = read_split(IMAGES), read_split(100, 1000)
     model = build(strategy, len(split), sync, **options)
     curve = Curve()
-    shards = Shards(split, BATCH, strategy, lambda epoch: split.order(0, epoch))
+    order = lambda epoch: split.order(0, epoch)  # noqa: E731
+    shards = Shards(split, BATCH, strategy, order, class_weights=class_weights)
     held = Shards(evaluation, BATCH, strategy)
     history = model.fit(
         shards.dataset,

@@ -1,49 +1,55 @@
-"""The loss, beside Keras's own losses and class weights."""
+"""The loss and the class weights, beside Keras's own."""
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
+from keras_resnet import Split
 from keras_resnet.losses import Crossentropy, make_loss
+from keras_resnet.training.inputs import Batches
 
 RANDOM = np.random.default_rng(0)
 LOGITS = RANDOM.normal(size=(40, 5)).astype("float32")
 LABELS = RANDOM.integers(0, 5, 40)
-WEIGHTS = [0.2, 0.5, 1.0, 1.5, 4.0]
 
 
 def value(loss):
     return float(loss(ops.array(LABELS), ops.array(LOGITS)))
 
 
-def test_without_options_it_is_keras_own():
+def test_without_smoothing_it_is_keras_own():
     own = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     assert type(make_loss()) is type(own)
-    assert value(Crossentropy(from_logits=True)) == pytest.approx(value(own), rel=1e-6)
-    assert value(Crossentropy([1] * 5, 0.0, True)) == pytest.approx(value(own), rel=1e-6)
+    assert value(Crossentropy()) == pytest.approx(value(own), rel=1e-6)
 
 
 def test_label_smoothing_is_that_of_keras():
-    keras_own = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)
-    expected = float(keras_own(np.eye(5, dtype="float32")[LABELS], ops.array(LOGITS)))
-    assert value(make_loss(label_smoothing=0.1)) == pytest.approx(expected, rel=1e-6)
-    probabilities = ops.softmax(ops.array(LOGITS))
-    loss = Crossentropy(label_smoothing=0.1)
-    assert float(loss(ops.array(LABELS), probabilities)) == pytest.approx(expected, rel=1e-5)
-
-
-def test_class_weights_are_those_of_fit():
-    inputs = keras.Input((5,))
-    model = keras.Model(inputs, keras.layers.Dense(5, kernel_initializer="identity")(inputs))
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    weights = dict(enumerate(WEIGHTS))
-    found = model.fit(LOGITS, LABELS, batch_size=40, class_weight=weights, verbose=0)
-    assert value(make_loss(WEIGHTS)) == pytest.approx(found.history["loss"][0], rel=1e-5)
+    own = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)
+    expected = float(own(np.eye(5, dtype="float32")[LABELS], ops.array(LOGITS)))
+    assert value(make_loss(0.1)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_config_makes_the_same_loss():
-    loss = make_loss(WEIGHTS, 0.1)
+    loss = make_loss(0.1)
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(loss))
     assert type(again) is Crossentropy
-    assert value(again) == value(loss) != value(make_loss(WEIGHTS))
+    assert value(again) == value(loss) != value(make_loss(0.2))
+
+
+def test_class_weights_are_those_of_fit():
+    images, weights = RANDOM.integers(0, 256, (40, 2, 2, 1), "uint8"), [0.2, 0.5, 1.0, 1.5, 4.0]
+
+    def fit(*data, **options):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((2, 2, 1))
+        x = keras.layers.Rescaling(1 / 255)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(5)(keras.layers.Flatten()(x)))
+        model.compile("sgd", make_loss(0.1), metrics=["accuracy"])
+        found = model.fit(*data, verbose=0, shuffle=False, epochs=2, **options).history
+        return [found[key] for key in ("loss", "accuracy")]
+
+    found = fit(Batches(Split(images, LABELS), 16, class_weights=weights))
+    by_keras = {"batch_size": 16, "class_weight": dict(enumerate(weights))}
+    np.testing.assert_allclose(found, fit(images, LABELS, **by_keras), rtol=1e-5)
+    assert found[0] != pytest.approx(fit(Batches(Split(images, LABELS), 16))[0], rel=1e-2)

@@ -35,6 +35,7 @@ class Shards:
         first_epoch: The epoch that the data set starts with.
         least: The smallest last batch of an epoch, in images; a smaller one joins the batch before
             it. By default one image a replica. See `datasets.base.cut_batches`.
+        class_weights: See `training.inputs.Batches`.
 
     Attributes:
         dataset: The input of `model.fit`.
@@ -50,7 +51,16 @@ class Shards:
         [[0, 1, 2, 3], [4]]
     """
 
-    def __init__(self, split, batch_size, strategy, order=None, first_epoch=0, least=None):
+    def __init__(
+        self,
+        split,
+        batch_size,
+        strategy,
+        order=None,
+        first_epoch=0,
+        least=None,
+        class_weights=None,
+    ):
         replicas = strategy.num_replicas_in_sync
         check_batches(len(split), batch_size, replicas)
         self.split = split
@@ -58,6 +68,7 @@ class Shards:
         self.steps = len(self.cuts)
         self.order = order or (lambda epoch: np.arange(len(split)))
         self.first_epoch = first_epoch
+        self.class_weights = class_weights
         self.failure = None
         self._read_times = {}
         self.dataset = strategy.distribute_datasets_from_function(self._local)
@@ -88,19 +99,22 @@ class Shards:
                 epoch += 1
 
         images = tf.TensorSpec((None, *self.split.images.shape[1:]), "uint8")
-        dataset = tf.data.Dataset.from_generator(
-            batches, output_signature=(images, tf.TensorSpec((None,), "int64"))
-        )
+        numbers = ["int64"] if self.class_weights is None else ["int64", "float32"]
+        signature = (images, *(tf.TensorSpec((None,), dtype) for dtype in numbers))
+        dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
         # If a data set may end, the workers must agree before every step whether it has.
         endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
         return dataset.apply(endless).prefetch(2 * replicas)
 
     def _read(self, chosen):
         try:
-            return self.split.images[chosen], self.split.labels[chosen].astype("int64")
+            batch = self.split.images[chosen], self.split.labels[chosen].astype("int64")
         except InputError as error:
             self.failure = error
             raise
+        if self.class_weights is None:
+            return batch
+        return *batch, np.asarray(self.class_weights, "float32")[batch[1]]
 
 
 def check_batches(images, batch_size, replicas):
@@ -153,7 +167,7 @@ class GlobalBatchCrossentropy(Crossentropy):
         return weight * loss + tf.stop_gradient((1 - weight) * loss)
 
 
-def choose_loss(images, batch_size, replicas, least=None, **options):
+def choose_loss(images, batch_size, replicas, least=None, label_smoothing=0.0):
     """Returns the loss of logits for several replicas with `Shards`.
 
     Args:
@@ -161,11 +175,11 @@ def choose_loss(images, batch_size, replicas, least=None, **options):
         batch_size: The number of images a step, over all replicas.
         replicas: The number of replicas.
         least: See `Shards`.
-        **options: `class_weights` and `label_smoothing` of `losses.Crossentropy`.
+        label_smoothing: See `losses.Crossentropy`.
 
     Returns:
-        Keras's loss (`Crossentropy` with options) if all shards have the same size, which saves a
-        message a step; otherwise `GlobalBatchCrossentropy`.
+        The loss of one replica, `losses.make_loss`, if all shards have the same size, which saves
+        a message a step; otherwise `GlobalBatchCrossentropy`.
 
     Example:
         >>> type(choose_loss(60000, 128, 4)).__name__, type(choose_loss(60000, 128, 3)).__name__
@@ -174,8 +188,8 @@ def choose_loss(images, batch_size, replicas, least=None, **options):
     cuts = cut_batches(images, batch_size, max(least or 0, replicas))
     even = all((cut.stop - cut.start) % replicas == 0 for cut in cuts)
     if not even:
-        return GlobalBatchCrossentropy(from_logits=True, **options)
-    return make_loss(**options)
+        return GlobalBatchCrossentropy(label_smoothing)
+    return make_loss(label_smoothing)
 
 
 def synchronize_batchnorm(model):

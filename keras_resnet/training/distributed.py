@@ -120,7 +120,7 @@ class DistributedTrainer(Trainer):
         """Returns the loss, which weighs shards of different sizes; see `choose_loss`."""
         images, size = len(self.train_split), self.recipe.batch_size
         replicas, least = self.decision.num_replicas, self.least_batch
-        return choose_loss(images, size, replicas, least, **self.loss_options)
+        return choose_loss(images, size, replicas, least, self.recipe.label_smoothing)
 
     def compile(self):
         """Compiles the model, synchronized if the settings say so."""
@@ -141,6 +141,7 @@ class DistributedTrainer(Trainer):
             functools.partial(order, self.settings.seed),
             len(self.history),
             self.least_batch,
+            self.class_weights,
         )
         evaluation = Shards(self.selection_split, size, self.strategy)
         self.batches = training, evaluation

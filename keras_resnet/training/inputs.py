@@ -20,6 +20,9 @@ class Batches(keras.utils.PyDataset):
         split: A `datasets.Split`.
         batch_size: Images per batch; the last batch may have another size.
         least: Images that the last batch needs at least; see `datasets.base.cut_batches`.
+        class_weights: The weight of each class's images in the loss, a list; None for none. The
+            mean loss of a batch is the sum of weight · loss over the number of its images, as for
+            `fit(class_weight=…)`; accuracy counts every image once.
 
     Attributes:
         order: The order of the images, an array of indices.
@@ -27,10 +30,11 @@ class Batches(keras.utils.PyDataset):
             error ended `fit`.
     """
 
-    def __init__(self, split, batch_size, least=1):
+    def __init__(self, split, batch_size, least=1, class_weights=None):
         super().__init__()
         self.split = split
         self.cuts = cut_batches(len(split), batch_size, least)
+        self.class_weights = class_weights
         self.order = np.arange(len(split))
         self.failure = None
         self._ahead = {}  # index -> the `Future` of a batch
@@ -62,10 +66,13 @@ class Batches(keras.utils.PyDataset):
     def _read(self, index):
         chosen = self.order[self.cuts[index]]
         try:
-            return self.split.images[chosen], self.split.labels[chosen]
+            batch = self.split.images[chosen], self.split.labels[chosen]
         except InputError as error:
             self.failure = error
             raise
+        if self.class_weights is None:
+            return batch
+        return *batch, np.asarray(self.class_weights, "float32")[batch[1]]
 
 
 class Shuffle(keras.callbacks.Callback):

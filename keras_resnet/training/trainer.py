@@ -567,16 +567,15 @@ class Trainer:
         return self.settings.model, self.recipe.stem, self.recipe.image_size
 
     @property
-    def loss_options(self):
-        """The arguments of the loss, those of `losses.make_loss`."""
-        weights = None
-        if self.settings.class_weights == "balanced":
-            weights = balanced_weights(self.dataset.class_counts())
-        return {"class_weights": weights, "label_smoothing": self.recipe.label_smoothing}
+    def class_weights(self):
+        """The weight of each class in training, a list; None for none."""
+        if self.settings.class_weights == "none":
+            return None
+        return balanced_weights(self.dataset.class_counts())
 
     def make_loss(self):
         """Returns the loss of logits and class numbers."""
-        return make_loss(**self.loss_options)
+        return make_loss(self.recipe.label_smoothing)
 
     def compile(self):
         """Compiles the model and creates the variables of optimizer and metrics."""
@@ -604,7 +603,7 @@ class Trainer:
     def make_inputs(self):
         """Makes the batches; returns the arguments of `model.fit` for them, and callbacks."""
         size = self.recipe.batch_size
-        training = Batches(self.train_split, size, self.least_batch)
+        training = Batches(self.train_split, size, self.least_batch, self.class_weights)
         evaluation = Batches(self.selection_split, size)
         self.batches = training, evaluation
         arguments = {"x": training, "validation_data": evaluation}
