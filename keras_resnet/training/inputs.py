@@ -99,4 +99,4 @@ class Shuffle(keras.callbacks.Callback):
         states = [v for v in self.model.variables if v.path.endswith("seed_generator_state")]
         for number, state in enumerate(states):
             first = np.random.SeedSequence([self.seed, epoch, number]).generate_state(1)[0]
-            state.assign([int(first), 0])
+            state.assign([int(first) >> 1, 0])  # PyTorch has 31 bits
