@@ -129,6 +129,11 @@ def export(
     size = _fixed_size(source.predictor.model, split, data_options.get("image_size"))
     serving = Serving(source.predictor.model, preprocessing, size, input_size)
     if None in serving.contract.image_shape:
+        if any(PRECISIONS[artifact.precision].on_request for artifact in artifacts):
+            raise InputError(
+                "--precision integer needs files that take images of one size, such as "
+                "--input-size 224 224"
+            )
         # A file of a fixed batch is for runtimes that need static shapes.
         artifacts = [artifact for artifact in artifacts if artifact.batch is None]
     files.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
@@ -249,6 +254,7 @@ def _make_metadata(source, data, serving):
         **{key: value for key, value in own.items() if key != "trained_on"},
         "class_names": names,
         "takes_raw_images": serving.contract.dtype == "uint8",
+        "preprocessing": serving.preprocessing,
         OUTPUT_KIND_KEY: serving.output_kind,
     }
 

@@ -13,6 +13,7 @@ from keras_resnet.exporters.float32 import in_float32
 from keras_resnet.preprocessing import ImagePreprocessing
 from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
 from keras_resnet.runtimes.keras_file import KerasRuntime
+from keras_resnet.runtimes.resized import RESIZING, make_resizer
 from keras_resnet.utils.errors import InputError
 
 IMAGE = "image"
@@ -42,12 +43,14 @@ class Contract:
         dtype: The input's dtype: "uint8" with preprocessing inside, "float32" without.
         output: Name of the output: "probabilities" or "logits".
         classes: The number of classes.
+        output_dtype: The output's dtype.
     """
 
     image_shape: tuple[int | None, int | None, int]
     dtype: str
     output: str
     classes: int
+    output_dtype: str = "float32"
 
 
 class Serving:
@@ -86,15 +89,16 @@ class Serving:
         self.runtime = KerasRuntime(self.twin)
         self.source_kind = self.runtime.output_kind
         self.output_kind = _EXPORTED_KINDS[self.source_kind][0 if preprocessing else 1]
-        self._before, self.model = None, self.twin
+        self._prepare, self.model = np.asarray, self.twin
         before = find_preprocessing(self.twin)
         network = self.twin.layers[-1]
         is_open = before is not None
         self.raw_shape = _image_shape(self.twin, image_size, is_open)
         if input_size is not None:
-            self._before, self.model = _cut_behind_resizing(self.twin, before, input_size)
+            self._prepare, self.model = _cut_behind_resizing(self.twin, before, input_size)
         elif not preprocessing and before and isinstance(network, keras.Model):
-            self._before, self.model = before, network
+            self._prepare = lambda images: keras.ops.convert_to_numpy(before(images))
+            self.model = network
         self.preprocessing = _describe(before, bool(input_size), preprocessing)
         self.contract = Contract(
             _image_shape(self.model, image_size, is_open),
@@ -106,29 +110,33 @@ class Serving:
 
     def prepare(self, images):
         """Returns raw uint8 images as the input of the exported file."""
-        if self._before is None:
-            return images.astype(self.contract.dtype)
-        prepared = keras.ops.convert_to_numpy(self._before(images, training=False))
-        if self.contract.dtype == "uint8":  # resized images are grey levels, but for rounding
-            prepared = np.rint(prepared)
-        return prepared.astype(self.contract.dtype)
+        return self._prepare(images).astype(self.contract.dtype)
 
-    def module(self, batch=None):
-        """Returns the `ServedModule` of a batch size; always the same one.
+    def module(self, batch=None, dtype=None):
+        """Returns the `ServedModule` of a batch size and a dtype; always the same one.
 
         Args:
             batch: A fixed batch size; None for any.
+            dtype: The dtype of the input tensor; by default that of the contract. As "float32" a
+                quantized input can be made of it.
         """
-        if batch not in self._modules:
-            spec = tf.TensorSpec([batch, *self.contract.image_shape], self.contract.dtype, IMAGE)
-            self._modules[batch] = ServedModule(self.model, self._serve, spec)
-        return self._modules[batch]
+        dtype = dtype or self.contract.dtype
+        if (batch, dtype) not in self._modules:
+            spec = tf.TensorSpec([batch, *self.contract.image_shape], dtype, IMAGE)
+            self._modules[batch, dtype] = ServedModule(self.model, self._serve, spec)
+        return self._modules[batch, dtype]
 
     def _serve(self, image):
-        images = tf.cast(image, self.model.inputs[0].dtype)
+        model, wanted = self.model, self.model.inputs[0].dtype
+        if image.dtype == "float32" and wanted != "float32":
+            # The model itself would convert its input: hardware without floats has no such cast.
+            inputs = keras.Input(image.shape[1:], dtype=image.dtype.name)
+            model = keras.models.clone_model(model, inputs, clone_function=lambda layer: layer)
         with _functions_inlined():
             # A layer before can have set `training` in Keras's call context (Keras 3.15).
-            (scores,) = tf.nest.flatten(self.model(images, training=False))
+            (scores,) = tf.nest.flatten(
+                model(tf.cast(image, model.inputs[0].dtype), training=False)
+            )
         scores = tf.cast(scores, tf.float32)
         if scores.shape.rank != 2:
             scores = tf.reshape(scores, [-1, scores.shape[-1] if scores.shape.rank > 1 else 1])
@@ -207,7 +215,7 @@ def _functions_inlined():
 
 
 def _cut_behind_resizing(model, before, input_size):
-    """Returns a layer that resizes raw images, and the model of images that were resized by it."""
+    """Returns a function that resizes raw images, and the model of images resized by it."""
     name, size = model.name, tuple(input_size)
     if not before or not isinstance(model.layers[-1], keras.Model):
         raise InputError(
@@ -224,12 +232,13 @@ def _cut_behind_resizing(model, before, input_size):
             f"{name}: --input-size needs a model that resizes to whole grey levels "
             "(`antialias=True`): leave it out, and the files resize as the model does"
         )
-    levels = {"mean": 0.0, "std": 1 / 255, "reverse_channels": False}
-    resized = {"resize": "squash", "crop_pct": 1.0}
+    resizing = {key: config[key] for key in RESIZING}
     inputs = keras.Input((*size, before.channels), dtype="uint8", name=IMAGE)
-    normalized = ImagePreprocessing.from_config({**config, **resized})(inputs)
+    # Images of the network's own size are not resized again.
+    unchanged = {"resize": "squash", "crop_pct": 1.0}
+    normalized = ImagePreprocessing.from_config({**config, **unchanged})(inputs)
     return (
-        ImagePreprocessing.from_config({**config, **levels}),
+        make_resizer(before.image_size, before.channels, **resizing),
         keras.Model(inputs, network(normalized), name=name),
     )
 
@@ -239,7 +248,6 @@ def _describe(before, is_resized, preprocessing):
     if before is None:
         return None
     config = before.get_config()
-    resizing = ("resize", "crop_pct", "interpolation", "antialias", "rounding")
     normalization = ("mean", "std", "reverse_channels")
     return {
         "colours": "red, green, blue" if config["channels"] == 3 else "grey",
@@ -247,7 +255,7 @@ def _describe(before, is_resized, preprocessing):
         "image_size": [config["image_size"]] * 2,
         "resizing": {
             "done_by": "file" if preprocessing and not is_resized else "caller",
-            **{name: config[name] for name in resizing if name in config},
+            **{name: config[name] for name in RESIZING},
         },
         "normalization": {
             "done_by": "file" if preprocessing else "caller",

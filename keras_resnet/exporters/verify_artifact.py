@@ -79,6 +79,7 @@ def verify_artifact(path, artifact, contract, inputs, reference, recorded):
         ExportError: If its runtime does not load or run it.
     """
     size, sha256 = digest(path)
+    contract = dataclasses.replace(contract, output_dtype=PRECISIONS[artifact.precision].output)
     latency = {}
     *fewer, most = sorted({1, cores()})
     try:
@@ -191,7 +192,7 @@ def check_contract(runtime, contract, batch=None):
     """Returns a `Failure` for each name, shape or dtype that breaks the contract."""
     wanted = {
         "input": Tensor("image", (batch, *contract.image_shape), contract.dtype),
-        "output": Tensor(contract.output, (batch, contract.classes), "float32"),
+        "output": Tensor(contract.output, (batch, contract.classes), contract.output_dtype),
     }
     return [
         Failure(f"{side} {name}", found, limit)

@@ -181,4 +181,10 @@ def _verify(path, row, class_names, recorded, split, prober):
 def _contract(row):
     _, *image_shape = row["input"]["shape"]
     output = row["output"]
-    return Contract(tuple(image_shape), row["input"]["dtype"], output["name"], output["shape"][-1])
+    return Contract(
+        tuple(image_shape),
+        row["input"]["dtype"],
+        output["name"],
+        output["shape"][-1],
+        PRECISIONS[row["precision"]].output,
+    )
