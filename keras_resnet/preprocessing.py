@@ -7,11 +7,13 @@ repeat a resize or a normalisation. Pure Keras 3: any backend.
 import keras
 from keras import ops
 
-from keras_resnet import PACKAGE
+from keras_resnet import PACKAGE, resampling
 from keras_resnet.utils.errors import InputError, check_count, look_up
 
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.
 LUMA = (0.299, 0.587, 0.114)
+# Pillow's own numbers: multiples of 1 / 65536.
+PILLOW_LUMA = (19595, 38470, 7471)
 
 # name -> arguments of `ImagePreprocessing`: on the scale [0, 1], of red, green and blue.
 NORMALIZATIONS = {
@@ -61,6 +63,15 @@ class ImagePreprocessing(keras.layers.Layer):
     It works in float32 whatever the policy (bfloat16 would round the 256 grey levels once they
     are scaled) and outputs the policy's compute dtype.
 
+    With `antialias` it repeats the preprocessing that published weights were made with, grey level
+    by grey level: `timm.data.create_transform`, `transforms()` of torchvision's weights, and the
+    image processors of transformers. One dict of arguments describes it:
+
+        {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+         "reverse_channels": False, "resize": "shorter_edge", "crop_pct": 0.875,
+         "interpolation": "bilinear", "antialias": True, "resampler": "pillow",
+         "rounding": "torchvision"}
+
     Keras's own `Resizing` layer is not used: up to Keras 3.15 it switches the BatchNormalization
     layers behind it to training mode.
 
@@ -71,6 +82,17 @@ class ImagePreprocessing(keras.layers.Layer):
         mean: The mean to subtract, on the scale [0, 1]; a number, or one for each channel.
         std: The standard deviation to divide by; a number, or one for each channel.
         reverse_channels: Whether the result's channels are in the other order: blue, green, red.
+        resize: "squash": both edges become `image_size` / `crop_pct`, rounded down, whatever the
+            ratio. "shorter_edge": the shorter edge does, and the ratio is kept. The centre is the
+            result. (timm's crop modes "squash" and "center"; its "border" is none of them.)
+        crop_pct: The share of the resized edge that the result keeps, above 0 and at most 1.
+        interpolation: "bilinear" or "bicubic".
+        antialias: Whether to resample as Pillow does: the filter grows with the scale, and grey
+            levels are whole numbers after each of the two passes. Otherwise as `tf.image.resize`.
+        resampler: With `antialias`, the library with whose arithmetic: "pillow", "pillow12" (up to
+            Pillow 12, where the columns always come first), or "torch" (tensors of PyTorch).
+        rounding: The library by whose rule the offset of the crop is rounded: "torchvision" (timm,
+            too) or "transformers".
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -81,8 +103,9 @@ class ImagePreprocessing(keras.layers.Layer):
         (batch, image_size, image_size, channels).
 
     Raises:
-        InputError: If `channels`, or the input's number of channels, is neither 1 nor 3, or the
-            length of `mean` or `std` is not `channels`.
+        InputError: If `channels`, or the input's number of channels, is neither 1 nor 3, the
+            length of `mean` or `std` is not `channels`, `crop_pct` is out of range, or an argument
+            is no row of its table.
 
     Example:
         >>> images = ops.full((2, 28, 28, 1), 255, dtype="uint8")
@@ -91,7 +114,21 @@ class ImagePreprocessing(keras.layers.Layer):
         ((2, 96, 96, 1), 1.0)
     """
 
-    def __init__(self, image_size, channels=1, mean=0.0, std=1.0, reverse_channels=False, **kwargs):
+    def __init__(
+        self,
+        image_size,
+        channels=1,
+        mean=0.0,
+        std=1.0,
+        reverse_channels=False,
+        resize="squash",
+        crop_pct=1.0,
+        interpolation="bilinear",
+        antialias=False,
+        resampler="pillow",
+        rounding="torchvision",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         check_count("image_size", image_size)
         if channels not in (1, 3):
@@ -103,11 +140,26 @@ class ImagePreprocessing(keras.layers.Layer):
                     f"`{argument}` must be a number, or one for each of {channels} channels, "
                     f"got {value!r}"
                 )
+        if not isinstance(crop_pct, (int, float)) or not 0 < crop_pct <= 1:
+            raise InputError(f"`crop_pct` must be above 0 and at most 1, got {crop_pct!r}")
         self.image_size = image_size
         self.channels = channels
         self.mean = mean
         self.std = std
         self.reverse_channels = reverse_channels
+        self.resize = resize
+        self.crop_pct = crop_pct
+        self.interpolation = interpolation
+        self.antialias = antialias
+        self.resampler = resampler
+        self.rounding = rounding
+        for argument, table in (
+            ("resize", resampling.LENGTHS),
+            ("interpolation", resampling.FILTERS),
+            ("resampler", resampling.RESAMPLERS),
+            ("rounding", resampling.OFFSETS),
+        ):
+            look_up(table, getattr(self, argument), argument)
 
     def build(self, input_shape):
         """Checks `input_shape`; there are no weights."""
@@ -123,13 +175,10 @@ class ImagePreprocessing(keras.layers.Layer):
     def call(self, images):
         """Returns the input of the network."""
         exact = "float64" if self.variable_dtype == "float64" else "float32"
-        x = ops.cast(images, exact)
+        x = images
         if x.shape[-1] > self.channels:
-            luma = ops.cast(ops.array(LUMA), exact)
-            x = ops.sum(x * luma, axis=-1, keepdims=True)
-        size = (self.image_size, self.image_size)
-        if tuple(x.shape[1:3]) != size:
-            x = ops.image.resize(x, size, interpolation="bilinear", data_format="channels_last")
+            x = self._luma(ops.cast(x, exact))
+        x = ops.cast(self._resized(x, exact), exact)
         if x.shape[-1] < self.channels:
             x = ops.repeat(x, self.channels, axis=-1)
         mean, std = (ops.cast(ops.array(v), exact) for v in (self.mean, self.std))
@@ -138,9 +187,41 @@ class ImagePreprocessing(keras.layers.Layer):
             x = ops.flip(x, axis=-1)
         return ops.cast(x, self.compute_dtype)
 
+    def _luma(self, x):
+        if self.antialias:  # Pillow's grey levels are whole numbers
+            luma = ops.cast(ops.array(PILLOW_LUMA), x.dtype)
+            return ops.floor((ops.sum(x * luma, axis=-1, keepdims=True) + 2**15) / 2**16)
+        return ops.sum(x * ops.cast(ops.array(LUMA), x.dtype), axis=-1, keepdims=True)
+
+    def _resized(self, x, exact):
+        size, length = self.image_size, resampling.resized_length(self.image_size, self.crop_pct)
+        if (*x.shape[1:3], length) == (size, size, size):
+            return x
+        if (self.resize, length, self.interpolation) == ("squash", size, "bilinear") and (
+            not self.antialias
+        ):
+            x = ops.cast(x, exact)
+            return ops.image.resize(
+                x, (size, size), interpolation="bilinear", data_format="channels_last"
+            )
+        return resampling.resample(
+            x,
+            size,
+            self.resize,
+            length,
+            self.interpolation,
+            self.antialias,
+            self.resampler,
+            self.rounding,
+            exact,
+        )
+
     def get_config(self):
         """Returns the arguments that make this layer again."""
-        names = ("image_size", "channels", "mean", "std", "reverse_channels")
+        names = (
+            *("image_size", "channels", "mean", "std", "reverse_channels", "resize", "crop_pct"),
+            *("interpolation", "antialias", "resampler", "rounding"),
+        )
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
@@ -211,7 +292,14 @@ class Augmentation(keras.layers.Layer):
 
 
 def with_preprocessing(
-    network, image_shape, augmentation=(), mean=0.0, std=1.0, reverse_channels=False
+    network,
+    image_shape,
+    augmentation=(),
+    mean=0.0,
+    std=1.0,
+    reverse_channels=False,
+    image_size=None,
+    **preprocessing,
 ):
     """Puts preprocessing and augmentation before a network.
 
@@ -222,10 +310,16 @@ def with_preprocessing(
         mean: See `ImagePreprocessing`.
         std: See `ImagePreprocessing`.
         reverse_channels: See `ImagePreprocessing`.
+        image_size: The size of a network that leaves it open; otherwise its own, or None.
+        **preprocessing: More arguments of `ImagePreprocessing`: `resize`, `crop_pct`,
+            `interpolation`, `antialias`, `resampler` and `rounding`.
 
     Returns:
         A Keras model: input "image", uint8, (batch, *image_shape), to the network's logits. Its
         layers are "preprocessing", "augmentation" and the network under its own name.
+
+    Raises:
+        InputError: If the network's images are not square, or not of `image_size`.
 
     Example:
         >>> from keras_resnet.models import build_resnet18
@@ -234,13 +328,22 @@ def with_preprocessing(
         ('uint8', (None, 28, 28, 1), (None, 10))
     """
     _, height, width, channels = network.input_shape
-    if height is None or height != width:
+    size = image_size or height
+    if size is None or (height or size, width or size) != (size, size):
         raise InputError(
             f"the network must take square images of a known size, got {height}x{width}"
+            + (f" and `image_size` {image_size}" if image_size else "")
         )
     inputs = keras.Input(tuple(image_shape), dtype="uint8", name="image")
-    normalization = {"mean": mean, "std": std, "reverse_channels": reverse_channels}
-    x = ImagePreprocessing(height, channels, **normalization, name="preprocessing")(inputs)
+    x = ImagePreprocessing(
+        size,
+        channels,
+        mean=mean,
+        std=std,
+        reverse_channels=reverse_channels,
+        **preprocessing,
+        name="preprocessing",
+    )(inputs)
     x = Augmentation(augmentation, name="augmentation")(x)
     return keras.Model(inputs, network(x), name=f"{network.name}_classifier")
 

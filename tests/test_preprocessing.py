@@ -5,6 +5,10 @@ import numpy as np
 import pytest
 import torch
 from keras import ops
+from matplotlib import cbook
+from PIL import Image
+from pillow_resize import PILLOW, pillow_resize
+from preprocessors import PREPROCESSORS, open_photograph
 
 from keras_resnet.models import Spec, build_resnet
 from keras_resnet.preprocessing import (
@@ -132,6 +136,87 @@ def test_half_precision_comes_last():
     assert len(np.unique(ops.convert_to_numpy(ops.cast(result, "float32")))) == 256
 
 
+# The preprocessing of published networks
+
+EXACT = {"resize": "shorter_edge", "crop_pct": 0.8, "antialias": True, "resampler": PILLOW}
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """A photograph in all shapes: as it is, turned, a panorama, a tall strip, tiny, enlarged."""
+    whole = open_photograph(cbook.get_sample_data("grace_hopper.jpg"))
+    return [
+        whole,
+        whole.transpose(Image.Transpose.ROTATE_90),
+        whole.crop((0, 100, 512, 220)),
+        whole.crop((130, 0, 251, 606)),
+        whole.crop((230, 140, 257, 159)),
+        whole.crop((150, 60, 350, 260)),
+    ]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", PREPROCESSORS)
+def test_published_preprocessing_is_repeated_to_the_grey_level(name, photographs):
+    preprocessor = PREPROCESSORS[name]()
+    layer = ImagePreprocessing(channels=3, **preprocessor.arguments)
+    for photograph in photographs:
+        expected = preprocessor.function(photograph)
+        found = ops.convert_to_numpy(layer(np.asarray(photograph)[None]))[0]
+        assert found.shape == expected.shape
+        difference = np.abs(preprocessor.grey_levels(found) - preprocessor.grey_levels(expected))
+        assert difference.max() < 1.01
+        assert (difference > 0.01).mean() <= 2e-4
+        assert np.ptp(preprocessor.grey_levels(expected)) > 50
+
+
+def test_colour_becomes_the_grey_levels_of_pillow(photographs):
+    for photograph in photographs:
+        grey = np.asarray(photograph.convert("L"))
+        expected = pillow_resize(grey, 32, 32, "bilinear")
+        layer = ImagePreprocessing(32, 1, std=1 / 255, antialias=True, resampler=PILLOW)
+        found = ops.convert_to_numpy(layer(np.asarray(photograph)[None]))[0, ..., 0]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 40), (7, 3)])
+def test_sizes_that_are_known_late_give_the_same(shape):
+    """`resample` chooses between the orders of the passes in the graph, or before it."""
+    images = raw_images(2, *shape, 3)
+    inputs = keras.Input((None, None, 3), dtype="uint8")
+    layer = ImagePreprocessing(24, 3, **{**EXACT, "resampler": "pillow"})
+    found = keras.Model(inputs, layer(inputs)).predict(images, verbose=0)
+    np.testing.assert_allclose(found, layer(images), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("resize", ["squash", "shorter_edge"])
+def test_images_of_the_right_size_are_left_alone(resize):
+    images = raw_images(2, 24, 24, 3)
+    layer = ImagePreprocessing(24, 3, resize=resize, antialias=True, interpolation="bicubic")
+    np.testing.assert_allclose(layer(images), images / 255, rtol=1e-6)
+    assert np.abs(ImagePreprocessing(24, 3, **EXACT)(images) - images / 255).max() > 0.1
+
+
+def test_layers_saved_before_there_was_a_crop_are_the_same():
+    settings = {"image_size": 20, "channels": 3, "mean": 0.4, "std": 0.3, "reverse_channels": True}
+    images = raw_images(2, 31, 45, 3)
+    expected = (torch_resize(images, 20)[..., ::-1] - 0.4) / 0.3
+    for layer in (ImagePreprocessing(**settings), ImagePreprocessing.from_config(settings)):
+        np.testing.assert_allclose(layer(images), expected, rtol=0, atol=1e-4)
+
+
+def test_a_dict_describes_the_preprocessing_of_a_network(photographs):
+    arguments = {"image_size": 24, "mean": 0.4, "std": 0.3, "reverse_channels": False, **EXACT}
+    for size in (24, None):
+        network = build_resnet(Spec((1, 1), (4, 8)), (size, size, 3), stem="small")
+        model = with_preprocessing(network, (None, None, 3), **arguments)
+        images = np.asarray(photographs[0])[None]
+        x = ImagePreprocessing(channels=3, **arguments)(images)
+        np.testing.assert_allclose(model(images), network(x), rtol=1e-5, atol=1e-5)
+        config = model.get_layer("preprocessing").get_config()
+        assert {name: config[name] for name in arguments} == arguments
+
+
 # The classifier: raw images to logits
 
 
@@ -202,6 +287,9 @@ def test_classifier_wants_a_square_network_of_a_known_size():
         network = build_resnet(Spec((1,), (4,)), shape, stem="small")
         with pytest.raises(InputError, match="square"):
             with_preprocessing(network, (28, 28, 1))
+    network = build_resnet(Spec((1,), (4,)), (16, 16, 1), stem="small")
+    with pytest.raises(InputError, match="got 16x16 and `image_size` 24"):
+        with_preprocessing(network, (28, 28, 1), image_size=24)
 
 
 # Augmentation
@@ -276,9 +364,12 @@ def test_augmentation_hands_on_the_policy_s_type(policy):
             12, 3, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0], name="p", dtype="mixed_bfloat16"
         ),
         ImagePreprocessing(7),
+        ImagePreprocessing(
+            *(12, 3, 0.1, 0.2, True, "shorter_edge", 0.9, "bicubic", True, "torch", "transformers")
+        ),
         Augmentation(["erase", "flip"], name="a"),
     ],
-    ids=["every argument", "defaults", "augmentation"],
+    ids=["every argument", "defaults", "crop", "augmentation"],
 )
 def test_config_makes_the_same_layer(layer):
     config = layer.get_config()
@@ -286,7 +377,10 @@ def test_config_makes_the_same_layer(layer):
     assert type(again) is type(layer)
     assert again.get_config() == config
     arguments = {
-        ImagePreprocessing: {"image_size", "channels", "mean", "std"},
+        ImagePreprocessing: {
+            *("image_size", "channels", "mean", "std", "reverse_channels", "resize", "crop_pct"),
+            *("interpolation", "antialias", "resampler", "rounding"),
+        },
         Augmentation: {"names"},
     }[type(layer)]
     assert arguments <= config.keys()
@@ -305,6 +399,13 @@ def test_config_makes_the_same_layer(layer):
         # A mean of another length would silently broadcast one channel to three.
         (lambda: ImagePreprocessing(9, 1, mean=[0.1, 0.2, 0.3]), r"`mean` .*each of 1 channels"),
         (lambda: ImagePreprocessing(9, 3, std=[0.1]), r"`std` .*each of 3 channels, got \[0.1\]"),
+        (lambda: ImagePreprocessing(9, crop_pct=0), r"`crop_pct` must be above 0 .*got 0"),
+        (lambda: ImagePreprocessing(9, crop_pct=1.1), r"`crop_pct` .*at most 1, got 1.1"),
+        (lambda: ImagePreprocessing(9, crop_pct=None), r"`crop_pct` .*got None"),
+        (lambda: ImagePreprocessing(9, resize="border"), r"`resize` .*shorter_edge, got 'border'"),
+        (lambda: ImagePreprocessing(9, interpolation="lanczos"), r"`interpolation` .*'lanczos'"),
+        (lambda: ImagePreprocessing(9, resampler="cv2"), r"`resampler` .*pillow.*got 'cv2'"),
+        (lambda: ImagePreprocessing(9, rounding="timm"), r"`rounding` .*got 'timm'"),
         (lambda: ImagePreprocessing(9)(raw_images(1, 9, 9, 4)), r"1 or 3.*\(1, 9, 9, 4\)"),
         (lambda: ImagePreprocessing(9)(raw_images(9, 9, 1)), r"batch.*\(9, 9, 1\)"),
         (lambda: Augmentation(["spin"]), r"`augmentation` .*flip, shift, erase, got 'spin'"),

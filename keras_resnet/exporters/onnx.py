@@ -29,8 +29,10 @@ _OLDEST_RUNTIME = "ONNX Runtime 1.12"
 _BATCH = "batch"
 _SMALLEST = np.array(np.finfo("float32").tiny)
 
-# Operators with weights. The operators before the first of them scale the images.
-_WEIGHTED = ("Conv", "Gemm", "MatMul")
+# Operators with weights. The operators before the first of them scale the images; where there is a
+# convolution, matrix products before it resize them.
+_CONVOLUTION = "Conv"
+_WEIGHTED = (_CONVOLUTION, "Gemm", "MatMul")
 
 
 def write(job, artifact, path):
@@ -182,7 +184,36 @@ def _int8(proto, images):
                 *(node.name for node in proto.graph.node if node.op_type == "Softmax"),
             ],
         )
-        return onnx.load(path)
+        return _sorted(onnx.load(path))
+
+
+def _sorted(proto):
+    """Sorts the nodes, each behind those that it reads from.
+
+    ONNX Runtime's quantizer overlooks what the branches of an `If` read from outside of them.
+    """
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    nodes, seen = [], set()
+
+    def visit(node):
+        if node.output[0] not in seen:
+            seen.add(node.output[0])
+            for name in _read_by(node):
+                if name in makers:
+                    visit(makers[name])
+            nodes.append(node)
+
+    for node in list(proto.graph.node):
+        visit(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto
+
+
+def _read_by(node):
+    """Returns the names of the tensors that a node, or a branch inside it, reads."""
+    inner = [n for attribute in node.attribute for n in attribute.g.node]
+    return [*node.input, *(name for each in inner for name in _read_by(each))]
 
 
 # precision -> function of the folded model and the calibration images that returns a model.
@@ -203,8 +234,9 @@ class _Calibration(CalibrationDataReader):
 def _scaling(proto):
     """Returns the names of the nodes that scale the images: those before the first with weights."""
     names = []
+    convolves = any(node.op_type == _CONVOLUTION for node in proto.graph.node)
     for node in proto.graph.node:
-        if node.op_type in _WEIGHTED:
+        if node.op_type in ((_CONVOLUTION,) if convolves else _WEIGHTED):
             break
         names.append(node.name)
     return names

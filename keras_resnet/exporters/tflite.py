@@ -7,6 +7,7 @@ import flatbuffers
 import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
+from tensorflow.lite.python.convert import mlir_quantize
 
 from keras_resnet.exporters import graph
 from keras_resnet.exporters.formats import least_halved
@@ -25,7 +26,12 @@ def _int8(converter, images):
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.representative_dataset = lambda: ({graph.IMAGE: image[None]} for image in images)
+    # `_quantize` does the rest: the converter would quantize the resampling of the images, too.
+    converter._experimental_calibrate_only = True
 
+
+_CONVOLUTION = schema.BuiltinOperator.CONV_2D
+_PRODUCTS = {schema.BuiltinOperator.BATCH_MATMUL, schema.BuiltinOperator.FULLY_CONNECTED}
 
 # The converter's metadata entry: the first version of TensorFlow Lite with all of the operators.
 _OLDEST_RUNTIME = b"min_runtime_version"
@@ -84,9 +90,27 @@ def _convert(module, precision, images):
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         _SETTINGS[precision](converter, images)
         try:
-            return bytes(converter.convert())
+            content = bytes(converter.convert())
+            return _quantize(content) if precision == "int8" else content
         except Exception as error:
             raise InputError(f"TFLite cannot hold this network: {_reason(error)}") from error
+
+
+def _quantize(calibrated):
+    """Quantizes a calibrated .tflite model to 8 bits, but for matrix products that resize images.
+
+    Their whole numbers need all bits of float32; so do the operators between them and the network.
+    """
+    model = schema.Model.GetRootAs(calibrated, 0)
+    table = [model.OperatorCodes(i).BuiltinCode() for i in range(model.OperatorCodesLength())]
+    subgraph = model.Subgraphs(0)
+    operators = [subgraph.Operators(index) for index in range(subgraph.OperatorsLength())]
+    kinds = [table[operator.OpcodeIndex()] for operator in operators]
+    kept = []
+    if _CONVOLUTION in kinds and _PRODUCTS & {*kinds[: kinds.index(_CONVOLUTION)]}:
+        outputs = [operator.OutputsAsNumpy() for operator in operators[: kinds.index(_CONVOLUTION)]]
+        kept = [subgraph.Tensors(i).Name().decode() for indices in outputs for i in indices]
+    return bytes(mlir_quantize(calibrated, denylisted_nodes=kept))
 
 
 def oldest_runtime(content):

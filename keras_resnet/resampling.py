@@ -1,0 +1,248 @@
+"""Pillow's resampling inside a graph: two matrix products, whatever the image's height and width.
+
+Pure `keras.ops`: any backend, and built-in operators of TFLite and ONNX. Height and width may be
+unknown until the graph runs; the weights are computed from them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_resnet.utils.errors import InputError
+
+
+def _triangle(distance, unit, dtype):
+    return ops.maximum(unit - distance, 0)
+
+
+def _cubic(distance, unit, dtype):
+    """Keys's cubic with a = −0.5, in factors: 1 − t, which both of its parts have, is exact."""
+    t, rest = (ops.cast(x, dtype) / ops.cast(unit, dtype) for x in (distance, unit - distance))
+    outside = ops.square(ops.maximum(2 - t, 0)) / 2
+    return rest * ops.where(t < 1, 1 + t - 1.5 * ops.square(t), outside)
+
+
+# name -> function of a distance between pixels, of the distance that is 1 to the filter, both whole
+# numbers, and of a type. It returns weights up to a common factor, whole numbers or of that type.
+FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
+
+
+class Resampler(NamedTuple):
+    """How a library resamples 8-bit images in two passes, each of which rounds to grey levels.
+
+    Attributes:
+        rows_first: Function of height, width, new height and new width that returns whether the
+            vertical pass is the first; None where it never is.
+        short_weights: Whether the weights of a pass have as many bits behind the point as let the
+            largest have 16 in all; otherwise they have 22.
+    """
+
+    rows_first: Callable | None = None
+    short_weights: bool = False
+
+
+RESAMPLERS = {
+    "pillow": Resampler(
+        lambda height, width, new_height, new_width: (
+            height - new_height > 2 * _maximum(0, width - new_width)
+        )
+    ),
+    # Pillow until 12.
+    "pillow12": Resampler(),
+    # PyTorch's tensors; torchvision leaves images of Pillow to Pillow.
+    "torch": Resampler(short_weights=True),
+}
+
+# name -> function of the pixels that a crop removes in total that returns how many come before it.
+OFFSETS = {
+    # int(round(margin / 2)) in Python, where halves go to the even number; timm uses it.
+    "torchvision": lambda margin: margin // 2 + (margin % 4) // 3,
+    "transformers": lambda margin: margin // 2,
+}
+
+# name -> function of height, width and the length asked for that returns the new height and width.
+LENGTHS = {
+    "squash": lambda height, width, length: (length, length),
+    # The ratio is kept, and the longer edge rounded down.
+    "shorter_edge": lambda height, width, length: tuple(
+        length * edge // _minimum(height, width) for edge in (height, width)
+    ),
+}
+
+
+def resized_length(image_size, crop_pct):
+    """Returns the edge of the resized image of which the centre, `image_size` pixels, is kept.
+
+    Example:
+        >>> resized_length(224, 0.875), resized_length(224, 0.95), resized_length(224, 1.0)
+        (256, 235, 224)
+    """
+    return math.floor(image_size / crop_pct)
+
+
+def find_crop_pct(image_size, resize_size):
+    """Returns the `crop_pct` of a preprocessing that is published as two lengths.
+
+    Args:
+        image_size: Edge of the crop, in pixels.
+        resize_size: The length that the image is resized to before, at least `image_size`.
+
+    Raises:
+        InputError: If the crop is larger than the resized image.
+
+    Example:
+        >>> resized_length(224, find_crop_pct(224, 232))
+        232
+    """
+    if not 0 < image_size <= resize_size:
+        raise InputError(
+            f"`resize_size` must be at least the size of the crop, {image_size}, got {resize_size}"
+        )
+    crop_pct = image_size / resize_size
+    if resized_length(image_size, crop_pct) == resize_size:
+        return crop_pct
+    # The quotient was rounded up; the number below it is right.
+    return math.nextafter(crop_pct, 0)
+
+
+def resample(
+    images,
+    image_size,
+    resize,
+    length,
+    interpolation="bilinear",
+    antialias=True,
+    resampler="pillow",
+    rounding="torchvision",
+    dtype="float32",
+):
+    """Returns the centre of resized images; only the rows and columns that it holds are computed.
+
+    With `antialias` it is `Image.resize` of 8-bit images: the filter grows with the scale, and each
+    of two passes rounds to whole grey levels in 0 … 255. Without, it is `tf.image.resize`, which
+    does neither.
+
+    Args:
+        images: (batch, height, width, channels), whole numbers in 0 … 255 of any type. height × the
+            resized height must be below 2**31, and so for the width.
+        image_size: Edge of the square that is returned, in pixels.
+        resize: A row of `LENGTHS`: "squash" or "shorter_edge".
+        length: The new length of both edges, or of the shorter one; at least `image_size`.
+        interpolation: A row of `FILTERS`: "bilinear" or "bicubic".
+        antialias: Whether to resample as Pillow does.
+        resampler: A row of `RESAMPLERS`, where `antialias`: "pillow", "pillow12" or "torch".
+        rounding: A row of `OFFSETS`: the library whose crop it is, "torchvision" or "transformers".
+        dtype: The type to compute in, "float32" or "float64".
+
+    Returns:
+        (batch, image_size, image_size, channels), of `dtype`.
+
+    Source:
+        The rules of the resampling: Pillow, `src/libImaging/Resample.c`; PyTorch,
+        `aten/src/ATen/native/cpu/UpSampleKernel.cpp`.
+
+    Example:
+        >>> images = ops.reshape(ops.arange(2 * 4), (1, 2, 4, 1))
+        >>> ops.convert_to_numpy(resample(images, 2, "squash", 2))[0, :, :, 0].tolist()
+        [[1.0, 2.0], [5.0, 6.0]]
+    """
+    height, width = ops.shape(images)[1:3]
+    new_height, new_width = LENGTHS[resize](height, width, length)
+    library = RESAMPLERS[resampler]
+    rows_first = (
+        antialias
+        and library.rows_first is not None
+        and library.rows_first(height, width, new_height, new_width)
+    )
+    x, *sizes = _choose(
+        rows_first,
+        lambda: (ops.transpose(images, (0, 3, 2, 1)), height, new_height, width, new_width),
+        lambda: (ops.transpose(images, (0, 3, 1, 2)), width, new_width, height, new_height),
+    )
+    for old, new in (sizes[:2], sizes[2:]):
+        kept = ops.arange(image_size, dtype="int32") + OFFSETS[rounding](new - image_size)
+        weights = _weights(old, new, kept, interpolation, antialias, dtype)
+        total = ops.sum(weights, axis=0, keepdims=True)
+        x = ops.cast(x, dtype)
+        if antialias:
+            scale = 2**22
+            if library.short_weights:
+                scale = _scale_of_16_bits(old, new, weights, interpolation, dtype)
+            x = _product_in_grey_levels(x, weights, total, scale)
+        else:
+            x = ops.matmul(x, ops.cast(weights, dtype) / ops.cast(total, dtype))
+        x = ops.swapaxes(x, 2, 3)
+    return _choose(
+        rows_first,
+        lambda: ops.transpose(x, (0, 3, 2, 1)),
+        lambda: ops.transpose(x, (0, 2, 3, 1)),
+    )
+
+
+def _choose(condition, yes, no):
+    """Returns yes() or no(); the graph chooses where the condition depends on the image's size."""
+    if isinstance(condition, bool):
+        return yes() if condition else no()
+    return ops.cond(condition, yes, no)
+
+
+def _weights(old, new, rows, interpolation, antialias, dtype):
+    """Returns the weights of all input pixels for the output pixels `rows`, up to a factor each.
+
+    Distances are in units of 1 / (2 × new) input pixels, where the centres of all pixels, counted
+    from the centre of the image, are whole numbers: rounding begins only behind the filter.
+    """
+    pixels = ops.expand_dims(ops.arange(old, dtype="int32"), 1)
+    distances = ops.abs((2 * rows + 1 - new) * old - (2 * pixels + 1 - old) * new)
+    unit = 2 * (_maximum(old, new) if antialias else new)
+    return FILTERS[interpolation](distances, unit, dtype)
+
+
+def _scale_of_16_bits(old, new, weights, interpolation, dtype):
+    """Returns the largest power of two, at most 2**22, that leaves all weights below 2**15.
+
+    Args:
+        old: The old length.
+        new: The new length.
+        weights: The weights of the pixels that the crop keeps.
+        interpolation: A row of `FILTERS`.
+        dtype: The type to compute in.
+    """
+    # The largest weights can be those at the edge, which a crop may not keep.
+    edge = ops.minimum(ops.arange(4, dtype="int32"), new - 1)
+    edge = _weights(old, new, edge, interpolation, True, dtype)
+    weights = ops.cast(ops.concatenate([edge, weights], axis=1), dtype)
+    largest = ops.max(weights / ops.sum(weights, axis=0, keepdims=True))
+    scales = ops.array([2**power for power in range(23)], "int32")
+    return ops.max(ops.where(ops.cast(scales, dtype) * largest < 2**15 - 0.5, scales, 0))
+
+
+def _product_in_grey_levels(x, weights, total, scale):
+    """Returns x @ (weights / total) as a library of 8-bit images does, in 0 … 255.
+
+    The library's weights are whole multiples of 1 / `scale`. Here each has two parts of 11 bits:
+    float32 adds the products of such parts and of 0 … 255 without an error, in any order, so that
+    every runtime gets the library's grey levels.
+    """
+    exact = ops.cast(total, x.dtype)
+    weights = weights * ops.cast(scale // 2**11, weights.dtype)
+    high = ops.floor(ops.cast(weights, x.dtype) / exact + 0.5)
+    rest = ops.cast(weights - ops.cast(high, weights.dtype) * total, x.dtype)
+    low = ops.floor(rest * 2**11 / exact + 0.5)
+    x, count = ops.matmul(x, ops.concatenate([high, low], axis=1)), high.shape[1]
+    scale = ops.cast(scale, x.dtype)
+    high, low = x[..., :count] * 2**11 / scale + 0.5, x[..., count:] / scale
+    whole = ops.floor(high)
+    return ops.clip(whole + ops.floor((high - whole) + low), 0, 255)
+
+
+def _minimum(a, b):
+    """Returns the smaller of two whole numbers; a number of Python if both are."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else ops.minimum(a, b)
+
+
+def _maximum(a, b):
+    """Returns the larger of two whole numbers; a number of Python if both are."""
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else ops.maximum(a, b)
