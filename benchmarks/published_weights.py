@@ -42,9 +42,8 @@ PUBLISHED_HEADER = """\
 CLASSES_HEADER = """\
 # The 1,000 classes of ImageNet (ILSVRC 2012) in the order of published networks.
 # Ids: WordNet 3.0's synsets in the order of timm {timm}'s imagenet_synsets.txt (Apache-2.0).
-# Names: torchvision {torchvision}'s _IMAGENET_CATEGORIES (BSD-3-Clause), which shorten WordNet's
-# lemmas (WordNet 3.0, copyright 2006 by Princeton University, all rights reserved; its licence
-# allows to use, copy, modify and distribute with this notice) and differ from each other.
+# Names: torchvision {torchvision}'s _IMAGENET_CATEGORIES (BSD-3-Clause): lemmas of WordNet 3.0
+# (WordNet 3.0 licence), shortened. imagenet_classes_licenses.txt has both licences.
 """
 
 

@@ -261,7 +261,10 @@ BAD = {
         "convert {weights} --model tiny --num-classes 10 --out {tmp}/m.keras",
         "the checkpoint's head has 12 classes, got `num_classes` 10: leave that out, or",
     ),
-    "checkpoint without a network": ("convert {weights} --out {tmp}/m.keras", "required: --model"),
+    "checkpoint without a network": (
+        "convert {weights} --out {tmp}/m.keras",
+        "weights alone do not state their network: name it, --model NAME",
+    ),
     "checkpoint to no folder": (
         "convert {weights} --model tiny --out {tmp}/no/m.keras",
         "there is no folder",

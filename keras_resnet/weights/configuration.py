@@ -12,6 +12,7 @@ import importlib.resources
 import re
 
 from keras_resnet.models import SPECS, Spec
+from keras_resnet.resampling import find_crop_pct
 from keras_resnet.untrusted import schema
 from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.tables import printable
@@ -306,6 +307,7 @@ def _timm_preprocessing(file, cfg, channels, size, crop_pct):
         "crop_pct": crop_pct or 0.875,
         "interpolation": filter_,
         "antialias": True,
+        "resampler": "pillow",
         "rounding": "torchvision",
     }
 
@@ -465,6 +467,7 @@ def _transformers_preprocessing(repository, channels):
         **_GEOMETRIES[family](file),
         "interpolation": _RESAMPLE[resample],
         "antialias": True,
+        "resampler": "torch",
         "rounding": "transformers",
     }
 
@@ -539,14 +542,6 @@ _GEOMETRIES = {
     "ConvNext": _convnext_geometry,
     **dict.fromkeys(("ViT", "DeiT", "Bit", "CLIP"), _usual_geometry),
 }
-
-
-def find_crop_pct(image_size, resized):
-    """Returns the largest share with which ``int(image_size / share)`` is `resized`."""
-    share = image_size / resized
-    while int(image_size / share) < resized:
-        share *= 1 - 2**-52
-    return share
 
 
 # ----------------------------------------------------------------------------------------------

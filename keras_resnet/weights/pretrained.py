@@ -111,8 +111,7 @@ def add_preprocessing(network, preprocessing):
     Returns:
         A Keras model of raw images of any size, uint8.
     """
-    keywords = {key: preprocessing[key] for key in ("mean", "std", "reverse_channels")}
-    return with_preprocessing(network, (None, None, network.input_shape[-1]), **keywords)
+    return with_preprocessing(network, (None, None, network.input_shape[-1]), **preprocessing)
 
 
 def describe(source, preprocessing=None, new_head=False):
