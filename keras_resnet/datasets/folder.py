@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,8 @@ from keras_resnet.utils.progress import bar
 
 _MOST_LISTED = 10
 
-# Names of a split's folder, or of its CSV without the suffix, in small letters -> the split.
+# Names of a split's folder, or of its CSV without the suffix, in small letters and without an
+# ending such as "_set" -> the split.
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -222,7 +224,8 @@ def _find_splits(entries, stem=False):
     """
     found = {}
     for entry in entries:
-        split = SPLIT_NAMES.get((entry.stem if stem else entry.name).lower())
+        name = (entry.stem if stem else entry.name).lower()
+        split = SPLIT_NAMES.get(re.sub(r"[ _-]?(set|data|images|labels)$", "", name))
         if split in found:
             raise InputError(
                 f"{printable_path(entry.parent)}: one of its entries may hold the {split} images, "
@@ -299,8 +302,9 @@ def _class_files(folder, may_be_empty):
     nested = next((entry for entry in entries if entry.is_dir()), None)
     if nested:
         raise InputError(
-            f"{printable_path(nested)}: a class folder must hold images only, found a folder; "
-            f"if {printable_path(folder.name)} is not a class, give folder:{printable_path(folder)}"
+            f"{printable_path(nested)}: a class folder must hold images only, found a folder; if "
+            f"{printable_path(folder.name)} is a part of the set and not a class, name the parts "
+            "train, val and test"
         )
     if not entries and not may_be_empty:
         raise InputError(

@@ -231,11 +231,11 @@ def test_split_folders_are_splits(tmp_path, name):
 
 
 def test_without_a_validation_folder_training_images_are_held_out(tmp_path):
-    root = make_splits(tmp_path, ["Training", "Testing"])
+    root = make_splits(tmp_path, ["training_set", "Testing"])
     dataset = load(root, validation_split=0.25)
     assert sizes(dataset) == {"train": 6, "validation": 2, "test": 8}
     held = dataset.splits["validation"].images.sources
-    assert {path.parts[-3] for path in held} == {"Training"}
+    assert {path.parts[-3] for path in held} == {"training_set"}
     # A set that is not trained on: its test images are measured.
     assert sizes(load(root, validation_split=None)) == {"train": 8, "test": 8}
     shutil.rmtree(root / "Testing")
@@ -258,6 +258,14 @@ def test_classes_must_be_those_of_the_training_images(tmp_path):
     dataset = load(root)
     assert dataset.splits["validation"].labels.tolist() == [0] * 4
     assert dataset.remarks == ("val has no images of coat",)
+
+
+def test_a_folder_in_a_class_is_refused(tmp_path):
+    message = error_of(make_splits(tmp_path, ["first", "second"]))
+    assert (
+        "bag: a class folder must hold images only, found a folder; if first is a part" in message
+    )
+    assert "name the parts train, val and test" in message
 
 
 def test_what_is_not_used_is_said(tmp_path):
