@@ -195,7 +195,10 @@ class Payload:
 BAD = {
     "no command": ("", "required: COMMAND"),
     "unknown command": ("fly", "invalid choice: 'fly'"),
-    "unknown recipe": ("train --recipe slow", "`recipe` must be one of quick, d2l, got 'slow'"),
+    "unknown recipe": (
+        "train --recipe slow",
+        "`recipe` must be one of quick, d2l, photos, got 'slow'",
+    ),
     "unknown precision": ("train --precision int4", "invalid choice: 'int4'"),
     "no epochs": ("train --epochs 0", "--epochs: must be positive and at most 1e+06, got 0"),
     "negative batch": (
