@@ -19,6 +19,7 @@ from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import replacing
 
 METADATA = checksums.METADATA
+_ATTRIBUTE = "keras_resnet_metadata"
 
 
 @contextlib.contextmanager
@@ -43,16 +44,33 @@ def _tensorflow_only_as_backend():
         lazy._available = None  # "not known yet", as it was
 
 
-def save_model(model, path, metadata):
+def save_model(model, path, metadata=None):
     """Saves `model` as a .keras file, whole or not at all, with `metadata` inside.
 
     Args:
         model: A Keras model; its optimizer's state is saved with it if it is compiled.
         path: The file to write; its name ends in .keras.
-        metadata: A dict that JSON can hold.
+        metadata: A dict that JSON can hold; by default the model's own, see `attach_metadata`.
     """
+    metadata = get_metadata(model) if metadata is None else metadata
     with replacing(path) as temporary:
         write_model(model, temporary, metadata)
+
+
+def attach_metadata(model, metadata):
+    """Gives a Keras model in memory the metadata that its file would hold.
+
+    Args:
+        model: A Keras model. `model.save` does not write its metadata, `save_model` does.
+        metadata: A dict that JSON can hold.
+    """
+    # Around Keras's own `__setattr__`, which looks for layers in every value.
+    object.__setattr__(model, _ATTRIBUTE, metadata)
+
+
+def get_metadata(model):
+    """Returns the metadata that `attach_metadata` gave a Keras model; an empty dict without."""
+    return getattr(model, _ATTRIBUTE, {})
 
 
 @_tensorflow_only_as_backend()

@@ -99,10 +99,13 @@ _LAUNCH_OPTIONS = {
 
 _JSON_OPTION = {"--json": {"action": "store_true", "help": "print JSON instead of a table"}}
 
+_NAME = ", such as timm/resnet18.a1_in1k; see `models`"
+
 _MODEL_ARGUMENT = {
     "model": {
         "metavar": "RUN_OR_MODEL",
-        "help": "a run folder, a .keras, .tflite or .onnx file, or a SavedModel's folder",
+        "help": "a run folder, a .keras, .tflite or .onnx file, a SavedModel's folder, or a "
+        f"published network's name{_NAME}",
     },
     "--trust": {
         "action": "store_true",
@@ -113,7 +116,10 @@ _MODEL_ARGUMENT = {
 }
 
 _EXPORT_OPTIONS = {
-    "model": {"metavar": "RUN_OR_MODEL", "help": "a run folder or a .keras file"},
+    "model": {
+        "metavar": "RUN_OR_MODEL",
+        "help": f"a run folder, a .keras file, or a published network's name{_NAME}",
+    },
     "--to": {"nargs": "+", "choices": tuple(EXPORTED), "help": "formats (default: all)"},
     "--precision": {
         "nargs": "+",
@@ -190,12 +196,12 @@ _CONVERT_OPTIONS = {
     "source": {
         "metavar": "CHECKPOINT",
         "help": "a safetensors file or a file of torch.save with any suffix (.pth, .pth.tar, "
-        ".ckpt, .bin …), or a .h5 or .keras file of keras.applications; its code is never run",
+        ".ckpt, .bin …), or a .h5 or .keras file of keras.applications; its code is never run; or "
+        f"a published network's name or folder{_NAME}",
     },
     "--model": {
         "metavar": "NAME",
-        "required": True,
-        "help": "a row of models.SPECS, such as resnet18",
+        "help": "a row of models.SPECS, such as resnet18; a published network states its own",
     },
     "--out": {"metavar": "FILE", "required": True, "help": "the .keras file to write"},
     "--num-classes": {
@@ -215,13 +221,33 @@ _CONVERT_OPTIONS = {
     "--normalize": {
         "metavar": "NAME",
         "help": "include resizing and this normalization, so that the model takes raw images, for "
-        f"`predict` and `evaluate`: {_NORMALIZATIONS}; default: the network alone",
+        f"`predict` and `evaluate`: {_NORMALIZATIONS}; default: the published one, or the network "
+        "alone",
+    },
+    "--no-preprocessing": {
+        "dest": "preprocessing",
+        "action": "store_false",
+        "help": "leave out the published preprocessing: a network of floats",
     },
     "--image-size": {
         "type": positive(int),
         "metavar": "PIXELS",
-        "help": "height and width of the network's input (default: any; 224 with --normalize)",
+        "help": "height and width of the network's input (default: the published one; else any, "
+        "or 224 with --normalize)",
     },
+    "--test-size": {
+        "action": "store_true",
+        "help": "take images of the size, and with the crop, at which the publisher measured the "
+        "accuracy",
+    },
+}
+
+_MODELS_OPTIONS = {
+    "model": {
+        "metavar": "MODEL",
+        "nargs": "?",
+        "help": "a row of models.SPECS, such as resnet18 (default: all)",
+    }
 }
 
 _SUMMARY_OPTIONS = {
@@ -296,9 +322,8 @@ def _launch_train(args, options):
     if options.run_dir is not None:
         check_empty(Path(options.run_dir))  # a restart would resume a run that is in it
         return [], ["--resume", "auto"]
-    run_dir = default_run_dir(
-        options.model or config.TrainConfig.model, options.recipe or config.TrainConfig.recipe
-    )
+    settings = config.TrainConfig(**_given(options, ("--model", "--dataset", "--recipe")))
+    run_dir = default_run_dir(settings.model, settings.recipe)
     return ["--run-dir", str(run_dir)], ["--resume", "auto"]
 
 
@@ -343,7 +368,8 @@ def _convert(args):
     from keras_resnet.utils.tables import format_table
     from keras_resnet.weights import convert
 
-    found = convert(**_given(args, _CONVERT_OPTIONS))
+    names = [name for name in _CONVERT_OPTIONS if name != "--no-preprocessing"]
+    found = convert(**_given(args, names), preprocessing=args.preprocessing)
     if args.json:
         print(json.dumps(found))
         return
@@ -352,6 +378,27 @@ def _convert(args):
     found["ignored"] = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
     rows = [{"found": name.replace("_", " "), "": str(value)} for name, value in found.items()]
     print(format_table(rows, ["found", ""]))
+
+
+def _models(args):
+    from keras_resnet.utils.tables import Column, format_table
+    from keras_resnet.weights import published_networks
+
+    rows = published_networks(args.model)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        for top1, pixels in (("top1", "pixels"), ("test_top1", "test_pixels")):
+            if row[top1] is not None:
+                row[top1] = f"{row[top1]:.1f} at {row[pixels]}"
+    columns = [
+        *("model", "variant", "name", Column("top1", "top-1, %")),
+        Column("test_top1", "at --test-size"),
+        Column("megabytes", "MB", ".1f"),
+        Column("license", "licence"),
+    ]
+    print(format_table(rows, columns))
 
 
 def _say(line):
@@ -390,7 +437,13 @@ def _verify(args):
 def _benchmark(args):
     from keras_resnet.evaluation.benchmark.results import format_benchmark
     from keras_resnet.evaluation.benchmark.run import benchmark
+    from keras_resnet.weights.hub import parse_name
 
+    if not Path(args.folder).is_dir() and parse_name(args.folder):
+        raise InputError(
+            f"{args.folder}: `benchmark` measures the files of an export: first `keras-resnet "
+            f"export {args.folder}`"
+        )
     report = benchmark(args.folder, rounds=args.rounds, out=args.out, trust=args.trust)
     print(json.dumps(report) if args.json else format_benchmark(report))
 
@@ -450,6 +503,15 @@ _COMMANDS = {
         "convert a published checkpoint to a .keras file",
         "Convert a checkpoint to a .keras file and print the network and the layout found in it.",
         {**_CONVERT_OPTIONS, **_JSON_OPTION},
+        None,
+    ),
+    "models": Command(
+        _models,
+        "list published networks by name",
+        "List the networks that are known to be published, by the names that `export`, `predict`,"
+        "\n`evaluate`, `convert` and `train --weights` take. The accuracies are their publishers': "
+        "top-1 of\nImageNet-1k's validation images, of the size behind it. – is not known.",
+        {**_MODELS_OPTIONS, **_JSON_OPTION},
         None,
     ),
     "export": Command(

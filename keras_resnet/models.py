@@ -371,11 +371,12 @@ def _head(x, variant, num_classes, include_top, pooling):
 
 def build_resnet(
     spec,
-    input_shape=(224, 224, 1),
-    num_classes=10,
+    input_shape=None,
+    num_classes=None,
     *,
-    variant="d2l",
+    variant=None,
     stem=None,
+    weights=None,
     include_top=True,
     pooling=None,
     return_features=False,
@@ -391,14 +392,22 @@ def build_resnet(
 
     Args:
         spec: The name of a row of `SPECS`, or a `Spec` of your own.
-        input_shape: (height, width, channels); height and width may be None.
-        num_classes: Number of logits; ignored if not `include_top`.
+        input_shape: (height, width, channels); height and width may be None. By default
+            (224, 224, 1), or the size and the channels of `weights`.
+        num_classes: Number of logits, by default 10, or that of `weights`; ignored if not
+            `include_top`.
         variant: The form of the network, a row of `VARIANTS`: "d2l" (Dive into Deep Learning:
-            biases, a bare 1×1 shortcut), "torchvision" (no biases, BatchNorm on the shortcut), "v1"
-            (as "torchvision", a bottleneck's stride on its first 1×1), "v2" (pre-activation), or
-            "keras_v1" and "keras_v2" (those of keras.applications).
+            biases, a bare 1×1 shortcut; the default, or that of `weights`), "torchvision" (no
+            biases, BatchNorm on the shortcut), "v1" (as "torchvision", a bottleneck's stride on its
+            first 1×1), "v2" (pre-activation), or "keras_v1" and "keras_v2" (those of
+            keras.applications).
         stem: A row of `STEMS`: "imagenet" (7×7 at stride 2, max pooling), "small" (3×3 at
-            stride 1, no pooling) or "deep" (three 3×3, max pooling); by default the spec's own.
+            stride 1, no pooling) or "deep" (three 3×3, max pooling); by default the spec's own, or
+            that of `weights`.
+        weights: The first weights: a published network's name, such as "timm/resnet18.a1_in1k", or
+            the path of a checkpoint; see `weights.sources.open_source`. A head with another number
+            of classes stays random; the first convolution is adapted to the images' channels. By
+            default all are random.
         include_top: Whether the network ends in logits. If not, it ends in the output of the last
             stage, or in one number per channel where `pooling` is given.
         pooling: "avg" or "max", over height and width; before logits, "avg" by default.
@@ -432,13 +441,26 @@ def build_resnet(
         >>> backbone.output["stage3"].shape, backbone.output["output"].shape
         ((None, 6, 6, 256), (None, 512))
     """
+    source = None
+    if weights is not None:
+        from keras_resnet.weights.sources import open_source  # which imports this module
+
+        source = open_source(weights)
+        source.check_spec(spec)
+        input_shape = input_shape or source.input_shape
+        num_classes = num_classes or source.checkpoint.num_classes
+        variant, stem = variant or source.checkpoint.variant, stem or source.checkpoint.stem
     if not isinstance(spec, Spec):
         name = name or spec
         spec = look_up(SPECS, spec, "spec")
+    input_shape, num_classes = (
+        input_shape or (224, 224, 1),
+        10 if num_classes is None else num_classes,
+    )
     _check_input_shape(input_shape)
     if include_top:
         check_count("num_classes", num_classes)
-    variant = look_up(VARIANTS, variant, "variant")
+    variant = look_up(VARIANTS, variant or "d2l", "variant")
     stem = look_up(STEMS, stem or spec.stem, "stem")
     if pooling is not None:
         look_up(_POOLINGS, pooling, "pooling")
@@ -451,15 +473,20 @@ def build_resnet(
     if return_features:
         named = {f"stage{index}": stage for index, stage in enumerate(stages, start=1)}
         outputs = {**named, "output": outputs}
-    return keras.Model(inputs, outputs, name=name or "resnet")
+    model = keras.Model(inputs, outputs, name=name or "resnet")
+    if source:
+        new_head = not include_top or source.checkpoint.num_classes != num_classes
+        source.load_into(model, skip_head=new_head, adapt_input=True)
+    return model
 
 
-def build_resnet18(input_shape=(224, 224, 1), num_classes=10, **kwargs):
+def build_resnet18(input_shape=None, num_classes=None, **kwargs):
     """Builds ResNet-18: 18 layers with weights, counting convolutions and the last Dense layer.
 
     Args:
-        input_shape: (height, width, channels); height and width may be None.
-        num_classes: Number of logits.
+        input_shape: (height, width, channels); height and width may be None. By default
+            (224, 224, 1), or that of `weights`.
+        num_classes: Number of logits; by default 10, or that of `weights`.
         **kwargs: Arguments of `build_resnet`.
 
     Returns:
@@ -482,7 +509,7 @@ def build_resnet18(input_shape=(224, 224, 1), num_classes=10, **kwargs):
     return build_resnet("resnet18", input_shape, num_classes, **kwargs)
 
 
-def build_resnet34(input_shape=(224, 224, 1), num_classes=10, **kwargs):
+def build_resnet34(input_shape=None, num_classes=None, **kwargs):
     """Builds ResNet-34; arguments, result and source as for `build_resnet18`, 34-layer column.
 
     Example:
@@ -492,7 +519,7 @@ def build_resnet34(input_shape=(224, 224, 1), num_classes=10, **kwargs):
     return build_resnet("resnet34", input_shape, num_classes, **kwargs)
 
 
-def build_resnet50(input_shape=(224, 224, 1), num_classes=10, **kwargs):
+def build_resnet50(input_shape=None, num_classes=None, **kwargs):
     """Builds ResNet-50, of bottlenecks; arguments and result as for `build_resnet18`.
 
     Source:
@@ -505,7 +532,7 @@ def build_resnet50(input_shape=(224, 224, 1), num_classes=10, **kwargs):
     return build_resnet("resnet50", input_shape, num_classes, **kwargs)
 
 
-def build_resnet101(input_shape=(224, 224, 1), num_classes=10, **kwargs):
+def build_resnet101(input_shape=None, num_classes=None, **kwargs):
     """Builds ResNet-101, of bottlenecks: `build_resnet18` with the 101-layer column of table 1.
 
     Example:
@@ -516,7 +543,7 @@ def build_resnet101(input_shape=(224, 224, 1), num_classes=10, **kwargs):
     return build_resnet("resnet101", input_shape, num_classes, **kwargs)
 
 
-def build_resnet152(input_shape=(224, 224, 1), num_classes=10, **kwargs):
+def build_resnet152(input_shape=None, num_classes=None, **kwargs):
     """Builds ResNet-152, of bottlenecks: `build_resnet18` with the 152-layer column of table 1.
 
     Example:

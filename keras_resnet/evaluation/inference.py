@@ -25,6 +25,8 @@ from keras_resnet.runtimes.resized import resized
 from keras_resnet.utils.errors import ImageError, InputError, one_line
 from keras_resnet.utils.files import expand_user
 from keras_resnet.utils.progress import note
+from keras_resnet.weights.hub import find_repository
+from keras_resnet.weights.pretrained import from_pretrained
 
 _NO_IMAGES = (
     "it takes floats that are normalised already, not images: name their normalisation with "
@@ -177,8 +179,8 @@ def load(path, *, trust=False, normalize=None, threads=None, prober=None):
     """Loads a model of any format for inference; runs no code from a file that is not trusted.
 
     Args:
-        path: A .keras, .tflite or .onnx file, a SavedModel folder, or the folder of a finished
-            run.
+        path: A .keras, .tflite or .onnx file, a SavedModel folder, the folder of a finished run, or
+            a published network's name or folder, such as "timm/resnet18.a1_in1k".
         trust: Whether to load a SavedModel, which is code, and to load .tflite and .onnx files
             without trying them in another process first.
         normalize: The normalisation of the floats that the model takes, a row of
@@ -204,9 +206,29 @@ def load(path, *, trust=False, normalize=None, threads=None, prober=None):
         >>> probabilities.shape, probabilities.sum(axis=1).round(3).tolist()
         ((2, 3), [1.0, 1.0])
     """
-    path = resolve_model_path(path)
-    runtime = open_runtime(path, threads=threads, trust=trust, prober=prober)
-    return Predictor(normalized(resized(runtime), normalize))
+    return Predictor(open_model(path, normalize, threads=threads, trust=trust, prober=prober))
+
+
+def open_model(model, normalize=None, **options):
+    """Opens a model by its path or by its published name: the one place for all commands.
+
+    Args:
+        model: See `load`, as for all that follow.
+        normalize: See `load`.
+        **options: Arguments of `open_runtime`.
+
+    Returns:
+        A `Runtime`.
+
+    Raises:
+        InputError: If there is no such model, or it cannot be loaded.
+    """
+    repository = find_repository(model)
+    if repository is None:
+        runtime = open_runtime(resolve_model_path(model), **options)
+        return normalized(resized(runtime), normalize)
+    runtime = KerasRuntime(from_pretrained(repository), path=repository.name)
+    return normalized(runtime, normalize)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -238,9 +260,9 @@ def evaluate_file(path, dataset=None, *, trust=False, normalize=None, **options)
 def load_data(predictor, dataset=None, **options):
     """Loads the images to evaluate a model on.
 
-    The training set is split as it was in training, and the held-out part is used. Any other set
-    is used as a whole, or its test split if it has one. If training images are among the images,
-    a note on standard error states their number.
+    The training set is split as it was in training, and the held-out part is used. Of any other set
+    the test split is used, else the validation split, else the whole. If training images are among
+    the images, a note on standard error states their number.
 
     Args:
         predictor: A `Predictor`.
@@ -369,8 +391,9 @@ def _check_match(predictor, data, split):
             f"{predictor.name}: the model takes images of shape {predictor.image_shape}, and "
             f"those of {data.name} are {shape}"
         )
-    known = predictor.metadata.get("class_names")
-    if known and known != list(data.class_names):
+    known, ids = (predictor.metadata.get(key) for key in ("class_names", "class_ids"))
+    # Folders of ImageNet have WordNet's ids for names.
+    if known and list(data.class_names) not in (known, ids):
         raise InputError(
             f"{predictor.name}: the model knows the classes {_first(known)}, and {data.name} has "
             f"{_first(data.class_names)}"

@@ -9,15 +9,15 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnet.evaluation.inference import Predictor, resolve_model_path
+from keras_resnet.evaluation.inference import Predictor, open_model, resolve_model_path
 from keras_resnet.formats import EXPORTED, find_format
-from keras_resnet.runtimes import open_runtime
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.runtimes.normalized import normalized
 from keras_resnet.training.run_folder import CONFIG
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils import environment
 from keras_resnet.utils.errors import InputError
+from keras_resnet.weights.hub import find_repository
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def open_export_source(model, normalize=None):
     """Opens the model that is to be exported.
 
     Args:
-        model: A run folder, a .keras file, or a Keras model.
+        model: A run folder, a .keras file, a published network's name or folder, or a Keras model.
         normalize: See `export`.
 
     Returns:
@@ -64,12 +64,18 @@ def open_export_source(model, normalize=None):
         return ExportSource(predictor, {**record, "normalize": normalize})
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
-            f"a model is a run folder, a .keras file or a Keras model, got {model!r:.60}"
+            "a model is a run folder, a .keras file, a published network's name or a Keras model, "
+            f"got {model!r:.60}"
         )
+    if repository := find_repository(model):
+        predictor = Predictor(open_model(repository, normalize))
+        sha256 = predictor.metadata["origin"]["sha256"]
+        record = {"path": repository.name, "sha256": sha256, "normalize": normalize}
+        return ExportSource(predictor, record, repository.folder("-export"))
     given, path = Path(model), resolve_model_path(model)
     if path.is_dir() or find_format(path) in EXPORTED:
         raise InputError(f"{path}: an export is made of a run folder or a .keras file")
-    predictor = Predictor(normalized(open_runtime(path), normalize))
+    predictor = Predictor(open_model(path, normalize))
     size, sha256 = digest(path)
     record = {"path": str(path.resolve()), "sha256": sha256, "bytes": size, "normalize": normalize}
     if not given.is_dir():

@@ -20,7 +20,7 @@ class KerasRuntime(Runtime):
 
     Args:
         model: A model with one input and one output.
-        metadata: The metadata of its file.
+        metadata: The metadata of its file; by default those attached to the model.
         path: The file, if it was loaded from one.
         threads: Kept for the record: the backend's threads are those of this process.
 
@@ -31,7 +31,9 @@ class KerasRuntime(Runtime):
     format = "keras"
 
     def __init__(self, model, metadata=None, path=None, threads=None):
-        super().__init__(path, metadata, threads)
+        super().__init__(
+            path, archive.get_metadata(model) if metadata is None else metadata, threads
+        )
         self.model = model
         self.input, self.output = self._ends()
         self.graph_kind = base.kind_by_graph(*_producers(model))

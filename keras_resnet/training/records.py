@@ -1,7 +1,6 @@
 """The records of a run: config.json, and the metadata in each of its model files."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -51,6 +50,8 @@ def describe(trainer, num_parameters):
             "image_shape": list(dataset.image_shape),
             "splits": {name: len(split) for name, split in dataset.splits.items()},
             "evaluation_split": dataset.evaluation_split,
+            "selection_split": dataset.selection_split,
+            "class_counts": dataset.class_counts().tolist(),
         },
         "recipe": {"name": settings.recipe, **dataclasses.asdict(trainer.recipe)},
         "seed": settings.seed,
@@ -88,7 +89,7 @@ def model_metadata(trainer):
         "variant": trainer.recipe.variant,
         "stem": trainer.recipe.stem,
         "normalize": settings.normalize,
-        "origin": {"file": Path(source.path).name, "sha256": source.sha256} if source else None,
+        "origin": source.origin if source else None,
         "class_names": list(dataset.class_names),
         "background": find_background(train),
         "data": {**config.data_settings(settings), "fingerprint": dataset.fingerprint},

@@ -1,4 +1,4 @@
-"""Files of weights, opened once: the tensors, and the network that they come from."""
+"""Weights by path or by name, opened once: the tensors, and the network that they come from."""
 
 import dataclasses
 import os
@@ -8,13 +8,24 @@ import numpy as np
 from keras import ops
 
 from keras_resnet import archive
-from keras_resnet.models import module_of
+from keras_resnet.models import SPECS, module_of
 from keras_resnet.preprocessing import NORMALIZATIONS, ImagePreprocessing, find_normalization
+from keras_resnet.untrusted.common import check_regular_file
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.files import expand_user
 from keras_resnet.weights.applications import read_keras_applications
 from keras_resnet.weights.checkpoint import read_checkpoint, to_tensors
+from keras_resnet.weights.configuration import Configuration, read_configuration
+from keras_resnet.weights.hub import (
+    CONFIG,
+    WEIGHTS,
+    Repository,
+    check_pin,
+    check_sha256,
+    find_repository,
+    split_pin,
+)
 from keras_resnet.weights.layouts import (
     HEAD,
     LAYOUTS,
@@ -29,17 +40,21 @@ from keras_resnet.weights.transfer import find_variants, load_tensors, naming
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file of weights that was read once.
+    """Weights that were read once.
 
     Attributes:
-        path: The file, as it was named.
+        path: The file, or the repository, as it was named.
         sha256: The checksum (hex) of its bytes.
         checkpoint: The network that the tensors come from; see `inspect_tensors`.
         tensors: The tensors' names -> NumPy arrays.
         own_layout: The layout of a `.keras` file of this package; None for every other file, whose
             layout is a row of `LAYOUTS`.
         normalization: `mean`, `std` and `reverse_channels` of the preprocessing in such a
-            `.keras` file, a dict; None for a network that takes floats.
+            `.keras` file, or of a repository's, a dict; None where it is not known.
+        repository: The `hub.Repository` of the file; None for a file by itself.
+        configuration: The `Configuration` of that repository; None for a file by itself.
+        image_size: Height and width of the network's images, where the preprocessing in a `.keras`
+            file has them.
     """
 
     path: str
@@ -48,6 +63,9 @@ class Source:
     tensors: dict = dataclasses.field(repr=False)
     own_layout: Layout | None = dataclasses.field(default=None, repr=False)
     normalization: dict | None = None
+    repository: Repository | None = None
+    configuration: Configuration | None = None
+    image_size: int | None = None
 
     @property
     def description(self):
@@ -63,6 +81,42 @@ class Source:
                 layout=self.own_layout or self.checkpoint.layout,
                 skip_head=skip_head,
                 adapt_input=adapt_input,
+            )
+
+    @property
+    def input_shape(self):
+        """(height, width, channels) of the images; height and width are None if not known."""
+        known = self.configuration and self.configuration.preprocessing
+        size = known["image_size"] if known else self.image_size
+        return size, size, self.checkpoint.channels
+
+    @property
+    def origin(self):
+        """Where the weights come from, a dict that JSON can hold, for the metadata of models."""
+        if self.configuration is None:
+            return {"file": os.path.basename(self.path), "sha256": self.sha256}
+        stated, name = self.configuration, self.repository.hub_name
+        return {
+            "name": name.repository if name else self.path,
+            "revision": name.revision if name else None,
+            "sha256": self.sha256,
+            "library": stated.library,
+            "architecture": stated.architecture,
+            "license": stated.license,
+            "url": stated.origin_url,
+        }
+
+    def check_spec(self, spec):
+        """Refuses a network of another depth or width than the repository states.
+
+        Args:
+            spec: A row of `SPECS`, or a `Spec`.
+        """
+        stated = self.configuration
+        if stated and SPECS.get(spec, spec) != stated.spec:
+            raise InputError(
+                f"{self.path}: its weights are of {stated.model or stated.spec}, got the network "
+                f"{spec}"
             )
 
     def find_normalization(self):
@@ -85,35 +139,104 @@ class Source:
         )
 
 
-def open_source(path, layout=None):
-    """Reads a file of weights and finds the network that they come from; runs no code in it.
+def open_source(path, layout=None, *, revision=None, sha256=None):
+    """Reads weights and finds the network that they come from; runs no code in them.
 
     Args:
         path: A safetensors file or one of `torch.save`, whatever its name ends in; a `.h5` or
-            `.keras` file of keras.applications; or a `.keras` file with a network of
-            `build_resnet`, with or without preprocessing.
+            `.keras` file of keras.applications; a `.keras` file with a network of `build_resnet`,
+            with or without preprocessing; the name or the folder of a repository of timm or
+            transformers, such as "timm/resnet18.a1_in1k" (see `hub`); or a `Repository`.
         layout: The name of a row of `LAYOUTS`, instead of recognising it.
+        revision: See `hub.find_repository`.
+        sha256: The checksum (hex) that the weights must have.
 
     Returns:
         A `Source`.
 
     Raises:
-        InputError: If the file cannot be read, is refused, or is of no known layout.
+        InputError: If the weights cannot be read, are refused, or are of no known layout.
     """
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike, Repository)):
         raise InputError(f"a checkpoint must be named by its path, got {type(path).__name__}")
+    if repository := find_repository(path, revision=revision, sha256=sha256):
+        return _open_repository(repository, layout)
+    path, pin = split_pin(os.fspath(path))
     path = str(expand_user(path))
-    with naming(path):
-        own_layout = normalization = None
+    if sha256 or pin:
+        check_regular_file(path, "checkpoint")
+        check_pin(path, path, check_sha256(sha256 or pin))
+    return _open_file(path, layout)
+
+
+def _open_repository(repository, layout):
+    """Returns the `Source` of a repository's weights."""
+    stated = read_configuration(repository)
+    source = _open_file(str(repository.fetch_weights()), layout, repository.name)
+    with naming(repository.name):
+        _check_agreement(stated, source)
+    checkpoint = dataclasses.replace(source.checkpoint, variant=stated.variant)
+    names = ("mean", "std", "reverse_channels")
+    known = stated.preprocessing
+    return dataclasses.replace(
+        source,
+        checkpoint=checkpoint,
+        normalization=known and {name: known[name] for name in names},
+        repository=repository,
+        configuration=stated,
+    )
+
+
+def _check_agreement(stated, source):
+    """Compares a configuration with the tensors beside it.
+
+    The network is built as the configuration states: a large number in it must not fill the
+    memory.
+    """
+    row, found, spec = LAYOUTS[source.checkpoint.layout], source.checkpoint, stated.spec
+    tensors = find_network(source.tensors, found.layout).select(source.tensors)
+    last_conv, expansion = ("conv2", 1) if spec.block == "basic" else ("conv3", 4)
+
+    def outputs(stage, block):
+        """Returns the channels of a block's output, or None where there is no such block."""
+        path = f"stage{stage}_block{block}/{last_conv}/kernel"
+        kernel = tensors.get(row.name(path))
+        return None if kernel is None else row.to_ours(path, kernel).shape[-1]
+
+    fits = stated.variant in (row.variant, *row.also)
+    pairs = [
+        ("variant", stated.variant, stated.variant if fits else row.variant),
+        ("channels", stated.channels, found.channels),
+        ("classes", stated.num_classes or None, found.num_classes),
+        ("stem", spec.stem, found.stem),
+    ]
+    stages = zip(spec.blocks, spec.filters, strict=True)
+    for stage, (blocks, filters) in enumerate(stages, start=1):
+        pairs.append((f"width of stage {stage}", filters * expansion, outputs(stage, blocks)))
+        pairs.append((f"block {blocks + 1} of stage {stage}", None, outputs(stage, blocks + 1)))
+    for name, theirs, ours in pairs:
+        if theirs != ours:
+            raise InputError(
+                f"{CONFIG} states {stated.architecture}: its {name} must be {theirs or 'none'}, "
+                f"{WEIGHTS} has {ours or 'none'}"
+            )
+
+
+def _open_file(path, layout, name=None):
+    """Returns the `Source` of a file; `name` stands for its path in messages."""
+    name = name or path
+    with naming(name):
+        own_layout = normalization = size = None
         if os.path.splitext(path)[1] == ".keras" and archive.is_ours(path):
-            tensors, own_layout, normalization = _read_own(path)
+            tensors, own_layout, normalization, size = _read_own(path)
         else:
             tensors = read_tensors(path)
         network = find_network(tensors, own_layout or layout)
         _check_head(network.select(tensors), network.row)
         checkpoint = inspect_tensors(tensors, own_layout or layout)
     # After the reader, which refuses files without an end, such as a pipe.
-    return Source(path, digest(path)[1], checkpoint, tensors, own_layout, normalization)
+    known = {"own_layout": own_layout, "normalization": normalization, "image_size": size}
+    return Source(name, digest(path)[1], checkpoint, tensors, **known)
 
 
 def read_tensors(source):
@@ -134,7 +257,7 @@ def read_tensors(source):
 
 
 def _read_own(path):
-    """Returns the tensors, the layout and the normalization of a `.keras` file of ours."""
+    """Returns tensors, layout, normalization and image size of a `.keras` file of ours."""
     model = archive.load_model(path)
     models = [each for each in (model, *_layers(model)) if isinstance(each, keras.Model)]
     stems = {"stem_conv", "stem_conv1"}
@@ -153,7 +276,7 @@ def _read_own(path):
     names = ("mean", "std", "reverse_channels")
     normalization = {name: getattr(before, name) for name in names} if before else None
     layout = dataclasses.replace(OWN_LAYOUT, variant=variant)
-    return to_tensors(path, tensors), layout, normalization
+    return to_tensors(path, tensors), layout, normalization, before and before.image_size
 
 
 def _layers(model):
