@@ -191,7 +191,8 @@ def compare(preprocessor, photographs):
     module = ServedModule(model, serve, tf.TensorSpec([1, None, None, 3], "uint8", "image"))
 
     def run_keras(image):
-        return np.asarray(layer(image)), model.predict_on_batch(image)
+        x = np.asarray(layer(image))
+        return x, network.predict_on_batch(x)  # the model itself would be traced for each size
 
     run = {"Keras": run_keras, **make_runners(module)}
     found = {name: {key: [] for key in MEASURES} for name in run}

@@ -260,8 +260,8 @@ def _product_in_grey_levels(x, weights, total, scale):
     """Returns x @ (weights / total) as a library of 8-bit images does, in 0 … 255.
 
     The library's weights are whole multiples of 1 / `scale`. Here each has two parts of 11 bits:
-    float32 adds the products of such parts and of 0 … 255 without an error, in any order, so that
-    every runtime gets the library's grey levels.
+    float32 (and TensorFloat-32) adds the products of such parts and of 0 … 255 without an error, in
+    any order, as long as their sum is below 2**24. So every runtime gets the library's grey levels.
     """
     exact = ops.cast(total, x.dtype)
     weights = weights * ops.cast(scale // 2**11, weights.dtype)

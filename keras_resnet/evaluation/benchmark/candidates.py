@@ -148,6 +148,10 @@ def find_torch(source, folder):
     ]
 
 
+# What `torch_network` repeats of `ImagePreprocessing`.
+_RESIZING = {"resize": "squash", "crop_pct": 1, "interpolation": "bilinear", "antialias": False}
+
+
 def describe_d2l_network(model):
     """Returns the arguments with which `torch_network.load` builds a Keras model's network.
 
@@ -185,6 +189,9 @@ def describe_d2l_network(model):
         "logits at its end": network.layers[-1].name == "logits",
         "images of as many channels as it takes": model.input_shape[-1] == preprocessing.channels
         and not preprocessing.reverse_channels,
+        "images resized as `ImagePreprocessing` does by default": all(
+            getattr(preprocessing, name) == value for name, value in _RESIZING.items()
+        ),
     }
     for rule, kept in rules.items():
         if not kept:
