@@ -12,12 +12,10 @@ too. The client compares the size of a download, not its content: the sha256 is 
 
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from keras_resnet.untrusted.common import check_regular_file, refusing
@@ -284,17 +282,16 @@ def _is_offline():
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
-@functools.cache
-def _bar_class():
-    """Returns the client's progress bar, shown on a terminal only, and removed at the end."""
+def _bar_class(description):
+    """Returns a class for the client's progress bar, which it shows on a terminal only.
+
+    The client's own bar shows a part of an address, and stays.
+    """
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args, **kwargs):
-            kwargs = {**kwargs, "leave": False}
-            if not sys.stderr.isatty():
-                kwargs["disable"] = True
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **{**kwargs, "desc": description, "leave": False})
 
     return Bar
 
@@ -327,7 +324,7 @@ def _download(name, file, label, needed=True):
             file,
             revision=name.revision,
             library_name="keras-resnet-edge",
-            tqdm_class=_bar_class(),
+            tqdm_class=_bar_class(f"{name.repository} {file}"),
             **settings,
         )
         _check_content(path, label, file)

@@ -81,11 +81,14 @@ class Source:
             )
 
     @property
-    def input_shape(self):
-        """(height, width, channels) of the images; height and width are None if not known."""
-        known = self.configuration and self.configuration.preprocessing
+    def form(self):
+        """Input shape, number of classes, variant and stem of the network.
+
+        Height and width are None if they are not known, the number of classes without a head.
+        """
+        known, found = self.configuration and self.configuration.preprocessing, self.checkpoint
         size = known["image_size"] if known else None
-        return size, size, self.checkpoint.channels
+        return (size, size, found.channels), found.num_classes, found.variant, found.stem
 
     @property
     def origin(self):
