@@ -32,8 +32,9 @@ WEIGHTS = "model.safetensors"
 MAX_BYTES = 4 * 2**20
 """The size that a file other than the weights may have. The names of 21,841 classes take 2 MiB."""
 
+_SCHEMES = ("hf-hub:", "hf://")
 _NAME = re.compile(
-    r"(?P<scheme>hf-hub:|hf://)?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?"
+    rf"(?P<scheme>{'|'.join(_SCHEMES)})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?"
 )
 _PIN = re.compile(r"(?P<rest>.*)#sha256=(?P<sha256>[0-9a-fA-F]{64})")
 # A word that ends so is a file that is missing.
@@ -149,11 +150,7 @@ def parse_name(text):
         (None, None, None)
     """
     match = _NAME.fullmatch(text)
-    if not match:
-        return None
-    folder = match["repository"].partition("/")[0]
-    is_file = text.lower().endswith(_SUFFIXES) or os.path.isdir(folder)
-    if is_file and not match["scheme"]:
+    if not match or (text.lower().endswith(_SUFFIXES) and not match["scheme"]):
         return None
     return Name(match["repository"], match["revision"] or "main")
 
@@ -171,7 +168,7 @@ def find_repository(given, *, revision=None, sha256=None):
         sha256: The checksum (hex) that the weights must have, instead of one in the name.
 
     Returns:
-        A `Repository`; None if `given` is the path of another file or folder, or of none.
+        A `Repository`; None if `given` can only be the path of something else.
 
     Raises:
         InputError: If there is no such repository, or it cannot be downloaded.
@@ -190,6 +187,12 @@ def find_repository(given, *, revision=None, sha256=None):
     name = parse_name(text)
     if name is None:
         return None
+    folder = name.repository.partition("/")[0]
+    if os.path.isdir(folder) and not text.startswith(_SCHEMES):
+        raise InputError(
+            f"{text}: the folder {folder} has no such file or folder; if it is the name of a "
+            f"repository, write hf-hub:{text}"
+        )
     if revision is not None:
         name = dataclasses.replace(name, revision=revision)
     config = _download(name, CONFIG, text)

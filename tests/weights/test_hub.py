@@ -27,8 +27,8 @@ from keras_resnet.evaluation.inference import load, load_data
 from keras_resnet.models import SPECS, build_resnet18
 from keras_resnet.recipes import RECIPES
 from keras_resnet.training.fine_tuning import adopt_form, adopt_normalization, find_source
+from keras_resnet.weights import convert, published_networks, save_torch_weights
 from keras_resnet.weights import hub as client
-from keras_resnet.weights import published_networks, save_torch_weights
 from keras_resnet.weights.configuration import imagenet_classes, read_configuration
 from keras_resnet.weights.sources import open_source
 
@@ -244,9 +244,10 @@ def test_a_local_folder_of_a_repository_takes_precedence(hub, networks, tmp_path
         model = from_pretrained(given)
         check("folder", differences(model, networks[1][TINY]), 1e-5)
     assert hub.requests == [] and load(TINY).class_names == NAMES
-    # Another name of a folder that is there is a path, unless it is marked as a name.
-    with pytest.raises(InputError, match=r"^me/bottleneck: no such checkpoint file$"):
-        from_pretrained(BOTTLENECK)
+    # Something else in a folder that is there is a path, unless it is marked as a name.
+    for function in (from_pretrained, load):
+        with pytest.raises(InputError, match=r"^me/bottleneck: the folder me has no .* hf-hub:me"):
+            function(BOTTLENECK)
     assert from_pretrained(f"hf-hub:{BOTTLENECK}").name
 
 
@@ -624,6 +625,8 @@ def test_convert_by_name(hub, networks, tmp_path):
         *("--image-size", 32),
     )
     assert done.returncode == 0 and "floats, normalised already, 32×32×3" in done.stdout
+    found = convert(TINY, out=tmp_path / "other.keras", normalize="inception", image_size=48)
+    assert "raw images, resized to 48×48×3 and normalised inside: inception" in found["input"]
     done = run_main("convert", TINY, "--model", "resnet18", "--out", tmp_path / "no.keras")
     assert done.returncode == 2 and "its weights are of tiny, got the network" in done.stderr
 
