@@ -184,36 +184,7 @@ def _int8(proto, images):
                 *(node.name for node in proto.graph.node if node.op_type == "Softmax"),
             ],
         )
-        return _sorted(onnx.load(path))
-
-
-def _sorted(proto):
-    """Sorts the nodes, each behind those that it reads from.
-
-    ONNX Runtime's quantizer overlooks what the branches of an `If` read from outside of them.
-    """
-    makers = {name: node for node in proto.graph.node for name in node.output}
-    nodes, seen = [], set()
-
-    def visit(node):
-        if node.output[0] not in seen:
-            seen.add(node.output[0])
-            for name in _read_by(node):
-                if name in makers:
-                    visit(makers[name])
-            nodes.append(node)
-
-    for node in list(proto.graph.node):
-        visit(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    return proto
-
-
-def _read_by(node):
-    """Returns the names of the tensors that a node, or a branch inside it, reads."""
-    inner = [n for attribute in node.attribute for n in attribute.g.node]
-    return [*node.input, *(name for each in inner for name in _read_by(each))]
+        return onnx.load(path)
 
 
 # precision -> function of the folded model and the calibration images that returns a model.
