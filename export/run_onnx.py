@@ -48,7 +48,9 @@ def load(path, threads):
     def run(image):
         return session.run(None, {taken.name: image})[0]
 
-    return run, taken.shape[1:], given.shape[-1], metadata
+    # A name: any size.
+    sizes = [size if isinstance(size, int) else None for size in taken.shape[1:]]
+    return run, sizes, given.shape[-1], metadata
 
 
 class BadInput(Exception):
@@ -95,8 +97,29 @@ def to_eight_bits(image):
     return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
 
 
-def read_image(path, height, width, channels):
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def resize(image, height, width, metadata):
+    """Returns an image of the file's input size; of its own size if the file takes any."""
+    if height is None:
+        return image
+    step = (metadata.get("preprocessing") or {}).get("resizing", {})
+    if step.get("done_by") != "caller":
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    length = int(width / step["crop_pct"])
+    size = (length, length)
+    if step["resize"] == "shorter_edge":
+        size = tuple(length * edge // min(image.size) for edge in image.size)
+    image = image.resize(size, FILTERS[step["interpolation"]])
+    halves = [(edge - width) / 2 for edge in size]
+    left, top = map(round if step["rounding"] == "torchvision" else int, halves)
+    return image.crop((left, top, left + width, top + height))
+
+
+def read_image(path, shape, metadata):
     """Returns an image file as uint8, [1, height, width, channels], as in training."""
+    height, width, channels = shape
     try:
         # Pillow only warns of an image that would fill the memory.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -108,8 +131,8 @@ def read_image(path, height, width, channels):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if channels == 1 else "RGB")
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(image).reshape(1, height, width, channels)
+            image = resize(image, height, width, metadata)
+        return np.asarray(image).reshape(1, image.height, image.width, channels)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such image file") from None
     except Exception as error:  # Pillow raises many exceptions for a damaged file
@@ -127,9 +150,9 @@ def is_inverted(image, invert, background):
 
 def classify(path, model, args):
     """Returns the most probable labels of an image file, like `keras-resnet predict`."""
-    run, (height, width, channels), outputs, metadata = model
+    run, shape, outputs, metadata = model
     names = metadata.get("class_names") or [f"class {i}" for i in range(outputs)]
-    image = read_image(path, height, width, channels)
+    image = read_image(path, shape, metadata)
     inverted = is_inverted(image, args.invert, metadata.get("background"))
     probabilities = run(255 - image if inverted else image)[0].astype("float64")
     if not np.isfinite(probabilities).all():

@@ -45,6 +45,7 @@ _EXPORTS = {
     "load_dataset": "datasets",
     "Evaluation": "evaluation.metrics",
     "evaluate": "evaluation.metrics",
+    "grad_cam": "evaluation.grad_cam",
     "RECIPES": "recipes",
     "Recipe": "recipes",
     "Run": "training.trainer",

@@ -132,6 +132,19 @@ _EXPORT_OPTIONS = {
         "NAME.keras)",
     },
     **_EVALUATION_OPTIONS,
+    "--photos": {
+        "metavar": "PATH",
+        "nargs": "+",
+        "help": "photographs without labels, files or folders, instead of a data set: the files "
+        "are verified and calibrated on them, and no accuracy is measured",
+    },
+    "--input-size": {
+        "type": positive(int),
+        "nargs": 2,
+        "metavar": ("HEIGHT", "WIDTH"),
+        "help": "write files that take images which the caller has resized and cropped to this "
+        "size, for hardware that needs one (default: the files resize images themselves)",
+    },
     **_FOREIGN_OPTION,
     "--no-preprocessing": {
         "dest": "preprocessing",
@@ -309,9 +322,8 @@ def _launch_train(args, options):
     if options.run_dir is not None:
         check_empty(Path(options.run_dir))  # a restart would resume a run that is in it
         return [], ["--resume", "auto"]
-    run_dir = default_run_dir(
-        options.model or config.TrainConfig.model, options.recipe or config.TrainConfig.recipe
-    )
+    settings = config.TrainConfig(**_given(options, ("--model", "--dataset", "--recipe")))
+    run_dir = default_run_dir(settings.model, settings.recipe)
     return ["--run-dir", str(run_dir)], ["--resume", "auto"]
 
 
@@ -399,7 +411,7 @@ def _export(args):
     from keras_resnet.exporters.exporter import export
     from keras_resnet.exporters.summary import format_failures, format_manifest
 
-    names = ("to", "precision", "normalize", "preprocessing", "force")
+    names = ("to", "precision", "photos", "normalize", "preprocessing", "input_size", "force")
     options = {name: getattr(args, name) for name in names}
     report = None if args.json else _say
     try:

@@ -16,6 +16,9 @@ import sys
 from keras_resnet.utils.errors import InputError, look_up
 
 LARGEST = {int: 1_000_000, float: sys.float_info.max}
+CLASS_WEIGHTS = ("none", "balanced")
+DEFAULT_RECIPES = {"folder": "photos"}
+"""The recipe where none is named, by the kind of the data set; "quick" for all others."""
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 WORKER_TIMEOUT = 300.0
 """How long a worker waits for the others by default, in seconds."""
@@ -82,15 +85,16 @@ class DataConfig:
 
     dataset: str = _setting(
         "fashion_mnist",
-        "fashion_mnist (default), folder:PATH (one sub-folder a class) or tfds:NAME",
+        "fashion_mnist (default), folder:PATH (one sub-folder a class; or train, val and test with "
+        "such; or a CSV of file,label) or tfds:NAME",
     )
     data_dir: str | None = _setting(
         None, "folder of the data set, if it is not in a usual place", metavar="DIR"
     )
     validation_split: float = _setting(
         0.1,
-        "share of the images to hold out if the data set has no test split (default: 0.1; a data "
-        "set other than the training set is evaluated as a whole)",
+        "share of the images to hold out if a folder has no validation split, another data set no "
+        "test split (default: 0.1; a data set other than the training set is evaluated as a whole)",
         parse=_share,
         metavar="SHARE",
     )
@@ -109,7 +113,8 @@ class DataConfig:
 class TrainConfig(DataConfig):
     """The settings of a training run; the fields of `DataConfig` are among them.
 
-    A setting that is None has the recipe's or the checkpoint's value.
+    A setting that is None has the recipe's or the checkpoint's value; a recipe that is None becomes
+    that of `DEFAULT_RECIPES`.
     """
 
     model: str = _setting(
@@ -117,8 +122,10 @@ class TrainConfig(DataConfig):
         "resnet18 … resnet152, resnext50_32x4d, …: a row of models.SPECS (default: resnet18)",
         table="models.SPECS",
     )
-    recipe: str = _setting(
-        "quick", "training recipe, listed below (default: quick)", table="recipes.RECIPES"
+    recipe: str | None = _setting(
+        None,
+        "training recipe, listed below (default: photos for a folder, else quick)",
+        table="recipes.RECIPES",
     )
     epochs: int | None = _setting(
         None,
@@ -161,6 +168,12 @@ class TrainConfig(DataConfig):
         "that of the .keras file in --weights, else none",
         table="preprocessing.NORMALIZATIONS",
     )
+    class_weights: str = _setting(
+        "none",
+        "balanced gives each class the same weight in the loss, by its number of images; none "
+        "(default) each image",
+        choices=CLASS_WEIGHTS,
+    )
     precision: str = _setting(
         "auto",
         "dtype of the computation; auto (default) uses bfloat16 if the machine supports it",
@@ -176,6 +189,9 @@ class TrainConfig(DataConfig):
     )
 
     def __post_init__(self):
+        if self.recipe is None:
+            kind = str(self.dataset).partition(":")[0]
+            self._set("recipe", DEFAULT_RECIPES.get(kind, "quick"))
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise InputError(f"`seed` must be a whole number in 0 … 2³¹ − 1, got {self.seed!r}")
         if self.weights is not None and not isinstance(self.weights, (str, os.PathLike)):

@@ -69,7 +69,7 @@ FORMATS = {
         parser="ai_edge_litert.schema_py_generated",
         checksum="read_tflite_metadata",
         file="model-{precision}{batch}.tflite",
-        precisions=("float32", "float16", "dynamic", "int8"),
+        precisions=("float32", "float16", "dynamic", "int8", "integer"),
         # Runtimes that need static shapes: LiteRT.js, accelerators.
         batches=(None, 1),
     ),

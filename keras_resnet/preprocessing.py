@@ -4,6 +4,8 @@ Training, evaluation and every exported file hold the same layers, so that no ca
 repeat a resize or a normalisation. Pure Keras 3: any backend.
 """
 
+import math
+
 import keras
 from keras import ops
 
@@ -225,13 +227,193 @@ class ImagePreprocessing(keras.layers.Layer):
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
-# name -> a function that makes a layer, which changes training images at random.
+@keras.saving.register_keras_serializable(PACKAGE)
+class RandomResizedCrop(keras.layers.Layer):
+    """Cuts a random rectangle out of each image and resizes it; in inference, the middle.
+
+    Resizing is bilinear with antialiasing: two matrix products, whose weights are triangles as
+    wide as an output pixel, or as an input pixel where the image is enlarged.
+
+    Args:
+        image_size: Height and width of the result, in pixels.
+        crop_pct: In inference, the share of the shorter edge that the square in the middle has. If
+            this is `image_size` pixels, the square is cut out at the offset of torchvision's
+            `CenterCrop`; otherwise it is resized.
+        area: (smallest, largest) share of the image's area, in training.
+        proportions: (smallest, largest) width over height, relative to the image's, in training.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Input shape:
+        (batch, height, width, channels), numbers; height and width are known.
+
+    Output shape:
+        (batch, image_size, image_size, channels), float32.
+
+    Raises:
+        InputError: If the height or the width of the images is not known.
+
+    Source:
+        Szegedy et al., Going Deeper with Convolutions, 2015, section 6: 8 % to 100 % of the area,
+        proportions of 3/4 to 4/3.
+
+    Example:
+        >>> images = keras.random.uniform((2, 40, 40, 3))
+        >>> crop = RandomResizedCrop(32, crop_pct=0.8)
+        >>> tuple(crop(images, training=True).shape)
+        (2, 32, 32, 3)
+        >>> bool(ops.all(crop(images) == images[:, 4:36, 4:36]))
+        True
+    """
+
+    def __init__(
+        self, image_size, crop_pct=1.0, area=(0.35, 1.0), proportions=(3 / 4, 4 / 3), **kwargs
+    ):
+        super().__init__(**{"dtype": "float32", **kwargs})
+        check_count("image_size", image_size)
+        self.image_size = image_size
+        self.crop_pct = crop_pct
+        self.area = tuple(area)
+        self.proportions = tuple(proportions)
+        self.seeds = keras.random.SeedGenerator()
+
+    def build(self, input_shape):
+        """Checks `input_shape`; there are no weights."""
+        if None in input_shape[1:3]:
+            raise InputError(f"a crop needs images of a known size, got {tuple(input_shape)}")
+
+    def compute_output_shape(self, input_shape):
+        """Returns the output's shape for images of `input_shape`."""
+        return (input_shape[0], self.image_size, self.image_size, input_shape[-1])
+
+    def call(self, images, training=False):
+        """Returns a random part of each image, or the middle."""
+        height, width = images.shape[1:3]
+        images = ops.cast(images, self.compute_dtype)
+        if training:
+            count = ops.shape(images)[0]
+            area = self._uniform(count, *self.area)
+            ratio = ops.exp(self._uniform(count, *map(math.log, self.proportions)))
+            tall = ops.minimum(ops.sqrt(area / ratio), 1.0) * height
+            wide = ops.minimum(ops.sqrt(area * ratio), 1.0) * width
+            top = self._uniform(count, 0.0, 1.0) * (height - tall)
+            left = self._uniform(count, 0.0, 1.0) * (width - wide)
+            return self._resize(images, (top, left), (tall, wide))
+        edge = self.crop_pct * min(height, width)
+        if round(edge) == self.image_size:
+            top, left = (round((size - self.image_size) / 2) for size in (height, width))
+            return images[:, top : top + self.image_size, left : left + self.image_size]
+        starts = [ops.array([(size - edge) / 2], self.compute_dtype) for size in (height, width)]
+        return self._resize(images, starts, [ops.array([edge], self.compute_dtype)] * 2)
+
+    def _uniform(self, count, low, high):
+        return keras.random.uniform((count,), low, high, self.compute_dtype, self.seeds)
+
+    def _resize(self, images, starts, lengths):
+        """Returns rectangles of the images: their starts and lengths by axis, one or one each."""
+        _, height, width, channels = images.shape
+        rows, columns = (
+            self._weights(start, length, size)
+            for start, length, size in zip(starts, lengths, (height, width), strict=True)
+        )
+        # (·, size, height) × (count, height, width · channels), then the same for the columns.
+        x = ops.matmul(rows, ops.reshape(images, (-1, height, width * channels)))
+        x = ops.reshape(x, (-1, self.image_size, width, channels))
+        return ops.matmul(columns[:, None], x)
+
+    def _weights(self, start, length, size):
+        """Returns weights (·, image_size, size) of a part of an axis of `size` pixels."""
+        step = length / self.image_size
+        places = ops.arange(self.image_size, dtype=self.compute_dtype) + 0.5
+        centres = start[:, None] + step[:, None] * places
+        pixels = ops.arange(size, dtype=self.compute_dtype) + 0.5
+        distances = ops.abs(pixels - centres[..., None]) / ops.maximum(step, 1.0)[:, None, None]
+        weights = ops.relu(1 - distances)
+        return weights / ops.sum(weights, axis=-1, keepdims=True)
+
+    def get_config(self):
+        """Returns the arguments that make this layer again."""
+        names = ("image_size", "crop_pct", "area", "proportions")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class ColourJitter(keras.layers.Layer):
+    """Changes brightness, contrast and saturation of each image at random, in training.
+
+    Each of the three mixes the image with another one, black, its mean grey level or itself in
+    grey, by a factor from 1 − strength to 1 + strength.
+
+    Args:
+        strength: The largest change, above 0 and at most 1.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Input shape:
+        (batch, height, width, 1 or 3), numbers in 0 … 255.
+
+    Output shape:
+        That of the input, float32 in 0 … 255.
+
+    Source:
+        Howard, Some Improvements on Deep Convolutional Neural Network Based Image Classification,
+        2013, section 2.
+
+    Example:
+        >>> images = ops.full((1, 4, 4, 3), 100, dtype="uint8")
+        >>> changed = ColourJitter(0.2)(images, training=True)
+        >>> bool(ops.all(ops.abs(changed - 100) <= 20.001))
+        True
+    """
+
+    def __init__(self, strength=0.3, **kwargs):
+        super().__init__(**{"dtype": "float32", **kwargs})
+        if not 0 < strength <= 1:
+            raise InputError(f"`strength` must be above 0 and at most 1, got {strength!r}")
+        self.strength = strength
+        self.seeds = keras.random.SeedGenerator()
+
+    def compute_output_shape(self, input_shape):
+        """Returns `input_shape`."""
+        return input_shape
+
+    def call(self, images, training=False):
+        """Returns `images`, changed at random if `training`."""
+        x = ops.cast(images, self.compute_dtype)
+        if not training:
+            return x
+        x = self._mix(x, 0.0)
+        x = self._mix(x, ops.mean(_grey(x), axis=(1, 2), keepdims=True))
+        return self._mix(x, _grey(x)) if x.shape[-1] == 3 else x
+
+    def _mix(self, x, other):
+        shape = (ops.shape(x)[0], 1, 1, 1)
+        low, high = 1 - self.strength, 1 + self.strength
+        factor = keras.random.uniform(shape, low, high, self.compute_dtype, self.seeds)
+        return ops.clip(other + factor * (x - other), 0.0, 255.0)
+
+    def get_config(self):
+        """Returns the arguments that make this layer again."""
+        return {**super().get_config(), "strength": self.strength}
+
+
+def _grey(x):
+    if x.shape[-1] == 1:
+        return x
+    return ops.sum(x * ops.cast(ops.array(LUMA), x.dtype), axis=-1, keepdims=True)
+
+
+# These change raw images, before the preprocessing; the others change its result.
+RAW_AUGMENTATIONS = ("crop", "colour")
+
+# name -> a function that makes a layer, which changes training images at random. Its arguments are
+# the network's image size, and the share of the shorter edge that the network sees in inference.
 AUGMENTATIONS = {
-    "flip": lambda: keras.layers.RandomFlip("horizontal", data_format="channels_last"),
-    "shift": lambda: keras.layers.RandomTranslation(
+    "crop": RandomResizedCrop,
+    "colour": lambda *_: ColourJitter(),
+    "flip": lambda *_: keras.layers.RandomFlip("horizontal", data_format="channels_last"),
+    "shift": lambda *_: keras.layers.RandomTranslation(
         0.1, 0.1, fill_mode="constant", data_format="channels_last"
     ),
-    "erase": lambda: keras.layers.RandomErasing(
+    "erase": lambda *_: keras.layers.RandomErasing(
         scale=(0.02, 0.25), fill_value=0.0, value_range=(0, 1), data_format="channels_last"
     ),
 }
@@ -239,20 +421,23 @@ AUGMENTATIONS = {
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Augmentation(keras.layers.Layer):
-    """Changes images at random in training; otherwise returns them as they are.
+    """Changes images at random in training; otherwise returns them, "crop" the middle of them.
 
     Keras's random layers are called only in training: like `Resizing`, they would otherwise switch
     the layers behind them to training mode.
 
     Args:
-        names: Rows of `AUGMENTATIONS`, "flip", "shift", "erase", applied in the order given.
+        names: Rows of `AUGMENTATIONS`, applied in the order given.
+        image_size: Height and width of the result of "crop", in pixels.
+        crop_pct: See `RandomResizedCrop`; for "crop" only.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
-        (batch, height, width, channels), scaled to [0, 1].
+        (batch, height, width, channels): raw images for `RAW_AUGMENTATIONS`, for the others scaled
+        to [0, 1].
 
     Output shape:
-        That of the input.
+        That of the input; (batch, image_size, image_size, channels) with "crop".
 
     Raises:
         InputError: If a name is no row of `AUGMENTATIONS`.
@@ -263,32 +448,39 @@ class Augmentation(keras.layers.Layer):
         True
     """
 
-    def __init__(self, names=(), **kwargs):
+    def __init__(self, names=(), image_size=None, crop_pct=1.0, **kwargs):
         super().__init__(**kwargs)
         if isinstance(names, str):
             raise InputError(f"`names` must be a list of names, got {names!r}")
         self.names = tuple(names)
-        self.steps = [look_up(AUGMENTATIONS, name, "augmentation")() for name in self.names]
+        self.image_size, self.crop_pct = image_size, crop_pct
+        rows = [look_up(AUGMENTATIONS, name, "augmentation") for name in self.names]
+        self.steps = [row(image_size, crop_pct) for row in rows]
 
     def build(self, input_shape):
         """Builds each step; there are no weights."""
         for step in self.steps:
             step.build(input_shape)
+            input_shape = step.compute_output_shape(input_shape)
 
     def compute_output_shape(self, input_shape):
-        """Returns `input_shape`: augmentation keeps it."""
+        """Returns the output's shape for images of `input_shape`."""
+        for step in self.steps:
+            input_shape = step.compute_output_shape(input_shape)
         return input_shape
 
     def call(self, images, training=False):
         """Returns `images`, changed at random if `training`."""
-        if training:
-            for step in self.steps:
-                images = step(images, training=True)
+        for step in self.steps:
+            if training or isinstance(step, RandomResizedCrop):
+                images = step(images, training=training)
         return images
 
     def get_config(self):
         """Returns the arguments that make this layer again."""
-        return {**super().get_config(), "names": list(self.names)}
+        names = () if self.image_size is None else ("image_size", "crop_pct")
+        crop = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), "names": list(self.names), **crop}
 
 
 def with_preprocessing(
@@ -316,7 +508,8 @@ def with_preprocessing(
 
     Returns:
         A Keras model: input "image", uint8, (batch, *image_shape), to the network's logits. Its
-        layers are "preprocessing", "augmentation" and the network under its own name.
+        layers are "preprocessing", "augmentation" and the network under its own name; before
+        them "raw_augmentation", if there are `RAW_AUGMENTATIONS`.
 
     Raises:
         InputError: If the network's images are not square, or not of `image_size`.
@@ -335,6 +528,16 @@ def with_preprocessing(
             + (f" and `image_size` {image_size}" if image_size else "")
         )
     inputs = keras.Input(tuple(image_shape), dtype="uint8", name="image")
+    raw, others = (
+        [name for name in augmentation if (name in RAW_AUGMENTATIONS) == is_raw]
+        for is_raw in (True, False)
+    )
+    x = inputs
+    if raw:
+        crop_pct = preprocessing.get("crop_pct", 1.0)
+        x = Augmentation(raw, size, crop_pct, dtype="float32", name="raw_augmentation")(x)
+    if "crop" in raw:  # the images have their final size then
+        preprocessing = {**preprocessing, "resize": "squash", "crop_pct": 1.0}
     x = ImagePreprocessing(
         size,
         channels,
@@ -343,8 +546,8 @@ def with_preprocessing(
         reverse_channels=reverse_channels,
         **preprocessing,
         name="preprocessing",
-    )(inputs)
-    x = Augmentation(augmentation, name="augmentation")(x)
+    )(x)
+    x = Augmentation(others, name="augmentation")(x)
     return keras.Model(inputs, network(x), name=f"{network.name}_classifier")
 
 

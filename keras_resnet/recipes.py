@@ -1,6 +1,7 @@
 """The recipes for training a network, as data. To add a recipe, add a row."""
 
 import dataclasses
+import math
 
 from keras_resnet.utils.errors import InputError, check_count
 
@@ -15,9 +16,10 @@ class Recipe:
 
     Attributes:
         description: Its purpose, one line.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images; None: as many as `images_seen` needs.
         batch_size: Images per step.
-        image_size: Height and width that images are resized to, in pixels.
+        image_size: Height and width of the network's input, in pixels. With "shorter_edge", smaller
+            images make it smaller, unless the setting `image_size` was given.
         learning_rate: The learning rate; with a schedule, its peak.
         optimizer: A row of `training.trainer.OPTIMIZERS`.
         schedule: A row of `training.trainer.SCHEDULES`: "constant", "warmup" (constant after a
@@ -26,10 +28,22 @@ class Recipe:
         augmentation: Rows of `preprocessing.AUGMENTATIONS`.
         variant: A row of `models.VARIANTS`.
         stem: A row of `models.STEMS`; by default that of the network.
+        small_stem_up_to: Image size up to which the default stem is "small".
+        images_seen: Training images of a whole run, over all epochs; see `choose_epochs`.
+        resize: A row of `datasets.images.RESIZES`, and the `resize` of `ImagePreprocessing`. With
+            "shorter_edge" the trained model takes photographs of any size.
+        crop_pct: Share of the shorter edge that evaluation keeps, in the middle.
+        label_smoothing: See `losses.Crossentropy`.
+        patience: Share of the epochs without a better one after which a run stops. The result is
+            then the best epoch's network. None: all epochs are trained, and the last one counts.
+        head_epochs: First epochs of fine-tuning, in which the new head alone is trained.
+        head_learning_rate: The learning rate of these epochs.
+        frozen_statistics_below: Training images below which fine-tuning keeps each
+            BatchNormalization as the checkpoint has it, statistics, scale and offset.
     """
 
     description: str
-    epochs: int
+    epochs: int | None
     batch_size: int
     image_size: int
     learning_rate: float
@@ -39,11 +53,24 @@ class Recipe:
     augmentation: tuple[str, ...] = _row_of("preprocessing.AUGMENTATIONS", ())
     variant: str = _row_of("models.VARIANTS", "d2l")
     stem: str | None = _row_of("models.STEMS", None)
+    small_stem_up_to: int = 0
+    images_seen: int | None = None
+    resize: str = _row_of("datasets.images.RESIZES", "squash")
+    crop_pct: float = 1.0
+    label_smoothing: float = 0.0
+    patience: float | None = None
+    head_epochs: int = 0
+    head_learning_rate: float | None = None
+    frozen_statistics_below: int = 0
 
     def __post_init__(self):
         names = [self.augmentation] if isinstance(self.augmentation, str) else self.augmentation
         object.__setattr__(self, "augmentation", tuple(names))  # JSON has lists
-        for name in ("epochs", "batch_size", "image_size"):
+        for name in (
+            "batch_size",
+            "image_size",
+            "images_seen" if self.epochs is None else "epochs",
+        ):
             check_count(name, getattr(self, name))
         rate = self.learning_rate
         if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
@@ -66,7 +93,122 @@ RECIPES = {
         image_size=96,
         learning_rate=1e-3,
     ),
+    "photos": Recipe(
+        "a folder of photographs, in minutes on two CPU cores; with --weights: fine-tuning",
+        epochs=None,
+        images_seen=24_000,
+        batch_size=32,
+        image_size=128,
+        learning_rate=1e-3,
+        schedule="cosine",
+        augmentation=("crop", "colour", "flip"),
+        variant="torchvision",
+        small_stem_up_to=40,
+        resize="shorter_edge",
+        crop_pct=0.875,
+        label_smoothing=0.1,
+        patience=0.4,
+    ),
 }
+
+
+# Recipe -> its values that change when a run starts from the weights of another.
+FINE_TUNING = {
+    "photos": {
+        "images_seen": 12_000,
+        "image_size": 224,
+        "learning_rate": 3e-4,
+        "head_epochs": 3,
+        "head_learning_rate": 3e-3,
+        "frozen_statistics_below": 500,
+    },
+}
+
+LEAST_SIZE = 128
+"""Pixels of photographs for weights that were trained on smaller images, such as Fashion-MNIST."""
+
+LEAST_EPOCHS, MOST_EPOCHS = 8, 100
+
+
+def choose_epochs(images_seen, images):
+    """Returns the number of epochs in which a run sees about `images_seen` images.
+
+    Args:
+        images_seen: The number of training images over all epochs.
+        images: The number of training images.
+
+    Returns:
+        A number in `LEAST_EPOCHS` … `MOST_EPOCHS`.
+
+    Example:
+        >>> [choose_epochs(24_000, images) for images in (75, 700, 10_000)]
+        [100, 35, 8]
+    """
+    return min(max(math.ceil(images_seen / images), LEAST_EPOCHS), MOST_EPOCHS)
+
+
+def find_recipe(name, fine_tunes):
+    """Returns a row of `RECIPES`.
+
+    Args:
+        name: The row's name.
+        fine_tunes: Whether the run starts from the weights of another; see `FINE_TUNING`.
+    """
+    changes = FINE_TUNING.get(name, {}) if fine_tunes else {}
+    return dataclasses.replace(RECIPES[name], **changes)
+
+
+def settle(recipe, images, image_shape, *, stem, fixed_size=False):
+    """Returns a recipe with the values that depend on the data.
+
+    Args:
+        recipe: A `Recipe`.
+        images: The number of training images.
+        image_shape: (height, width, channels) of the images as they were loaded.
+        stem: The stem of the network, where the recipe has none.
+        fixed_size: Whether the recipe's image size stays, however small the images are.
+
+    Returns:
+        A `Recipe` with `epochs` and `stem`. Settled again, it stays as it is.
+
+    Example:
+        >>> settled = settle(RECIPES["photos"], 700, (32, 32, 3), stem="imagenet")
+        >>> settled.epochs, settled.image_size, settled.crop_pct, settled.stem
+        (35, 32, 1.0, 'small')
+    """
+    size, crop_pct = recipe.image_size, recipe.crop_pct
+    edge = min(image_shape[:2])
+    if recipe.resize == "shorter_edge" and not fixed_size and edge < stored_size(recipe):
+        size = min(size, edge)
+        crop_pct = find_crop_pct(size, edge)
+    epochs = recipe.epochs or choose_epochs(recipe.images_seen, images)
+    is_small = size <= recipe.small_stem_up_to
+    return dataclasses.replace(
+        recipe,
+        epochs=epochs,
+        image_size=size,
+        crop_pct=crop_pct,
+        stem=recipe.stem or ("small" if is_small else stem),
+        # A run of few epochs keeps some for the whole network.
+        head_epochs=min(recipe.head_epochs, epochs // 2),
+    )
+
+
+def find_crop_pct(size, edge):
+    """Returns the share of `edge` that is `size`, such that `stored_size` is `edge` again."""
+    share = size / edge
+    return share if math.floor(size / share) == edge else math.nextafter(share, 0)
+
+
+def stored_size(recipe):
+    """Returns the size at which images are loaded: their shorter edge with "shorter_edge".
+
+    Example:
+        >>> stored_size(RECIPES["photos"]), stored_size(RECIPES["quick"])
+        (146, 28)
+    """
+    # As timm and transformers compute it, and `ImagePreprocessing`.
+    return math.floor(recipe.image_size / recipe.crop_pct)
 
 
 def override(recipe, settings):
@@ -109,7 +251,7 @@ def scale_batch(recipe, replicas):
     """
     if replicas == 1:
         return recipe
-    rising = min(0.2, WARMUP_EPOCHS / recipe.epochs)
+    rising = min(0.2, WARMUP_EPOCHS / (recipe.epochs or MOST_EPOCHS))
     own = {"schedule": "warmup", "warmup": rising}
     if recipe.schedule != "constant":
         own = {"warmup": max(rising, recipe.warmup)}

@@ -184,8 +184,8 @@ def trained_run(fashion_folder, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
     done = run_main(
         *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
-        *("--run-dir", run_dir, "--image-size", 28, "--batch-size", 32, "--epochs", 3),
-        *("--precision", "float32"),
+        *("--recipe", "quick", "--run-dir", run_dir, "--image-size", 28, "--batch-size", 32),
+        *("--epochs", 3, "--precision", "float32"),
     )
     assert done.returncode == 0, done.stderr
     (run_dir / "stdout.txt").write_text(done.stdout)

@@ -78,11 +78,12 @@ def build(
     decay=None,
     stages=1,
     weighed=True,
+    label_smoothing=0.0,
     **compiled,
 ):
     """Returns a small compiled network of raw images; `decay` is steps of a cosine.
 
-    Without `weighed` it has the loss that Keras has for a single replica.
+    Without `weighed` it has the loss of a single replica.
     """
     import keras
 
@@ -104,7 +105,12 @@ def build(
                 rate = keras.optimizers.schedules.CosineDecay(rate, decay)
             model.compile(
                 keras.optimizers.SGD(rate, momentum=0.9),
-                choose_loss(images, BATCH, strategy.num_replicas_in_sync if weighed else 1),
+                choose_loss(
+                    images,
+                    BATCH,
+                    strategy.num_replicas_in_sync if weighed else 1,
+                    label_smoothing=label_smoothing,
+                ),
                 metrics=["accuracy"],
                 **compiled,
             )
@@ -138,7 +144,7 @@ def local_values(variable):
 # ----------------------------------------------------------------------------------------------
 
 
-def train_epoch(strategy, sync=True, epochs=1, **options):
+def train_epoch(strategy, sync=True, epochs=1, class_weights=None, **options):
     """Trains an epoch of ten steps; the last has fewer images."""
     import keras
 
@@ -147,7 +153,8 @@ def train_epoch(strategy, sync=True, epochs=1, **options):
     split, evaluation = read_split(IMAGES), read_split(100, 1000)
     model = build(strategy, len(split), sync, **options)
     curve = Curve()
-    shards = Shards(split, BATCH, strategy, lambda epoch: split.order(0, epoch))
+    order = lambda epoch: split.order(0, epoch)  # noqa: E731
+    shards = Shards(split, BATCH, strategy, order, class_weights=class_weights)
     held = Shards(evaluation, BATCH, strategy)
     history = model.fit(
         shards.dataset,

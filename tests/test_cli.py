@@ -108,7 +108,8 @@ def test_convert_prints_what_it_found(checkpoint, tiny, tmp_path, capsys):
 def test_fine_tuning_from_a_shell(checkpoint, fashion_folder, tmp_path):
     done = run_main(
         *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
-        *("--weights", checkpoint, "--freeze", "stem,stage1", "--normalize", "imagenet"),
+        *("--recipe", "quick", "--weights", checkpoint, "--freeze", "stem,stage1"),
+        *("--normalize", "imagenet"),
         *("--learning-rate", 1e-3, "--epochs", 3, "--batch-size", 32),
         *("--run-dir", tmp_path / "run"),
     )
@@ -194,7 +195,10 @@ class Payload:
 BAD = {
     "no command": ("", "required: COMMAND"),
     "unknown command": ("fly", "invalid choice: 'fly'"),
-    "unknown recipe": ("train --recipe slow", "`recipe` must be one of quick, d2l, got 'slow'"),
+    "unknown recipe": (
+        "train --recipe slow",
+        "`recipe` must be one of quick, d2l, photos, got 'slow'",
+    ),
     "unknown precision": ("train --precision int4", "invalid choice: 'int4'"),
     "no epochs": ("train --epochs 0", "--epochs: must be positive and at most 1e+06, got 0"),
     "negative batch": (
@@ -359,7 +363,7 @@ def test_a_failed_run_is_one_line_and_status_1(fashion_folder, tmp_path):
     done = run_main(
         *("train", "--model", "tiny", "--dataset", f"folder:{fashion_folder}"),
         *("--image-size", 28, "--learning-rate", 1e30, "--run-dir", tmp_path / "run"),
-        *("--precision", "float32"),
+        *("--recipe", "quick", "--precision", "float32"),
     )
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]

@@ -77,6 +77,7 @@ def test_settings_are_documented():
         ({"model": "resnet17"}, "`model` must be one of resnet18"),
         ({"recipe": "slow"}, "`recipe` must be one of quick, d2l"),
         ({"precision": "int8"}, "`precision` must be one of auto, float32"),
+        ({"class_weights": "heavy"}, "`class_weights` must be one of none, balanced, got 'heavy'"),
         ({"normalize": "zca"}, "`normalize` must be one of none"),
     ],
 )
@@ -110,3 +111,21 @@ def test_a_record_gives_the_data_settings_of_the_right_types():
     found = config.recorded_data_settings(record)
     assert found == {"dataset": "folder:x", "skip_bad": True, "seed": 3}
     assert DataConfig(**found).validation_split == 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "recipe"),
+    [
+        ({}, "quick"),
+        ({"dataset": "folder:x"}, "photos"),
+        ({"dataset": "folder:x", "recipe": "d2l"}, "d2l"),
+        ({"dataset": "tfds:cifar10"}, "quick"),
+    ],
+)
+def test_the_data_choose_the_recipe_where_none_is_named(settings, recipe):
+    assert TrainConfig(**settings).recipe == recipe
+    assert "default: photos for a folder, else quick" in options_text("--recipe")
+
+
+def options_text(option):
+    return config.options(TrainConfig)[option]["help"]

@@ -14,8 +14,11 @@ from keras_resnet.models import Spec, build_resnet
 from keras_resnet.preprocessing import (
     AUGMENTATIONS,
     NORMALIZATIONS,
+    RAW_AUGMENTATIONS,
     Augmentation,
+    ColourJitter,
     ImagePreprocessing,
+    RandomResizedCrop,
     find_normalization,
     with_preprocessing,
 )
@@ -247,8 +250,8 @@ def model_behind(*layers):
     "make",
     [
         lambda: model_behind(ImagePreprocessing(16)),
-        lambda: model_behind(Augmentation(AUGMENTATIONS)),
-        lambda: model_behind(Augmentation(AUGMENTATIONS), ImagePreprocessing(16)),
+        lambda: model_behind(Augmentation(AUGMENTATIONS, 28)),
+        lambda: model_behind(Augmentation(AUGMENTATIONS, 16), ImagePreprocessing(16)),
         tiny_classifier,
     ],
     ids=["preprocessing", "augmentation", "both", "classifier"],
@@ -296,7 +299,7 @@ def test_classifier_wants_a_square_network_of_a_known_size():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("name", [n for n in AUGMENTATIONS if n not in RAW_AUGMENTATIONS])
 def test_augmentation_changes_images_in_training_only(name, channels):
     keras.utils.set_random_seed(0)
     images = np.random.default_rng(0).uniform(size=(8, 24, 24, channels)).astype("float32")
@@ -345,13 +348,92 @@ def test_augmentation_hands_on_the_policy_s_type(policy):
     try:
         inputs = keras.Input((10, 10, 1), dtype="uint8")
         model = keras.Model(
-            inputs, Augmentation(list(AUGMENTATIONS))(ImagePreprocessing(8)(inputs))
+            inputs, Augmentation(["flip", "shift", "erase"])(ImagePreprocessing(8)(inputs))
         )
     finally:
         keras.config.set_dtype_policy("float32")
     for training in (False, True):
         result = model(raw_images(2, 10, 10, 1), training=training)
         assert keras.backend.standardize_dtype(result.dtype) == policy.removeprefix("mixed_")
+
+
+def find_box(crop):
+    """Returns the box that a crop of 20×20 shows of 90×60 pixels, 2·x red and 4·y green."""
+    box = []
+    for line, scale, length in ((crop[10, :, 0], 2, 90), (crop[:, 10, 1], 4, 60)):
+        step = (line[15] - line[4]) / 11 / scale
+        middle = (line[9] + line[10]) / 2 / scale + 0.5
+        box.append(np.clip([middle - 10 * step, middle + 10 * step], 0, length))
+    (left, right), (top, bottom) = box
+    return left, top, right, bottom
+
+
+def test_a_crop_is_a_part_of_the_image_as_pillow_resizes_it():
+    keras.utils.set_random_seed(0)
+    # Each pixel knows its place: red across, green down.
+    down, across = np.mgrid[0:60, 0:90]
+    image = np.stack([across * 2, down * 4, 0 * down], axis=-1).astype("uint8")
+    crop = RandomResizedCrop(20)
+    results = ops.convert_to_numpy(crop(np.stack([image] * 64), training=True))
+    shares, offsets = [], []
+    for result in results:
+        box = find_box(result)
+        expected = Image.fromarray(image).resize((20, 20), Image.Resampling.BILINEAR, box=box)
+        # Pillow rounds, and its filter ends with the box, ours with the image.
+        assert np.abs(result - np.asarray(expected))[2:-2, 2:-2].max() < 1.5
+        shares.append((box[2] - box[0]) * (box[3] - box[1]) / 5400)
+        offsets.append(box[:2])
+    assert 0.33 < min(shares) < 0.5 and 0.8 < max(shares) <= 1
+    assert np.std(offsets, axis=0).min() > 2
+
+
+def test_the_middle_is_cut_out_where_no_training_is():
+    images = raw_images(2, 41, 60, 3)
+    crop = RandomResizedCrop(32, crop_pct=32 / 41)
+    # torchvision: round(9 / 2) and round(28 / 2).
+    np.testing.assert_array_equal(crop(images), images[:, 4:36, 14:46])
+    # Another size is resized, as the model that is trained resizes photographs.
+    model = ImagePreprocessing(
+        32, 3, resize="shorter_edge", crop_pct=32 / 41, antialias=True, std=1 / 255
+    )
+    down, across = np.mgrid[0:90, 0:127]
+    images = np.stack([across * 2, down * 2, down + across], axis=-1)[None].astype("uint8")
+    found, expected = crop(images), model(images)
+    # Lengths and offsets are rounded to pixels of 41 on the shorter edge there: 4.4 levels.
+    assert np.abs(ops.convert_to_numpy(found) - ops.convert_to_numpy(expected)).max() < 4.4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_jitter_keeps_the_range_and_grey_grey(channels):
+    keras.utils.set_random_seed(0)
+    images = raw_images(8, 12, 12, channels)
+    layer = ColourJitter(0.5)
+    np.testing.assert_array_equal(layer(images), images)
+    changed = ops.convert_to_numpy(layer(images, training=True))
+    assert changed.dtype == "float32" and changed.min() >= 0 and changed.max() <= 255
+    assert (
+        len({round(float(np.abs(a - b).mean()), 3) for a, b in zip(changed, images, strict=True)})
+        == 8
+    )
+    grey = np.repeat(images[..., :1], channels, axis=-1)
+    result = ops.convert_to_numpy(layer(grey, training=True))
+    np.testing.assert_allclose(result, result[..., :1].repeat(channels, axis=-1), atol=0.05)
+
+
+def test_raw_augmentation_stands_before_preprocessing():
+    network = build_resnet(Spec((1, 1), (4, 8)), (16, 16, 3), stem="small")
+    model = with_preprocessing(
+        network, (24, 24, 3), ["crop", "flip", "colour"], resize="shorter_edge", crop_pct=16 / 24
+    )
+    names = [layer.name for layer in model.layers[1:]]
+    assert names == ["raw_augmentation", "preprocessing", "augmentation", network.name]
+    assert model.get_layer("raw_augmentation").names == ("crop", "colour")
+    assert model.get_layer("augmentation").names == ("flip",)
+    images = raw_images(3, 24, 24, 3)
+    inference = with_preprocessing(
+        network, (None, None, 3), resize="shorter_edge", crop_pct=16 / 24, antialias=True
+    )
+    np.testing.assert_allclose(model(images), inference(images), atol=1e-5)
 
 
 # Configuration and errors
@@ -408,7 +490,10 @@ def test_config_makes_the_same_layer(layer):
         (lambda: ImagePreprocessing(9, rounding="timm"), r"`rounding` .*got 'timm'"),
         (lambda: ImagePreprocessing(9)(raw_images(1, 9, 9, 4)), r"1 or 3.*\(1, 9, 9, 4\)"),
         (lambda: ImagePreprocessing(9)(raw_images(9, 9, 1)), r"batch.*\(9, 9, 1\)"),
-        (lambda: Augmentation(["spin"]), r"`augmentation` .*flip, shift, erase, got 'spin'"),
+        (
+            lambda: Augmentation(["spin"]),
+            r"`augmentation` .*crop, colour, flip, shift, erase, got 'spin'",
+        ),
         (lambda: Augmentation("flip"), r"`names` must be .*got 'flip'"),
     ],
 )

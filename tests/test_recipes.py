@@ -8,7 +8,17 @@ import pytest
 
 from keras_resnet import models, preprocessing
 from keras_resnet.config import PRECISIONS
-from keras_resnet.recipes import RECIPES
+from keras_resnet.recipes import (
+    FINE_TUNING,
+    LEAST_EPOCHS,
+    MOST_EPOCHS,
+    RECIPES,
+    choose_epochs,
+    find_crop_pct,
+    find_recipe,
+    settle,
+    stored_size,
+)
 from keras_resnet.training import trainer
 from keras_resnet.training.precision import POLICIES, choose_precision
 from keras_resnet.utils.errors import InputError
@@ -34,6 +44,7 @@ def test_d2l_is_the_recipe_of_the_book():
     ("change", "message"),
     [
         ({"epochs": 0}, "`epochs` must be a whole number of at least 1, got 0"),
+        ({"epochs": None}, "`images_seen` must be a whole number of at least 1, got None"),
         ({"batch_size": 2.0}, "`batch_size` must be a whole number"),
         ({"image_size": True}, "`image_size` must be a whole number"),
         ({"learning_rate": -1}, "`learning_rate` must be positive and finite, got -1"),
@@ -43,6 +54,59 @@ def test_d2l_is_the_recipe_of_the_book():
 def test_recipes_out_of_range(change, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(RECIPES["quick"], **change)
+
+
+def test_fine_tuning_changes_rows_that_exist_into_valid_recipes():
+    for name in FINE_TUNING:
+        recipe = find_recipe(name, fine_tunes=True)
+        assert find_recipe(name, fine_tunes=False) == RECIPES[name] != recipe
+        assert recipe.learning_rate < recipe.head_learning_rate
+    assert find_recipe("quick", fine_tunes=True) == RECIPES["quick"]
+
+
+def test_photos_is_for_photographs():
+    photos = RECIPES["photos"]
+    assert photos.schedule == "cosine" and photos.label_smoothing == 0.1 and photos.patience
+    assert {"crop", "flip", "colour"} <= set(photos.augmentation)
+    assert photos.resize == "shorter_edge"
+    assert find_recipe("photos", fine_tunes=True).image_size == 224
+
+
+@pytest.mark.parametrize("images", [1, 75, 100, 500, 1000, 10_000, 1_000_000])
+def test_more_images_need_fewer_epochs(images):
+    seen = RECIPES["photos"].images_seen
+    epochs = choose_epochs(seen, images)
+    assert LEAST_EPOCHS <= epochs <= MOST_EPOCHS
+    if LEAST_EPOCHS < epochs < MOST_EPOCHS:
+        assert seen <= epochs * images < seen + images
+
+
+@pytest.mark.parametrize("edge", range(8, 160, 7))
+def test_small_images_make_a_small_network(edge):
+    recipe = settle(RECIPES["photos"], 500, (edge, edge + 9, 3), stem="deep")
+    assert recipe.image_size == min(128, edge)
+    assert stored_size(recipe) == min(edge, 146)
+    assert recipe.stem == ("small" if recipe.image_size <= 40 else "deep")
+    # On resume a settled recipe is settled again.
+    assert settle(recipe, 500, (edge, edge + 9, 3), stem="deep") == recipe
+    fixed = settle(RECIPES["photos"], 500, (edge, edge, 3), stem="deep", fixed_size=True)
+    assert (fixed.image_size, fixed.crop_pct) == (128, 0.875)
+
+
+def test_other_recipes_resize_and_stay_as_they_are():
+    for name in ("quick", "d2l"):
+        settled = settle(RECIPES[name], 100, (9, 9, 1), stem="imagenet")
+        assert settled == dataclasses.replace(RECIPES[name], stem="imagenet")
+        assert stored_size(settled) == settled.image_size
+
+
+@pytest.mark.parametrize("size", [28, 128, 224])
+def test_the_share_of_a_crop_gives_its_edge_again(size):
+    for edge in range(size, 2 * size):
+        recipe = dataclasses.replace(
+            RECIPES["photos"], image_size=size, crop_pct=find_crop_pct(size, edge)
+        )
+        assert stored_size(recipe) == edge
 
 
 def test_precisions_are_those_of_the_command_line():

@@ -23,7 +23,7 @@ _HELD_OUT = ("image_size", "channels", "validation_split", "seed")
 # The prefix of a data set's name -> its loader. The loader gets the text after the colon.
 LOADERS = {
     "fashion_mnist": Loader(load_fashion_mnist, ("data_dir", "channels", "prefer_tensorflow")),
-    "folder:": Loader(load_folder, (*_HELD_OUT, "skip_bad")),
+    "folder:": Loader(load_folder, (*_HELD_OUT, "skip_bad", "resize")),
     "tfds:": Loader(load_tfds, (*_HELD_OUT, "data_dir")),
 }
 
@@ -38,13 +38,15 @@ def load_dataset(
     skip_bad=False,
     seed=0,
     prefer_tensorflow=None,
+    resize="squash",
 ):
     """Loads a data set of labelled images.
 
     Images are uint8; they become floats inside the model only.
 
     Args:
-        name: "fashion_mnist", "folder:PATH" (one sub-folder for each class) or "tfds:NAME" (any
+        name: "fashion_mnist", "folder:PATH" (one sub-folder for each class, or train, val and test
+            with such, or a CSV of file,label; see `load_folder`) or "tfds:NAME" (any
             image-classification set of TensorFlow Datasets, `NAME[/CONFIG][:VERSION]`).
         data_dir: The folder of the Fashion-MNIST files, or TFDS's folder.
         image_size: One number or (height, width), in pixels: the size at which images of varying
@@ -53,15 +55,18 @@ def load_dataset(
             resizes them. (None, None) keeps every image's own size; see `ImageFiles`.
         channels: 1 (grey) or 3 (colour); by default the channels of the images.
         validation_split: The fraction of the training images that is held out for validation, for
-            sets without a test or validation split; None for a set that is not trained on, whose
-            splits "train" and "validation" are both the whole set.
+            sets without a validation split (those of TFDS: without a test split, either); None
+            for a set that is not trained on: if it has no other split, "train" and "validation"
+            are both the whole set.
         skip_bad: For "folder:", whether to leave out files that cannot be read.
         seed: Seed of the choice of validation images.
         prefer_tensorflow: For "fashion_mnist": whether to prefer a TFDS folder, which needs
             TensorFlow, to IDX files; by default if Keras's backend is TensorFlow.
+        resize: For "folder:", how images get `image_size`: "squash", or "shorter_edge" with the
+            middle cut out, so that proportions stay.
 
     Returns:
-        A `Dataset` with the split "train", and "test" or "validation".
+        A `Dataset` with the split "train", and "test" or "validation" or both.
 
     Raises:
         InputError: The name is none of the three forms, or the source is missing or faulty.
@@ -87,6 +92,7 @@ tfds:NAME, got 'imagenet'
         "skip_bad": skip_bad,
         "seed": seed,
         "prefer_tensorflow": prefer_tensorflow,
+        "resize": resize,
     }
     options = {option: given[option] for option in loader.options}
     return loader.load(*[argument] if argument else [], **options)

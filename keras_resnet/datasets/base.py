@@ -96,9 +96,11 @@ class Dataset:
     Attributes:
         name: The name that the user gave: "fashion_mnist", "folder:PATH", "tfds:NAME".
         class_names: One name for each label.
-        splits: "train", and "test" or "validation".
+        splits: "train", and "test" or "validation" or both.
         source: The place where it was found, in one line.
         fingerprint: sha256 (hex) of the contents; see `fingerprint_arrays`.
+        remarks: Sentences about the data that the user should know.
+        is_labelled: Whether the labels are known.
 
     Raises:
         InputError: A label of a split has no class name.
@@ -109,6 +111,8 @@ class Dataset:
     splits: Mapping[str, Split]
     source: str
     fingerprint: str
+    remarks: tuple[str, ...] = ()
+    is_labelled: bool = True
 
     def __post_init__(self):
         for split in self.splits.values():
@@ -123,6 +127,83 @@ class Dataset:
     def evaluation_split(self):
         """The name of the split to evaluate on: "test" if there is one, else "validation"."""
         return "test" if "test" in self.splits else "validation"
+
+    @property
+    def selection_split(self):
+        """The name of the split that training looks at after each epoch, to stop or to choose.
+
+        It is "validation" if there is one: a test split is for one look, after training.
+        """
+        return "validation" if "validation" in self.splits else self.evaluation_split
+
+    def class_counts(self):
+        """Returns the number of training images of each class, int64."""
+        return np.bincount(self.splits["train"].labels, minlength=len(self.class_names))
+
+
+MOST_COUNTED = 12
+"""A line names the counts of so many classes; of more it has the smallest, median and largest."""
+
+STRONG_IMBALANCE = 5
+"""The largest class over the smallest from which on imbalance is pointed out."""
+
+
+def describe_counts(dataset):
+    """Returns one line about the number of training images of each class.
+
+    Args:
+        dataset: A `Dataset`.
+
+    Example:
+        >>> split = Split(np.zeros((3, 2, 2, 1), "uint8"), [0, 1, 1])
+        >>> describe_counts(Dataset("x", ("cat", "dog"), {"train": split}, "here", "0"))
+        'training images per class: cat 1, dog 2'
+    """
+    counts = dataset.class_counts()
+    if len(set(counts)) == 1:
+        text = f"{counts[0]:,} in each of {len(counts)}"
+    elif len(counts) <= MOST_COUNTED:
+        pairs = zip(dataset.class_names, counts, strict=True)
+        text = ", ".join(f"{name} {count:,}" for name, count in pairs)
+    else:
+        least, most = (dataset.class_names[place(counts)] for place in (np.argmin, np.argmax))
+        text = (
+            f"{counts.min():,} ({least}) to {counts.max():,} ({most}), median "
+            f"{np.median(counts):,.0f}, {len(counts)} classes"
+        )
+    return f"training images per class: {text}"
+
+
+def find_imbalance(counts):
+    """Returns how many times as many images the largest class has as the smallest; None if few.
+
+    Args:
+        counts: The number of images of each class; empty classes are left out.
+
+    Example:
+        >>> find_imbalance(np.array([10, 0, 100])), find_imbalance(np.array([10, 20]))
+        (10.0, None)
+    """
+    present = counts[counts > 0]
+    ratio = float(present.max() / present.min())
+    return ratio if ratio >= STRONG_IMBALANCE else None
+
+
+def balanced_weights(counts):
+    """Returns the weight of each class that makes all classes weigh the same.
+
+    Args:
+        counts: The number of images of each class; the weight of a class without images is 0.
+
+    Returns:
+        A list of floats; their mean over all images is 1.
+
+    Example:
+        >>> balanced_weights(np.array([10, 30]))
+        [2.0, 0.6666666666666666]
+    """
+    present = np.count_nonzero(counts)
+    return [float(sum(counts) / (present * count)) if count else 0.0 for count in counts]
 
 
 def fingerprint_arrays(*splits):

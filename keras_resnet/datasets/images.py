@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from keras_resnet.utils import tables
-from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.errors import InputError, look_up, one_line
 
 # Modes with one grey value for each pixel. A palette counts as colour, whatever its colours are.
 GREY_MODES = frozenset({"1", "L", "LA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -36,6 +37,8 @@ _HALF_LEVEL = 0.5 / 255
 # The smallest maximum of floats with fractions that are taken for values in 0…255.
 _LEAST_OF_255 = 16
 _MARK_LENGTH = 8
+MOST_KEPT = 2**30
+"""Bytes of decoded images that an `ImageFiles` keeps at most: 5,461 images of 256×256 in colour."""
 # Pillow releases the interpreter lock while it decodes.
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -108,7 +111,31 @@ def _turn(image):
     return image if method is None else image.transpose(method)
 
 
-def decode_image(source, image_size, channels):
+def _squash(image, width, height):
+    """Resizes to the size, whatever the image's proportions."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _cover(image, width, height):
+    """Resizes to the smallest size of the image's proportions that covers the size; cuts it out.
+
+    The lengths and the offsets are those of torchvision's `Resize` and `CenterCrop`.
+    """
+    if image.width * height <= image.height * width:
+        image = _squash(image, width, max(height, int(width * image.height / image.width)))
+    else:
+        image = _squash(image, max(width, int(height * image.width / image.height)), height)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+# How an image gets a size: "shorter_edge" resizes the shorter edge to it and cuts the middle out.
+RESIZES = {"squash": _squash, "shorter_edge": _cover}
+
+
+def decode_image(source, image_size, channels, resize="squash"):
     """Decodes one image.
 
     Transparent images get a white background; palettes, CMYK and other colour spaces become RGB.
@@ -116,8 +143,10 @@ def decode_image(source, image_size, channels):
 
     Args:
         source: A path, or the bytes of a file.
-        image_size: (height, width) of the result, by bilinear resizing; None for the image's own.
+        image_size: (height, width) of the result, by bilinear resizing with antialiasing; None for
+            the image's own.
         channels: 1 or 3.
+        resize: A row of `RESIZES`.
 
     Returns:
         A uint8 array, [height, width, channels].
@@ -128,8 +157,7 @@ def decode_image(source, image_size, channels):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert(_MODES[channels])
     height, width = image_size[0] or image.height, image_size[1] or image.width
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = RESIZES[resize](image, width, height)
     return np.asarray(image).reshape(height, width, channels)
 
 
@@ -221,11 +249,12 @@ def border_level(images):
 class ImageFiles:
     """Encoded images with the interface of a uint8 array [count, height, width, channels].
 
-    Indexing decodes images; decoded images are not kept.
+    Indexing decodes images. Decoded images are not kept, unless `keep` was called.
 
     Attributes:
         sources: A tuple of paths, or of the bytes of files.
         shape: (count, height, width, channels).
+        resize: The way in which images get their size, a row of `RESIZES`.
 
     Args:
         sources: Paths, or the bytes of files.
@@ -233,6 +262,7 @@ class ImageFiles:
             stands for each image's own size, also in `shape`; images of several sizes must then
             be indexed one at a time.
         channels: 1 or 3.
+        resize: A row of `RESIZES`.
 
     Raises:
         InputError: An argument is out of range; when indexed, an image cannot be decoded, or the
@@ -248,24 +278,43 @@ class ImageFiles:
 
     dtype = np.dtype("uint8")
 
-    def __init__(self, sources, image_size, channels):
+    def __init__(self, sources, image_size, channels, resize="squash"):
         check_channels(channels)
+        look_up(RESIZES, resize, "resize")
         self.sources = tuple(sources)
         self.shape = (len(self.sources), *check_image_size(image_size), channels)
+        self.resize = resize
+        self._kept, self._is_kept = None, ()
 
     def __len__(self):
         return len(self.sources)
 
     def select(self, indices):
         """Returns the `ImageFiles` of an array of indices."""
-        return ImageFiles((self.sources[i] for i in indices), self.shape[1:3], self.shape[3])
+        sources = (self.sources[i] for i in indices)
+        return ImageFiles(sources, self.shape[1:3], self.shape[3], self.resize)
+
+    @property
+    def _has_size(self):
+        return None not in self.shape[1:]
+
+    def keep(self):
+        """Keeps images in memory once they are decoded, the first `MOST_KEPT` bytes of them.
+
+        Decoding a photograph of a telephone takes longer than a training step on it.
+        """
+        if self._has_size:
+            count = min(len(self), MOST_KEPT // math.prod(self.shape[1:]))
+            # The memory of an image is taken when it is written.
+            self._kept = np.empty((count, *self.shape[1:]), self.dtype)
+            self._is_kept = np.zeros(count, bool)
 
     def __getitem__(self, indices):
         """Decodes the images at `indices`, which index the first axis as those of an array do."""
         picked = np.arange(len(self))[indices]
         if picked.ndim == 0:
             return self._decode(picked)
-        if None in self.shape[1:]:
+        if not self._has_size:
             images = list(map_threads(self._decode, picked))
             if len({image.shape for image in images}) != 1:
                 raise InputError("images of their own sizes must be taken one at a time")
@@ -276,12 +325,18 @@ class ImageFiles:
         return batch
 
     def _decode(self, index):
+        if index < len(self._is_kept) and self._is_kept[index]:
+            return self._kept[index]
         source = self.sources[index]
         try:
-            return decode_image(source, self.shape[1:3], self.shape[3])
+            image = decode_image(source, self.shape[1:3], self.shape[3], self.resize)
         except Exception as error:  # see `open_upright`
             name = f"image {index}" if isinstance(source, bytes) else printable_path(source)
             raise InputError(f"{name}: cannot be decoded: {one_line(error)}") from error
+        if index < len(self._is_kept):
+            self._kept[index] = image
+            self._is_kept[index] = True  # after the image: another thread may look
+        return image
 
 
 def content_marks(images):

@@ -6,6 +6,7 @@ sum is the gradient of one replica that sees the whole batch.
 """
 
 import hashlib
+import time
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from keras_resnet import PACKAGE
 from keras_resnet.datasets.base import cut_batches
+from keras_resnet.losses import Crossentropy, make_loss
 from keras_resnet.utils.errors import InputError
 
 
@@ -33,6 +35,7 @@ class Shards:
         first_epoch: The epoch that the data set starts with.
         least: The smallest last batch of an epoch, in images; a smaller one joins the batch before
             it. By default one image a replica. See `datasets.base.cut_batches`.
+        class_weights: See `training.inputs.Batches`.
 
     Attributes:
         dataset: The input of `model.fit`.
@@ -48,7 +51,16 @@ class Shards:
         [[0, 1, 2, 3], [4]]
     """
 
-    def __init__(self, split, batch_size, strategy, order=None, first_epoch=0, least=None):
+    def __init__(
+        self,
+        split,
+        batch_size,
+        strategy,
+        order=None,
+        first_epoch=0,
+        least=None,
+        class_weights=None,
+    ):
         replicas = strategy.num_replicas_in_sync
         check_batches(len(split), batch_size, replicas)
         self.split = split
@@ -56,8 +68,14 @@ class Shards:
         self.steps = len(self.cuts)
         self.order = order or (lambda epoch: np.arange(len(split)))
         self.first_epoch = first_epoch
+        self.class_weights = class_weights
         self.failure = None
+        self._read_times = {}
         self.dataset = strategy.distribute_datasets_from_function(self._local)
+
+    def read_from_to(self, epoch, step):
+        """Returns when this process's shards of a step were read; see `Batches.read_from_to`."""
+        return self._read_times.get((epoch, step))
 
     def _local(self, context):
         """Returns the data set of this process: the shards of its replicas, in turn."""
@@ -68,25 +86,35 @@ class Shards:
             epoch = self.first_epoch
             while True:
                 order = self.order(epoch)
-                for cut in self.cuts:
+                for step, cut in enumerate(self.cuts):
                     shards = np.array_split(order[cut], context.num_replicas_in_sync)
-                    yield from map(self._read, shards[first : first + replicas])
+                    start = time.perf_counter()
+                    for shard in shards[first : first + replicas]:
+                        batch = self._read(shard)
+                        self._read_times[epoch, step] = start, time.perf_counter()
+                        yield batch
+                # Read ahead: the epoch before may still be trained.
+                for key in [key for key in self._read_times if key[0] < epoch]:
+                    del self._read_times[key]
                 epoch += 1
 
         images = tf.TensorSpec((None, *self.split.images.shape[1:]), "uint8")
-        dataset = tf.data.Dataset.from_generator(
-            batches, output_signature=(images, tf.TensorSpec((None,), "int64"))
-        )
+        numbers = ["int64"] if self.class_weights is None else ["int64", "float32"]
+        signature = (images, *(tf.TensorSpec((None,), dtype) for dtype in numbers))
+        dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
         # If a data set may end, the workers must agree before every step whether it has.
         endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
         return dataset.apply(endless).prefetch(2 * replicas)
 
     def _read(self, chosen):
         try:
-            return self.split.images[chosen], self.split.labels[chosen].astype("int64")
+            batch = self.split.images[chosen], self.split.labels[chosen].astype("int64")
         except InputError as error:
             self.failure = error
             raise
+        if self.class_weights is None:
+            return batch
+        return *batch, np.asarray(self.class_weights, "float32")[batch[1]]
 
 
 def check_batches(images, batch_size, replicas):
@@ -116,7 +144,7 @@ def check_batches(images, batch_size, replicas):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
+class GlobalBatchCrossentropy(Crossentropy):
     """The mean crossentropy of a batch that is cut into shards of different sizes.
 
     Keras takes the mean of the replicas' means, in which an image of a smaller shard has a larger
@@ -124,8 +152,7 @@ class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
     value is still the mean of the shard, because Keras's running mean of the loss needs that.
 
     Args:
-        from_logits: Whether the predictions are logits.
-        **kwargs: Further arguments of `keras.losses.SparseCategoricalCrossentropy`.
+        **kwargs: Arguments of `losses.Crossentropy`.
     """
 
     def __call__(self, y_true, y_pred, sample_weight=None):
@@ -140,7 +167,7 @@ class GlobalBatchCrossentropy(keras.losses.SparseCategoricalCrossentropy):
         return weight * loss + tf.stop_gradient((1 - weight) * loss)
 
 
-def choose_loss(images, batch_size, replicas, least=None):
+def choose_loss(images, batch_size, replicas, least=None, label_smoothing=0.0):
     """Returns the loss of logits for several replicas with `Shards`.
 
     Args:
@@ -148,10 +175,11 @@ def choose_loss(images, batch_size, replicas, least=None):
         batch_size: The number of images a step, over all replicas.
         replicas: The number of replicas.
         least: See `Shards`.
+        label_smoothing: See `losses.Crossentropy`.
 
     Returns:
-        Keras's loss if all shards have the same size, which saves a message a step; otherwise
-        `GlobalBatchCrossentropy`.
+        The loss of one replica, `losses.make_loss`, if all shards have the same size, which saves
+        a message a step; otherwise `GlobalBatchCrossentropy`.
 
     Example:
         >>> type(choose_loss(60000, 128, 4)).__name__, type(choose_loss(60000, 128, 3)).__name__
@@ -159,8 +187,9 @@ def choose_loss(images, batch_size, replicas, least=None):
     """
     cuts = cut_batches(images, batch_size, max(least or 0, replicas))
     even = all((cut.stop - cut.start) % replicas == 0 for cut in cuts)
-    kind = keras.losses.SparseCategoricalCrossentropy if even else GlobalBatchCrossentropy
-    return kind(from_logits=True)
+    if not even:
+        return GlobalBatchCrossentropy(label_smoothing)
+    return make_loss(label_smoothing)
 
 
 def synchronize_batchnorm(model):

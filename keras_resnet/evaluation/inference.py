@@ -21,6 +21,7 @@ from keras_resnet.runtimes import Runtime, open_runtime
 from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.runtimes.normalized import normalized
+from keras_resnet.runtimes.resized import resized
 from keras_resnet.utils.errors import ImageError, InputError, one_line
 from keras_resnet.utils.files import expand_user
 from keras_resnet.utils.progress import note
@@ -224,7 +225,8 @@ def open_model(model, normalize=None, **options):
     """
     repository = find_repository(model)
     if repository is None:
-        return normalized(open_runtime(resolve_model_path(model), **options), normalize)
+        runtime = open_runtime(resolve_model_path(model), **options)
+        return normalized(resized(runtime), normalize)
     runtime = KerasRuntime(from_pretrained(repository), path=repository.name)
     return normalized(runtime, normalize)
 
@@ -258,9 +260,9 @@ def evaluate_file(path, dataset=None, *, trust=False, normalize=None, **options)
 def load_data(predictor, dataset=None, **options):
     """Loads the images to evaluate a model on.
 
-    The training set is split as it was in training, and the held-out part is used. Any other set
-    is used as a whole, or its test split if it has one. If training images are among the images,
-    a note on standard error states their number.
+    The training set is split as it was in training, and the held-out part is used. Of any other set
+    the test split is used, else the validation split, else the whole. If training images are among
+    the images, a note on standard error states their number.
 
     Args:
         predictor: A `Predictor`.

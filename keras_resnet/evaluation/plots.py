@@ -276,6 +276,51 @@ def plot_predictions(evaluation, split, path, seed=0, *, rows=4, columns=6):
     save_png(grid.figure, path)
 
 
+def plot_heat_maps(evaluation, split, heat_maps, path, *, rows=6):
+    """Draws images beside what spoke for the predicted class, and for the true one, into a PNG.
+
+    The most confident errors come first; correct predictions, the least confident first, fill the
+    rows that are left.
+
+    Args:
+        evaluation: An `Evaluation` of `split`.
+        split: The `Split`, for its images.
+        heat_maps: Function of images (uint8) and classes that returns maps in 0 … 1, (count,
+            height, width); see `grad_cam`.
+        path: The PNG file.
+        rows: The largest number of images.
+
+    Raises:
+        InputError: `evaluation` is of another split.
+    """
+    _check_same_split(evaluation, split)
+    confidence = evaluation.probabilities.max(axis=1)
+    is_wrong = evaluation.predictions != evaluation.labels
+    order = np.argsort(np.where(is_wrong, -confidence, 1 + confidence), kind="stable")[:rows]
+    images = split.images[order]
+    predicted, true = evaluation.predictions[order], evaluation.labels[order]
+    maps = [heat_maps(images, classes) for classes in (predicted, true)]
+    grid = _Grid(len(order), 3, cell=1.7, below=0.42, above=0.62)
+    grid.heading("What spoke for the predicted and for the true class (Grad-CAM)", "brighter: more")
+    for row, image in enumerate(images):
+        wrong = predicted[row] != true[row]
+        names = [shorten(evaluation.class_names[each[row]], 17) for each in (predicted, true)]
+        grid.image(row, 0, image, f"true: {names[1]}", is_wrong=wrong)
+        for column in range(1 + wrong):
+            probability = evaluation.probabilities[order[row], (predicted, true)[column][row]]
+            caption = f"{names[column]}  {_percent(probability)}"
+            grid.image(row, 1 + column, _lit(image, maps[column][row]), caption)
+    save_png(grid.figure, path)
+
+
+def _lit(image, heat):
+    """Returns an image in grey, dark where `heat` is 0 and tinted orange where it is 1."""
+    grey = image.mean(axis=-1, keepdims=True)
+    tint = np.array([230, 159, 0])  # `ORANGE`
+    heat = heat[..., None]
+    return (grey * (0.35 + 0.25 * heat) + 0.4 * heat * tint).clip(0, 255).astype("uint8")
+
+
 def _sample(evaluation, count, random):
     is_wrong = evaluation.predictions != evaluation.labels
     wrong = random.permutation(np.flatnonzero(is_wrong))

@@ -27,6 +27,7 @@ _EPOCH_COLUMNS = (
     Column("learning_rate", "Learning rate", ".3g"),
     Column("seconds", "Seconds", ".1f"),
     Column("images_per_second", "Images/s", ",.0f"),
+    Column("waiting", "Waiting for data", ".1%"),
 )
 
 HISTORY_COLUMNS = tuple(column.key for column in _EPOCH_COLUMNS)
@@ -136,8 +137,8 @@ MAX_CLASS_ROWS = 100
 """The longest tables of `report.md`; history.csv and report.json hold all rows."""
 
 
-def write_report(run_dir, config, history, evaluation, split):
-    """Writes `report.json`, `report.md` and its four plots.
+def write_report(run_dir, config, history, evaluation, split, heat_maps=None):
+    """Writes `report.json`, `report.md` and its plots.
 
     Args:
         run_dir: The run folder; it is made if it is missing.
@@ -146,6 +147,7 @@ def write_report(run_dir, config, history, evaluation, split):
         history: One mapping for each epoch; see `HISTORY_COLUMNS`. It may be empty.
         evaluation: The `Evaluation` of the trained model.
         split: The `Split` that was evaluated.
+        heat_maps: See `plots.plot_heat_maps`; None draws none.
 
     Returns:
         The contents of `report.json`.
@@ -158,21 +160,26 @@ def write_report(run_dir, config, history, evaluation, split):
     report = build_report(config, history, evaluation)
     if has_curves := bool(_present(history, "loss")):
         plots.plot_learning_curves(
-            history, run_dir / "learning_curves.png", split_name=report["evaluation_split"]
+            history,
+            run_dir / "learning_curves.png",
+            split_name=_get(config, "dataset.selection_split") or report["evaluation_split"],
         )
     plots.plot_confusion_matrix(evaluation, run_dir / "confusion_matrix.png")
     plots.plot_confused_pairs(evaluation, split, run_dir / "confused_pairs.png")
     plots.plot_predictions(evaluation, split, run_dir / "predictions.png")
+    if heat_maps is not None:
+        plots.plot_heat_maps(evaluation, split, heat_maps, run_dir / "grad_cam.png")
     files.write_json(run_dir / "report.json", report)
     # Last: the files that it links to must exist.
-    files.write_text(run_dir / "report.md", format_report(run_dir, report, history, has_curves))
+    text = format_report(run_dir, report, history, has_curves, heat_maps is not None)
+    files.write_text(run_dir / "report.md", text)
     return report
 
 
 def build_report(config, history, evaluation):
     """Returns the metrics of a run as plain JSON values.
 
-    The training speed is the median over the epochs, since the first epoch may include
+    Training speed and wait for data are medians over the epochs, since the first epoch may include
     compilation; the time is the sum over all epochs, including those before an interruption.
 
     Args:
@@ -182,12 +189,14 @@ def build_report(config, history, evaluation):
 
     Returns:
         A dict: evaluation_split, the keys of `Evaluation.to_dict`, epochs, wall_seconds,
-        images_per_second ({"training", "evaluation"}), final_epoch, config.
+        images_per_second ({"training", "evaluation"}), waiting_for_data (share of the training
+        time), final_epoch, best_epoch (a number), config.
     """
     result = evaluation.to_dict()
     del result["seconds"], result["images_per_second"]
-    speeds = _present(history, "images_per_second")
-    seconds = _present(history, "seconds")
+    speeds, waits, seconds = (
+        _present(history, key) for key in ("images_per_second", "waiting", "seconds")
+    )
     report = {
         "evaluation_split": _get(config, "dataset.evaluation_split") or "test",
         **result,
@@ -198,13 +207,36 @@ def build_report(config, history, evaluation):
             "training": statistics.median(speeds) if speeds else None,
             "evaluation": evaluation.images_per_second,
         },
+        "waiting_for_data": statistics.median(waits) if waits else None,
         "final_epoch": dict(history[-1]) if history else None,
+        "best_epoch": _best_epoch(history),
         "config": config,
     }
     return _json_value(report)
 
 
-def format_report(run_dir, report, history, has_curves=True):
+def find_best(history):
+    """Returns the index of the best epoch: the highest held-out accuracy, then the lowest loss.
+
+    Args:
+        history: One dict per epoch, with `val_accuracy` and `val_loss`; at least one.
+
+    Example:
+        >>> find_best([{"val_accuracy": 0.5, "val_loss": loss} for loss in (2.0, 1.0, 1.0)])
+        1
+    """
+    rank = [(row["val_accuracy"], -row["val_loss"]) for row in history]
+    return rank.index(max(rank))
+
+
+def _best_epoch(history):
+    measured = [
+        row for row in history if None not in (row.get("val_accuracy"), row.get("val_loss"))
+    ]
+    return measured[find_best(measured)]["epoch"] if measured else None
+
+
+def format_report(run_dir, report, history, has_curves=True, has_heat_maps=False):
     """Returns the text of `report.md`.
 
     Args:
@@ -212,6 +244,7 @@ def format_report(run_dir, report, history, has_curves=True):
         report: The result of `build_report`.
         history: As for `write_report`.
         has_curves: Whether learning_curves.png exists.
+        has_heat_maps: Whether grad_cam.png exists.
 
     Returns:
         Markdown.
@@ -225,6 +258,7 @@ def format_report(run_dir, report, history, has_curves=True):
             "![Images of the most confused pairs of classes](confused_pairs.png)",
         ],
         "Predictions": ["![Images with their predictions](predictions.png)"],
+        "Where the network looked": [_HEAT_MAPS if has_heat_maps else ""],
         "How it was made": [_setup(report)],
         "How to go on": [_next_commands(run_dir)],
     }
@@ -233,6 +267,14 @@ def format_report(run_dir, report, history, has_curves=True):
         if any(texts):
             parts += [f"## {title}", *texts]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_HEAT_MAPS = (
+    "![Images and heat maps of the predicted and of the true class](grad_cam.png)\n\n"
+    "The parts of an image that raised the logit of a class most, by Grad-CAM (Selvaraju et al. "
+    "2017); the most confident errors first. Light on the background, and not on the object, hints "
+    "at a background that the photographs of a class share."
+)
 
 
 def format_run(run_dir, report):
@@ -284,17 +326,34 @@ def _title(report):
 def _result(report):
     error, epochs = report["accuracy_standard_error"], report["epochs"]
     top_5, training = report["top_5_accuracy"], _pace(report, "wall_seconds", "training")
+    if training and report["waiting_for_data"] is not None:
+        training += f", {report['waiting_for_data']:.1%} of the time waiting for data"
     lines = [
         f"**Accuracy {report['accuracy']:.2%} ± {error:.2%}** on the {report['num_images']:,} "
         f"images of the {_text(report['evaluation_split'])} split.\n",
         "- ± is one binomial standard error: the accuracy on another sample of as many images "
         "would differ by about this much. It does not include the effect of another seed.",
         f"- Cross-entropy: {report['loss']:.4f}.",
+        _selection(report),
         "" if top_5 is None else f"- Top-5 accuracy: {top_5:.2%}.",
         f"- Training: {epochs} epoch{'s' * (epochs != 1)}, {training}." if training else "",
         f"- Evaluation: {_pace(report, 'evaluation_seconds', 'evaluation')}.",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _selection(report):
+    """Returns a sentence about the images by which the best epoch was chosen; "" if none was."""
+    if not _get(report, "config.recipe.patience"):
+        return ""
+    chosen = _get(report, "config.dataset.selection_split")
+    epoch = _get(report, "best_epoch")
+    if chosen == report["evaluation_split"]:
+        return (
+            f"- Epoch {epoch} was chosen, as the best on these same images: the accuracy on new "
+            "images tends to be lower. A test split, a folder of its own, would show it."
+        )
+    return f"- Epoch {epoch} was chosen, as the best on the {_text(chosen)} split."
 
 
 def _pace(report, seconds, speed):

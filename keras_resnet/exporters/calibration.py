@@ -10,7 +10,7 @@ CALIBRATION_IMAGES = 300
 
 
 def calibration_images(serving, data, options):
-    """Returns training images, evenly over the classes, as inputs of the exported file.
+    """Returns training images, evenly over the classes, as inputs of the exported file, a list.
 
     Args:
         serving: The `Serving`.
@@ -28,7 +28,10 @@ def calibration_images(serving, data, options):
             "all are evaluated"
         )
     split = resize_to_model(data.splits["train"], serving.raw_shape)
-    return serving.prepare(split.images[draw_evenly(split.labels, CALIBRATION_IMAGES)])
+    some = draw_evenly(split.labels, CALIBRATION_IMAGES)
+    if None in split.images.shape[1:]:
+        return [serving.prepare(split.images[[index]])[0] for index in some]
+    return serving.prepare(split.images[some])
 
 
 def draw_evenly(labels, count):

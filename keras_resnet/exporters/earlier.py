@@ -3,7 +3,7 @@
 import contextlib
 
 from keras_resnet.exporters import folder as folders
-from keras_resnet.exporters.formats import OWN_FILES, choose_artifacts
+from keras_resnet.exporters.formats import OWN_FILES, PRECISIONS, choose_artifacts
 from keras_resnet.exporters.reference import read_reference
 from keras_resnet.untrusted.manifest import MANIFEST, find_change, read_manifest
 from keras_resnet.utils.errors import InputError
@@ -55,7 +55,8 @@ def keep_earlier(folder, work, earlier, manifest, recorded, report):
         report(f"{name}: left out: of another model or other data, or changed since")
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     folders.carry_over(folder, work, [*kept_names, *sorted(there - known)])
-    places = {artifact.file: place for place, artifact in enumerate(choose_artifacts())}
+    every = choose_artifacts(precisions=[*PRECISIONS])
+    places = {artifact.file: place for place, artifact in enumerate(every)}
     manifest["artifacts"] = sorted(
         [*manifest["artifacts"], *kept], key=lambda row: places.get(row["file"], 0)
     )

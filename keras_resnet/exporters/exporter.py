@@ -7,23 +7,33 @@ import importlib
 import keras
 import numpy as np
 
+from keras_resnet.datasets.images import check_image_size
+from keras_resnet.datasets.photos import load_photos
 from keras_resnet.evaluation.inference import load_data
 from keras_resnet.exporters import folder as folders
 from keras_resnet.exporters import reference as references
 from keras_resnet.exporters.calibration import calibration_images, draw_evenly
 from keras_resnet.exporters.earlier import keep_earlier, read_earlier
-from keras_resnet.exporters.formats import BATCH_SIZES, PRECISIONS, REFERENCE, choose_artifacts
-from keras_resnet.exporters.graph import Serving
+from keras_resnet.exporters.formats import (
+    BATCH_SIZES,
+    LABELS,
+    PRECISIONS,
+    REFERENCE,
+    choose_artifacts,
+)
+from keras_resnet.exporters.graph import Serving, find_preprocessing
 from keras_resnet.exporters.source import open_export_source
 from keras_resnet.exporters.verify_artifact import INCONCLUSIVE, measure_latency, verify_artifact
 from keras_resnet.formats import EXPORTED
-from keras_resnet.runtimes.base import OUTPUT_KIND_KEY
+from keras_resnet.runtimes.base import CHUNK, OUTPUT_KIND_KEY
 from keras_resnet.untrusted.manifest import MANIFEST, SPLIT_OPTIONS, VERSION, digest, read_manifest
 from keras_resnet.utils import environment, files
 from keras_resnet.utils.errors import ExportError, InputError
 
 REFERENCE_IMAGES = 256
 _REFERENCE_BYTES = 16 * 2**20
+# Images of several sizes are recorded as crops of one size.
+_MOST_CROPPED, _MOST_PIXELS = 20, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +61,10 @@ def export(
     to=None,
     precision=None,
     dataset=None,
+    photos=None,
     normalize=None,
     preprocessing=True,
+    input_size=None,
     force=False,
     report=None,
     **data_options,
@@ -73,10 +85,15 @@ def export(
             "int8"; None for all of each format.
         dataset: A `Dataset` or its name; by default the one that the model was trained on. See
             `inference.load_data` for the images that it is evaluated on.
+        photos: Photographs without labels instead of a data set: files and folders; see
+            `load_photos`. The verification then has no accuracy.
         normalize: For a Keras model that takes floats: the normalisation of its training images, a
             row of `preprocessing.NORMALIZATIONS`. The exported files contain it.
         preprocessing: Whether the files take raw uint8 images and give probabilities; otherwise
             they take the network's floats and give logits.
+        input_size: (height, width) of images that the caller has resized and cropped already, for
+            hardware that needs one size; it must be that of the network's input. By default the
+            files of a model that takes images of any size take them, too.
         force: Whether to publish artifacts that fail, with the failures recorded.
         report: Called with a line about each artifact; None for none.
         **data_options: Options of `load_dataset`.
@@ -105,8 +122,20 @@ def export(
     if folder is None and source.folder is None:
         raise InputError("`folder` must be given to export a Keras model object")
     folder = folders.check_target(folder or source.folder)
-    data, split, options = load_data(source.predictor, dataset, **data_options)
-    serving = Serving(source.predictor.model, preprocessing, _image_size(data, split))
+    if photos is None:
+        data, split, options = load_data(source.predictor, dataset, **data_options)
+    else:
+        data, split, options = _load_photos(source.predictor, photos, dataset, data_options)
+    size = _fixed_size(source.predictor.model, split, data_options.get("image_size"))
+    serving = Serving(source.predictor.model, preprocessing, size, input_size)
+    if None in serving.contract.image_shape:
+        if any(PRECISIONS[artifact.precision].on_request for artifact in artifacts):
+            raise InputError(
+                "--precision integer needs files that take images of one size, such as "
+                "--input-size 224 224"
+            )
+        # A file of a fixed batch is for runtimes that need static shapes.
+        artifacts = [artifact for artifact in artifacts if artifact.batch is None]
     files.check_space(folder.parent, 4 * serving.model.count_params() * len(artifacts))
     needs_calibration = any(PRECISIONS[each.precision].is_calibrated for each in artifacts)
     calibration = calibration_images(serving, data, options) if needs_calibration else None
@@ -116,22 +145,22 @@ def export(
     with folders.workspace(folder) as work:
         earlier = read_earlier(folder, serving.contract)
         # The predictions of the Keras model.
-        reference = references.compute_reference(source.predictor.model, serving, split)
+        keras_model = source.predictor.model
+        reference = references.compute_reference(keras_model, serving, split, data.is_labelled)
         manifest = _make_manifest(source, job, data, split, options, reference)
         if manifest["keras"]["note"]:
             report(manifest["keras"]["note"])
         inputs, failures = _Inputs(serving, split), []
-        recorded, some = _record_some(inputs, split, reference)
+        recorded = _record_some(serving, split, reference)
         # Each artifact is written, then verified.
         for artifact in artifacts:
             path = work / artifact.file
             writer = importlib.import_module(f"keras_resnet.exporters.{artifact.format}")
             oldest_runtime = writer.write(job, artifact, path)
-            row, probabilities, failed = verify_artifact(
-                path, artifact, serving.contract, inputs, reference
+            row, failed = verify_artifact(
+                path, artifact, serving.contract, inputs, reference, recorded
             )
             manifest["artifacts"].append({**row, "oldest_runtime": oldest_runtime})
-            recorded.predictions[artifact.file] = probabilities[some]
             failures += failed
             report(_describe_row(row))
         _check_passed(manifest["artifacts"], failures, force, folder)
@@ -140,10 +169,31 @@ def export(
         references.write_reference(work / REFERENCE, recorded)
         size, sha256 = digest(work / REFERENCE)
         manifest["reference"] = {"file": REFERENCE, "bytes": size, "sha256": sha256}
+        names = "".join(f"{name}\n" for name in metadata["class_names"])
+        files.write_text(work / LABELS, names)
         files.write_json(work / MANIFEST, manifest)
         folders.publish(work, folder)
     report(f"written to {folder}")
     return read_manifest(folder)
+
+
+def _load_photos(predictor, photos, dataset, data_options):
+    """Returns the same as `load_data`, for photographs."""
+    if dataset is not None:
+        raise InputError("either `dataset` or `photos` can be given, --dataset or --photos")
+    *size, channels = predictor.image_shape
+    size = data_options.get("image_size") or size
+    names = predictor.class_names
+    data = load_photos(photos, names, image_size=size, channels=channels)
+    return data, data.splits["validation"], {"validation_split": None}
+
+
+def _fixed_size(model, split, image_size):
+    """Returns the (height, width) of all images; None if the file takes images of any size."""
+    if image_size is not None:
+        return check_image_size(image_size)
+    size = split.images.shape[1:3]
+    return None if None in size or find_preprocessing(model) else size
 
 
 class _Inputs:
@@ -151,6 +201,7 @@ class _Inputs:
 
     def __init__(self, serving, split):
         self._prepare, self._images = serving.prepare, split.images
+        self.chunk = CHUNK if None not in split.images.shape[1:] else 1
 
     def __len__(self):
         return len(self._images)
@@ -159,25 +210,36 @@ class _Inputs:
         return self._prepare(self._images[positions])
 
 
-def _record_some(inputs, split, reference):
-    """Returns a `Recorded` without artifacts, and the positions of its images."""
-    most = max(max(BATCH_SIZES), _REFERENCE_BYTES // inputs[np.arange(1)].nbytes)
-    some = draw_evenly(split.labels, min(REFERENCE_IMAGES, most))
-    probabilities = reference.probabilities
-    recorded = references.Recorded(
-        inputs[some], probabilities[some], probabilities.argmax(axis=1), predictions={}
+def _record_some(serving, split, reference):
+    """Returns a `Recorded` of some images, without artifacts."""
+    least = max(BATCH_SIZES)
+    fitting = _REFERENCE_BYTES // serving.prepare(split.images[np.arange(1)]).nbytes
+    some = draw_evenly(split.labels, max(least, min(REFERENCE_IMAGES, fitting)))
+    if None in split.images.shape[1:]:
+        images = _crop_alike([split.images[i] for i in some[:_MOST_CROPPED]])
+    else:
+        images = split.images[some]
+    return references.Recorded(
+        serving.prepare(images),
+        references.predict(serving, images),
+        reference.probabilities.argmax(axis=1),
+        predictions={},
     )
-    return recorded, some
 
 
-def _image_size(data, split):
-    size = split.images.shape[1:3]
-    if None in size:
-        raise InputError(
-            f"{data.name}: the images have several sizes and the model takes any, but an export "
-            "needs one: set it with --image-size (`image_size`)"
-        )
-    return size
+def _crop_alike(images):
+    """Returns the middles of images as one array: all as high and as wide as the smallest is."""
+    height, width = (min(*(image.shape[axis] for image in images), _MOST_PIXELS) for axis in (0, 1))
+    tops, lefts = (
+        [(image.shape[axis] - size) // 2 for image in images]
+        for axis, size in ((0, height), (1, width))
+    )
+    return np.stack(
+        [
+            image[top : top + height, left : left + width]
+            for image, top, left in zip(images, tops, lefts, strict=True)
+        ]
+    )
 
 
 def _make_metadata(source, data, serving):
@@ -192,6 +254,7 @@ def _make_metadata(source, data, serving):
         **{key: value for key, value in own.items() if key != "trained_on"},
         "class_names": names,
         "takes_raw_images": serving.contract.dtype == "uint8",
+        "preprocessing": serving.preprocessing,
         OUTPUT_KIND_KEY: serving.output_kind,
     }
 
@@ -219,6 +282,7 @@ def _make_manifest(source, job, data, split, options, reference):
             "order": references.digest_order(split),
             "options": {name: options[name] for name in SPLIT_OPTIONS if name in options},
         },
+        "preprocessing": job.serving.preprocessing,
         "keras": {
             "accuracy": reference.accuracy,
             # Keras computes in the threads of this process.

@@ -36,11 +36,15 @@ class Precision:
         tolerance: The `Tolerance` of its artifacts.
         is_calibrated: Whether training images are run through the network to find the range of
             each tensor.
+        on_request: Whether an export writes it only where it is named.
+        output: The dtype of the artifact's output.
     """
 
     description: str
     tolerance: Tolerance
     is_calibrated: bool = False
+    on_request: bool = False
+    output: str = "float32"
 
 
 PRECISIONS = {
@@ -53,6 +57,14 @@ PRECISIONS = {
         "weights and activations in 8 bits, ranges from training images",
         Tolerance(None, 0.985, 0.003),
         is_calibrated=True,
+    ),
+    "integer": Precision(
+        "as int8, with whole numbers at the output, too, for hardware without floats; written "
+        "only on request",
+        Tolerance(None, 0.985, 0.003),
+        is_calibrated=True,
+        on_request=True,
+        output="uint8",
     ),
 }
 
@@ -76,8 +88,9 @@ BATCH_SIZES = (1, 2, 7)
 """The batch sizes that verification runs every artifact with."""
 
 REFERENCE = "reference.npz"
+LABELS = "labels.txt"
 BENCHMARK = ("benchmark.json", "benchmark.png")
-OWN_FILES = (MANIFEST, REFERENCE, *BENCHMARK)
+OWN_FILES = (MANIFEST, REFERENCE, LABELS, *BENCHMARK)
 """Files of an export folder beside the artifacts."""
 
 
@@ -107,7 +120,7 @@ def choose_artifacts(formats=None, precisions=None):
 
     Args:
         formats: Rows of `formats.EXPORTED`; None for all.
-        precisions: Rows of `PRECISIONS`; None for all of each format.
+        precisions: Rows of `PRECISIONS`; None for all of each format that need no request.
 
     Raises:
         InputError: If a name is not in its table, or no artifact would have it.
@@ -122,6 +135,8 @@ def choose_artifacts(formats=None, precisions=None):
     """
     named = _rows(EXPORTED, formats, "to")
     wanted = _rows(PRECISIONS, precisions, "precision")
+    if precisions is None:
+        wanted = [name for name in wanted if not PRECISIONS[name].on_request]
     chosen = [
         Artifact(name, precision, batch)
         for name in named

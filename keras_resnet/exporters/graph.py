@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_resnet.exporters.float32 import in_float32
 from keras_resnet.preprocessing import ImagePreprocessing
 from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
 from keras_resnet.runtimes.keras_file import KerasRuntime
+from keras_resnet.runtimes.resized import RESIZING, make_resizer
 from keras_resnet.utils.errors import InputError
 
 IMAGE = "image"
@@ -37,16 +39,18 @@ class Contract:
     """Names, shapes and dtypes that an exported file must have.
 
     Attributes:
-        image_shape: (height, width, channels).
+        image_shape: (height, width, channels); None is any size.
         dtype: The input's dtype: "uint8" with preprocessing inside, "float32" without.
         output: Name of the output: "probabilities" or "logits".
         classes: The number of classes.
+        output_dtype: The output's dtype.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int | None, int | None, int]
     dtype: str
     output: str
     classes: int
+    output_dtype: str = "float32"
 
 
 class Serving:
@@ -58,7 +62,10 @@ class Serving:
             its input is that of the network behind the `ImagePreprocessing` layer (of the model
             itself if it has none), and its output is logits if the network's is. A network with
             one number for two classes gets two columns in either case.
-        image_size: Height and width of the images if the model leaves them open.
+        image_size: Height and width of the images if the model leaves them open. A model with an
+            `ImagePreprocessing` layer needs none: its file takes images of any size, too.
+        input_size: Height and width of images that the caller has resized and cropped already;
+            the file normalises them. None if the file resizes them.
 
     Attributes:
         model: The exported model in float32: the whole model, or the network behind its
@@ -69,24 +76,32 @@ class Serving:
         contract: The `Contract`.
         source_kind: The output kind of the Keras model, a row of `runtimes.base.OUTPUT_KINDS`.
         output_kind: The output kind of the exported file, a row of more than one column.
+        preprocessing: How images are prepared, and which steps the file contains, for the
+            manifest: a dict; None for a model without `ImagePreprocessing`.
 
     Raises:
-        InputError: If the size is open in both, or the model is quantized already.
+        InputError: If the size is open in both, the model is quantized already, or it cannot be
+            cut behind the resizing.
     """
 
-    def __init__(self, model, preprocessing=True, image_size=None):
+    def __init__(self, model, preprocessing=True, image_size=None, input_size=None):
         self.twin = in_float32(model)
         self.runtime = KerasRuntime(self.twin)
         self.source_kind = self.runtime.output_kind
         self.output_kind = _EXPORTED_KINDS[self.source_kind][0 if preprocessing else 1]
-        self.raw_shape = _image_shape(self.twin, image_size)
-        self._before, self.model = None, self.twin
-        layers = self.twin.layers
-        before = [layer for layer in layers if isinstance(layer, ImagePreprocessing)]
-        if not preprocessing and before and isinstance(layers[-1], keras.Model):
-            self._before, self.model = before[0], layers[-1]
+        self._prepare, self.model = np.asarray, self.twin
+        before = find_preprocessing(self.twin)
+        network = self.twin.layers[-1]
+        is_open = before is not None
+        self.raw_shape = _image_shape(self.twin, image_size, is_open)
+        if input_size is not None:
+            self._prepare, self.model = _cut_behind_resizing(self.twin, before, input_size)
+        elif not preprocessing and before and isinstance(network, keras.Model):
+            self._prepare = lambda images: keras.ops.convert_to_numpy(before(images))
+            self.model = network
+        self.preprocessing = _describe(before, bool(input_size), preprocessing)
         self.contract = Contract(
-            _image_shape(self.model, image_size),
+            _image_shape(self.model, image_size, is_open),
             "uint8" if preprocessing else "float32",
             "logits" if self.output_kind == LOGITS else "probabilities",
             max(self.runtime.columns, 2),
@@ -95,26 +110,33 @@ class Serving:
 
     def prepare(self, images):
         """Returns raw uint8 images as the input of the exported file."""
-        if self._before is None:
-            return images.astype(self.contract.dtype)
-        return keras.ops.convert_to_numpy(self._before(images, training=False))
+        return self._prepare(images).astype(self.contract.dtype)
 
-    def module(self, batch=None):
-        """Returns the `ServedModule` of a batch size; always the same one.
+    def module(self, batch=None, dtype=None):
+        """Returns the `ServedModule` of a batch size and a dtype; always the same one.
 
         Args:
             batch: A fixed batch size; None for any.
+            dtype: The dtype of the input tensor; by default that of the contract. As "float32" a
+                quantized input can be made of it.
         """
-        if batch not in self._modules:
-            spec = tf.TensorSpec([batch, *self.contract.image_shape], self.contract.dtype, IMAGE)
-            self._modules[batch] = ServedModule(self.model, self._serve, spec)
-        return self._modules[batch]
+        dtype = dtype or self.contract.dtype
+        if (batch, dtype) not in self._modules:
+            spec = tf.TensorSpec([batch, *self.contract.image_shape], dtype, IMAGE)
+            self._modules[batch, dtype] = ServedModule(self.model, self._serve, spec)
+        return self._modules[batch, dtype]
 
     def _serve(self, image):
-        images = tf.cast(image, self.model.inputs[0].dtype)
+        model, wanted = self.model, self.model.inputs[0].dtype
+        if image.dtype == "float32" and wanted != "float32":
+            # The model itself would convert its input: hardware without floats has no such cast.
+            inputs = keras.Input(image.shape[1:], dtype=image.dtype.name)
+            model = keras.models.clone_model(model, inputs, clone_function=lambda layer: layer)
         with _functions_inlined():
             # A layer before can have set `training` in Keras's call context (Keras 3.15).
-            (scores,) = tf.nest.flatten(self.model(images, training=False))
+            (scores,) = tf.nest.flatten(
+                model(tf.cast(image, model.inputs[0].dtype), training=False)
+            )
         scores = tf.cast(scores, tf.float32)
         if scores.shape.rank != 2:
             scores = tf.reshape(scores, [-1, scores.shape[-1] if scores.shape.rank > 1 else 1])
@@ -123,6 +145,12 @@ class Serving:
         if self.output_kind == SOFTMAX and self.source_kind in (LOGITS, BINARY_LOGIT):
             scores = tf.nn.softmax(scores)
         return {self.contract.output: scores}
+
+
+def find_preprocessing(model):
+    """Returns the `ImagePreprocessing` layer of a model; None if it has none."""
+    layers = getattr(model, "layers", ())
+    return next((layer for layer in layers if isinstance(layer, ImagePreprocessing)), None)
 
 
 class ServedModule(tf.Module):
@@ -186,9 +214,59 @@ def _functions_inlined():
         tf.config.run_functions_eagerly(before)
 
 
-def _image_shape(model, image_size):
+def _cut_behind_resizing(model, before, input_size):
+    """Returns a function that resizes raw images, and the model of images resized by it."""
+    name, size = model.name, tuple(input_size)
+    if not before or not isinstance(model.layers[-1], keras.Model):
+        raise InputError(
+            f"{name}: --input-size needs a model that `with_preprocessing` makes: leave it out"
+        )
+    config, network = before.get_config(), model.layers[-1]
+    if size != (before.image_size, before.image_size):
+        raise InputError(
+            f"{name}: --input-size must be the size of the network's input, {before.image_size} "
+            f"{before.image_size}, got {' '.join(map(str, size))}"
+        )
+    if not before.antialias:
+        raise InputError(
+            f"{name}: --input-size needs a model that resizes to whole grey levels "
+            "(`antialias=True`): leave it out, and the files resize as the model does"
+        )
+    resizing = {key: config[key] for key in RESIZING}
+    inputs = keras.Input((*size, before.channels), dtype="uint8", name=IMAGE)
+    # Images of the network's own size are not resized again.
+    unchanged = {"resize": "squash", "crop_pct": 1.0}
+    normalized = ImagePreprocessing.from_config({**config, **unchanged})(inputs)
+    return (
+        make_resizer(before.image_size, before.channels, **resizing),
+        keras.Model(inputs, network(normalized), name=name),
+    )
+
+
+def _describe(before, is_resized, preprocessing):
+    """Returns `Serving.preprocessing`."""
+    if before is None:
+        return None
+    config = before.get_config()
+    normalization = ("mean", "std", "reverse_channels")
+    return {
+        "colours": "red, green, blue" if config["channels"] == 3 else "grey",
+        "values": [0, 255],
+        "image_size": [config["image_size"]] * 2,
+        "resizing": {
+            "done_by": "file" if preprocessing and not is_resized else "caller",
+            **{name: config[name] for name in RESIZING},
+        },
+        "normalization": {
+            "done_by": "file" if preprocessing else "caller",
+            **{name: config[name] for name in normalization},
+        },
+    }
+
+
+def _image_shape(model, image_size, is_open):
     *sizes, channels = model.inputs[0].shape[1:]
     sizes = [own or given for own, given in zip(sizes, image_size or (None, None), strict=True)]
-    if None in sizes:
+    if None in sizes and not is_open:
         raise InputError(f"{model.name} takes images of any size: name `image_size`")
     return (*sizes, channels)

@@ -26,13 +26,12 @@ OPSET = 17
 # Released in 2022; the first that reads opset 17.
 _OLDEST_RUNTIME = "ONNX Runtime 1.12"
 
-_BATCH = "batch"
+# The names of an image tensor's sizes that are open.
+_AXES = ("batch", "height", "width")
 _SMALLEST = np.array(np.finfo("float32").tiny)
 
-# Operators with weights. The operators before the first of them scale the images; where there is a
-# convolution, matrix products before it resize them.
-_CONVOLUTION = "Conv"
-_WEIGHTED = (_CONVOLUTION, "Gemm", "MatMul")
+# Operators with weights. The operators before the first of them prepare the images.
+_WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
 def write(job, artifact, path):
@@ -203,23 +202,23 @@ class _Calibration(CalibrationDataReader):
 
 
 def _scaling(proto):
-    """Returns the names of the nodes that scale the images: those before the first with weights."""
+    """Returns the names of the nodes that prepare images: those before the first with weights."""
+    constants = {tensor.name for tensor in proto.graph.initializer}
     names = []
-    convolves = any(node.op_type == _CONVOLUTION for node in proto.graph.node)
     for node in proto.graph.node:
-        if node.op_type in ((_CONVOLUTION,) if convolves else _WEIGHTED):
+        # The resizing multiplies by matrices that it computes from the size of the image.
+        if node.op_type in _WEIGHTED and constants & {*node.input}:
             break
         names.append(node.name)
     return names
 
 
 def _tidy(proto):
-    """Returns the model with names, a batch dimension called "batch", and no unused domains."""
-    ends = [*proto.graph.input, *proto.graph.output]
-    for end in ends:
-        first = end.type.tensor_type.shape.dim[0]
-        if not first.HasField("dim_value"):
-            first.dim_param = _BATCH
+    """Returns the model with names, open sizes named as in `_AXES`, and no unused domains."""
+    for end in [*proto.graph.input, *proto.graph.output]:
+        for size, name in zip(end.type.tensor_type.shape.dim, _AXES, strict=False):
+            if not size.HasField("dim_value"):
+                size.dim_param = name
     del proto.graph.value_info[:]  # shape inference below computes it again
     used = {node.domain for node in proto.graph.node}
     kept = [opset for opset in proto.opset_import if opset.domain in used]

@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_resnet.datasets import Split
 from keras_resnet.evaluation.inference import to_probabilities
 from keras_resnet.exporters.float32 import check_twin
 from keras_resnet.exporters.formats import BATCH_SIZES
@@ -24,7 +25,7 @@ class Reference:
     """The predictions of a Keras model for real test images.
 
     Attributes:
-        labels: int64, [count].
+        labels: int64, [count]; None for images without labels.
         probabilities: The model's, float32, [count, classes]; those of its float32 twin, if it
             computes in another precision.
         own: The model's in its own precision, float32, [count, classes]; None without a twin.
@@ -38,18 +39,21 @@ class Reference:
 
     @property
     def accuracy(self):
-        """The accuracy of the Keras model in its own precision, from 0 to 1."""
+        """The accuracy of the Keras model in its own precision, from 0 to 1; None if unknown."""
+        if self.labels is None:
+            return None
         own = self.probabilities if self.own is None else self.own
         return float(np.mean(own.argmax(axis=1) == self.labels))
 
 
-def compute_reference(model, serving, split):
+def compute_reference(model, serving, split, is_labelled=True):
     """Runs a Keras model on a split, layer by layer as Keras calls it, and its float32 twin.
 
     Args:
         model: The Keras model.
         serving: Its `Serving`.
         split: The `Split` of raw images.
+        is_labelled: Whether its labels are known.
 
     Returns:
         A `Reference`.
@@ -75,14 +79,27 @@ def compute_reference(model, serving, split):
             "end it in a Dense layer without activation, a Softmax layer, or a sigmoid"
         )
     probabilities = to_probabilities(outputs, kind, model.name)
-    return Reference(split.labels, probabilities, own, twin)
+    return Reference(split.labels if is_labelled else None, probabilities, own, twin)
+
+
+def predict(serving, images):
+    """Returns the Keras model's probabilities for images, float32, [count, classes].
+
+    Args:
+        serving: The `Serving` of the model.
+        images: uint8, [count, height, width, channels].
+    """
+    outputs = _predict(serving.twin, Split(images, np.zeros(len(images), "int64")))
+    return to_probabilities(outputs, serving.source_kind, serving.twin.name)
 
 
 def _predict(model, split):
     """Returns the outputs of a Keras model for a split, float32, [count, columns]."""
     parts = []
+    # Images of their own sizes cannot form a batch.
+    batch_size = 1 if None in split.images.shape[1:] else 256
     with bar(len(split), "the Keras model") as shown:
-        for images, _ in split.batches(256):
+        for images, _ in split.batches(batch_size):
             (outputs,) = keras.tree.flatten(model(images, training=False))
             outputs = keras.ops.convert_to_numpy(keras.ops.cast(outputs, "float32"))
             parts.append(as_rows(outputs))
@@ -97,6 +114,11 @@ def describe_chance(reference, takes_floats):
         reference: The `Reference`.
         takes_floats: Whether the model takes floats, which may need normalisation.
     """
+    if reference.labels is None:
+        return (
+            f"the accuracy cannot be measured on {len(reference.probabilities)} photographs "
+            "without labels: the files are verified by the agreement with the Keras model"
+        )
     share = np.bincount(reference.labels).max() / len(reference.labels)
     deviation = math.sqrt(share * (1 - share) / len(reference.labels))
     if reference.accuracy > min(share + 2 * deviation, 0.999):
@@ -118,7 +140,8 @@ def digest_order(split):
     """
     some = np.linspace(0, len(split) - 1, min(64, len(split))).astype(int)
     whole = hashlib.sha256(np.asarray(split.labels, "<i8").tobytes())
-    whole.update(np.ascontiguousarray(split.images[some]))
+    for index in some:
+        whole.update(np.ascontiguousarray(split.images[index]))
     return whole.hexdigest()
 
 

@@ -15,7 +15,8 @@ def format_manifest(manifest, *, markdown=False):
     rows = [{"file": "the Keras model", **manifest["keras"]}]
     for artifact in manifest["artifacts"]:
         row = {**artifact, "megabytes": artifact["bytes"] / 1e6}
-        row["points"] = 100 * artifact["accuracy_change"]
+        change = artifact["accuracy_change"]
+        row["points"] = None if change is None else 100 * change
         rows.append({**row, "verification": _verdict(artifact["failures"])})
     for row in rows:
         row["images"] = manifest["data"]["images"]

@@ -8,24 +8,24 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 from tensorflow.lite.python.convert import mlir_quantize
+from tensorflow.lite.python.util import modify_model_io_type
 
 from keras_resnet.exporters import graph
-from keras_resnet.exporters.formats import least_halved
+from keras_resnet.exporters.formats import PRECISIONS, least_halved
 from keras_resnet.untrusted.checksums import add_tflite_checksum
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.progress import suppress_stderr
 
 
-def _dynamic(converter, images):
+def _dynamic(converter):
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     # One scale for each output of a dense layer needs TensorFlow Lite 2.17; many boards have 2.14.
     converter._experimental_disable_per_channel_quantization_for_dense_layers = True
 
 
-def _int8(converter, images):
+def _int8(converter):
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter.representative_dataset = lambda: ({graph.IMAGE: image[None]} for image in images)
     # `_quantize` does the rest: the converter would quantize the resampling of the images, too.
     converter._experimental_calibrate_only = True
 
@@ -39,10 +39,11 @@ _DEQUANTIZE_RUNTIME = "1.15.0"
 
 # precision -> settings of the converter beyond "built-in operators only".
 _SETTINGS = {
-    "float32": lambda converter, images: None,
-    "float16": lambda converter, images: None,
+    "float32": lambda converter: None,
+    "float16": lambda converter: None,
     "dynamic": _dynamic,
     "int8": _int8,
+    "integer": _int8,
 }
 
 
@@ -60,7 +61,9 @@ def write(job, artifact, path):
     Raises:
         InputError: If the network needs an operator that phones lack.
     """
-    content = convert(job.serving.module(artifact.batch), artifact.precision, job.calibration)
+    dtype = "float32" if artifact.precision == "integer" else None
+    module = job.serving.module(artifact.batch, dtype)
+    content = convert(module, artifact.precision, job.calibration)
     path.write_bytes(add_tflite_checksum(content, job.metadata))
     return oldest_runtime(content)
 
@@ -88,9 +91,16 @@ def _convert(module, precision, images):
         converter = tf.lite.TFLiteConverter.from_saved_model(module.save())
         # The default includes TensorFlow's own operators, which a phone does not have.
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        _SETTINGS[precision](converter, images)
+        _SETTINGS[precision](converter)
+        if PRECISIONS[precision].is_calibrated:
+            dtype = module.serve.input_signature[0].dtype.name
+            converter.representative_dataset = lambda: (
+                {graph.IMAGE: image[None].astype(dtype)} for image in images
+            )
         try:
             content = bytes(converter.convert())
+            if precision == "integer":
+                return _quantize_completely(content)
             return _quantize(content) if precision == "int8" else content
         except Exception as error:
             raise InputError(f"TFLite cannot hold this network: {_reason(error)}") from error
@@ -111,6 +121,16 @@ def _quantize(calibrated):
         outputs = [operator.OutputsAsNumpy() for operator in operators[: kinds.index(_CONVOLUTION)]]
         kept = [subgraph.Tensors(i).Name().decode() for indices in outputs for i in indices]
     return bytes(mlir_quantize(calibrated, denylisted_nodes=kept))
+
+
+def _quantize_completely(calibrated):
+    """Quantizes a calibrated .tflite model of floats in 0 … 255 with its input and output."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(calibrated, 0))
+    image = model.subgraphs[0].tensors[model.subgraphs[0].inputs[0]]
+    # With the range of all grey levels a whole number stands for itself.
+    image.quantization.min, image.quantization.max = [0.0], [255.0]
+    quantized = mlir_quantize(_pack(model, len(calibrated)))
+    return bytes(modify_model_io_type(quantized, tf.uint8, tf.uint8))
 
 
 def oldest_runtime(content):
@@ -148,7 +168,12 @@ def halve(content):
         halved = [_halve_tensor(model, subgraph, index) for index in large]
         subgraph.operators = [*halved, *subgraph.operators]
     _require_dequantize(model)
-    builder = flatbuffers.Builder(len(content))
+    return _pack(model, len(content))
+
+
+def _pack(model, size):
+    """Returns a model as a flatbuffer of about a size in bytes."""
+    builder = flatbuffers.Builder(size)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 

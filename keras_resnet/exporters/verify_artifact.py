@@ -61,7 +61,7 @@ class Failure:
         return f"{self.check}: {found}, must be {limit}"
 
 
-def verify_artifact(path, artifact, contract, inputs, reference):
+def verify_artifact(path, artifact, contract, inputs, reference, recorded):
     """Compares a file that was just written with its Keras model, and measures its latency.
 
     Args:
@@ -70,22 +70,23 @@ def verify_artifact(path, artifact, contract, inputs, reference):
         contract: The `Contract`.
         inputs: All test images; see `predict`.
         reference: The `Reference`.
+        recorded: The `Recorded`; the artifact's predictions for its images are added to it.
 
     Returns:
-        The artifact's row of the manifest, its probabilities, and a list of `Failure`s.
+        The artifact's row of the manifest, and a list of `Failure`s.
 
     Raises:
         ExportError: If its runtime does not load or run it.
     """
     size, sha256 = digest(path)
+    contract = dataclasses.replace(contract, output_dtype=PRECISIONS[artifact.precision].output)
     latency = {}
     *fewer, most = sorted({1, cores()})
     try:
         with contextlib.closing(open_artifact(path, artifact.format, most, trust=True)) as runtime:
+            predictions, failures = run_checks(runtime, contract, artifact.batch, recorded.images)
             with bar(len(inputs), artifact.file) as shown:
-                probabilities, failures = run_checks(
-                    runtime, contract, artifact.batch, inputs, shown.update
-                )
+                probabilities = predict(runtime, inputs, shown.update)
             latency[str(most)] = measure_latency(runtime, inputs[np.arange(1)])
         # The number of threads is fixed when a file is opened.
         for threads in fewer:
@@ -99,6 +100,7 @@ def verify_artifact(path, artifact, contract, inputs, reference):
             f"{artifact.file} is not run by its own runtime: nothing was written",
             [Failure("loads and runs", str(error), "yes", artifact.file)],
         ) from error
+    recorded.predictions[artifact.file] = predictions
     figures = compare_with_reference(probabilities, reference)
     outside = check_tolerance(artifact.precision, figures)
     if inconclusive := check_conclusive(artifact.precision, reference):
@@ -122,7 +124,7 @@ def verify_artifact(path, artifact, contract, inputs, reference):
         "latency_ms": latency,
         "operators": runtime.operators,
     }
-    return row, probabilities, failures
+    return row, failures
 
 
 def open_artifact(path, format, threads=None, *, trust=False, prober=None):
@@ -140,22 +142,21 @@ def open_artifact(path, format, threads=None, *, trust=False, prober=None):
     return open_runtime(path, threads=threads, trust=trust, prober=prober)
 
 
-def run_checks(runtime, contract, batch, inputs, progress=lambda count: None):
-    """Runs an artifact on all images, and checks its contract and its batch sizes.
+def run_checks(runtime, contract, batch, images):
+    """Runs an artifact on some images, and checks its contract and its batch sizes.
 
     Args:
         runtime: Its `Runtime`.
         contract: The `Contract`.
         batch: The batch size that it is made for; None for any.
-        inputs: See `predict`.
-        progress: See `predict`.
+        images: The images of a `Recorded`.
 
     Returns:
         Its probabilities, float32, [count, classes], and a list of `Failure`s.
     """
     failures = check_contract(runtime, contract, batch)
-    probabilities = predict(runtime, inputs, progress)
-    return probabilities, failures + check_batch_sizes(runtime, inputs, probabilities)
+    probabilities = predict(runtime, images)
+    return probabilities, failures + check_batch_sizes(runtime, images, probabilities)
 
 
 def predict(runtime, inputs, progress=lambda count: None):
@@ -164,12 +165,14 @@ def predict(runtime, inputs, progress=lambda count: None):
     Args:
         runtime: Its `Runtime`.
         inputs: The images as it takes them, [count, height, width, channels]: an array, or another
-            object with a length that an array of positions can index.
+            object with a length that an array of positions can index. Its attribute `chunk`, if
+            there is one, is the number of images that can be indexed at a time.
         progress: Called with the number of images of each finished call.
     """
     parts = []
-    for start in range(0, len(inputs), CHUNK):
-        batch = inputs[np.arange(start, min(start + CHUNK, len(inputs)))]
+    chunk = getattr(inputs, "chunk", CHUNK)
+    for start in range(0, len(inputs), chunk):
+        batch = inputs[np.arange(start, min(start + chunk, len(inputs)))]
         parts.append(_probabilities(runtime, batch))
         progress(len(batch))
     return np.concatenate(parts)
@@ -189,7 +192,7 @@ def check_contract(runtime, contract, batch=None):
     """Returns a `Failure` for each name, shape or dtype that breaks the contract."""
     wanted = {
         "input": Tensor("image", (batch, *contract.image_shape), contract.dtype),
-        "output": Tensor(contract.output, (batch, contract.classes), "float32"),
+        "output": Tensor(contract.output, (batch, contract.classes), contract.output_dtype),
     }
     return [
         Failure(f"{side} {name}", found, limit)
@@ -237,15 +240,18 @@ def compare_with_reference(probabilities, reference):
     """Returns the dict of `compare` for the Keras model on all test images, and more.
 
     Returns:
-        "images", "accuracy" and "accuracy_change", too, and "max_difference_in_own_precision" if
-        the model has a twin.
+        "images", "accuracy" and "accuracy_change", too, which are None without labels, and
+        "max_difference_in_own_precision" if the model has a twin.
     """
-    accuracy = float(np.mean(probabilities.argmax(axis=1) == reference.labels))
+    accuracy = change = None
+    if reference.labels is not None:
+        accuracy = float(np.mean(probabilities.argmax(axis=1) == reference.labels))
+        change = accuracy - reference.accuracy
     figures = {
         "images": len(probabilities),
         **compare(probabilities, reference.probabilities),
         "accuracy": accuracy,
-        "accuracy_change": accuracy - reference.accuracy,
+        "accuracy_change": change,
     }
     if reference.own is not None:
         difference = np.abs(probabilities - reference.own).max()
@@ -258,7 +264,9 @@ def check_tolerance(precision, figures):
 
     Args:
         precision: A row of `PRECISIONS`.
-        figures: "max_difference", "agreement" and "accuracy_change"; missing ones are not checked.
+        figures: "max_difference", "agreement" and "accuracy_change"; those that are missing or None
+            are not checked. With "images", their number, the agreement may be a fraction of one
+            image too small.
 
     Example:
         >>> figures = {"max_difference": 2e-5, "agreement": 1.0, "accuracy_change": 0.0}
@@ -266,15 +274,18 @@ def check_tolerance(precision, figures):
         largest difference: 2e-05, must be at most 1e-05
     """
     tolerance = PRECISIONS[precision].tolerance
+    agreement = tolerance.agreement
+    if images := figures.get("images"):
+        agreement = min(agreement, math.floor(round(agreement * images, 9)) / images)
     # The accuracy change is negative where the accuracy drops.
     rows = (
         ("largest difference", "max_difference", 1, "at most", tolerance.max_difference),
-        ("agreement", "agreement", 1, "at least", tolerance.agreement),
+        ("agreement", "agreement", 1, "at least", agreement),
         ("accuracy drop", "accuracy_change", -1, "at most", tolerance.accuracy_drop),
     )
     failures = []
     for check, key, sign, side, limit in rows:
-        if limit is not None and key in figures:
+        if limit is not None and figures.get(key) is not None:
             found = sign * figures[key]
             # A figure that is not a number fails.
             if not (found >= limit if side == "at least" else found <= limit):
@@ -310,10 +321,11 @@ def check_conclusive(precision, reference):
         top1 = reference.probabilities.argmax(axis=1)
         common = np.bincount(top1).argmax()
         found = float(np.mean(top1 == common))
-        change = float(np.mean(reference.labels == common)) - reference.accuracy
-        is_conclusive = bool(
-            check_tolerance(precision, {"agreement": found, "accuracy_change": change})
-        )
+        figures = {"agreement": found}
+        if reference.labels is not None:
+            share = float(np.mean(reference.labels == common))
+            figures["accuracy_change"] = share - reference.accuracy
+        is_conclusive = bool(check_tolerance(precision, figures))
     return [] if is_conclusive else [Failure(f"{INCONCLUSIVE}, {check}", found, limit)]
 
 

@@ -33,10 +33,10 @@ FORCED = "failed at its export"
 NOT_RUN = "checksum fits, not run"
 
 
-def _sizes(rank):
+def _sizes(rank, known):
     return schema.Rule(
-        f"{rank} sizes; only the first may be null",
-        lambda shape: len(shape) == rank and None not in shape[1:],
+        f"{rank} sizes; only the first {rank - known} may be null",
+        lambda shape: len(shape) == rank and None not in shape[-known:],
     )
 
 
@@ -45,8 +45,8 @@ _ARTIFACT = {
     "format": schema.one_of(EXPORTED),
     "precision": schema.one_of(PRECISIONS),
     "batch": schema.Rule("null or 1", lambda batch: batch in (None, 1)),
-    "input": {"shape": _sizes(4)},
-    "output": {"shape": _sizes(2)},
+    "input": {"shape": _sizes(4, known=1)},
+    "output": {"shape": _sizes(2, known=1)},
 }
 
 
@@ -115,6 +115,8 @@ def _load_split(manifest, dataset, options):
     """Returns the images of the export's data set."""
     if not manifest["artifacts"]:
         raise InputError("--dataset needs artifacts, the manifest lists none")
+    if manifest["keras"]["accuracy"] is None:
+        raise InputError("--dataset needs an export that was verified on images with labels")
     image = manifest["artifacts"][0]["input"]
     if image["dtype"] != "uint8":
         raise InputError("--dataset needs artifacts that take images, these take floats")
@@ -179,4 +181,10 @@ def _verify(path, row, class_names, recorded, split, prober):
 def _contract(row):
     _, *image_shape = row["input"]["shape"]
     output = row["output"]
-    return Contract(tuple(image_shape), row["input"]["dtype"], output["name"], output["shape"][-1])
+    return Contract(
+        tuple(image_shape),
+        row["input"]["dtype"],
+        output["name"],
+        output["shape"][-1],
+        PRECISIONS[row["precision"]].output,
+    )

@@ -162,8 +162,10 @@ def _tensor(details, names):
 
 
 def _is_quantized(details):
-    # An input of plain integers, such as raw images, has the scale 0.
-    return np.dtype(details["dtype"]).kind in "iu" and details["quantization"][0] != 0
+    # An input of plain integers, such as raw images, has the scale 0. With the scale 1 and the zero
+    # point 0 the integers stand for themselves, too.
+    is_plain = tuple(details["quantization"]) in ((0, 0), (1, 0))
+    return np.dtype(details["dtype"]).kind in "iu" and not is_plain
 
 
 def _quantize(numbers, details):

@@ -13,7 +13,7 @@ from pathlib import Path
 import keras
 
 from keras_resnet.archive import write_model
-from keras_resnet.evaluation.report import write_history
+from keras_resnet.evaluation.report import find_best, write_history
 from keras_resnet.utils.errors import Interrupted, TrainingError
 from keras_resnet.utils.files import replacing
 from keras_resnet.utils.progress import bar
@@ -134,23 +134,36 @@ class StopOnRequest(keras.callbacks.Callback):
 
 
 class EpochTimer(keras.callbacks.Callback):
-    """Adds an epoch's duration, its training speed and its learning rate to the epoch's logs.
+    """Adds an epoch's duration, speed, wait for data and learning rate to the epoch's logs.
 
-    It stands before the callbacks that use these values.
+    It stands before the callbacks that use these values. A step waits while its batch is read, as
+    far as that is after the end of the step before: batches are read ahead, so it is often 0.
 
     Args:
         images: Number of training images.
+        batches: The training batches, with `read_from_to(epoch, step)`: when a batch was read, two
+            times of `time.perf_counter()`, or None.
     """
 
-    def __init__(self, images):
+    def __init__(self, images, batches):
         super().__init__()
         self.images = images
-        self.started = self.trained = None
+        self.batches = batches
+        self.epoch, self.waited = 0, 0.0
+        self.started = self.trained = self.last = None
 
     def on_epoch_begin(self, epoch, logs=None):
         """Starts the clock."""
-        self.started = time.perf_counter()
+        self.epoch, self.waited = epoch, 0.0
+        self.started = self.last = time.perf_counter()
         self.trained = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Adds the step's wait."""
+        now = time.perf_counter()
+        start, stop = self.batches.read_from_to(self.epoch, batch) or (now, now)
+        self.waited += max(0.0, min(stop, now) - max(start, self.last))
+        self.last = now
 
     def on_test_begin(self, logs=None):
         """Stops the clock of the training speed, which leaves the evaluation out."""
@@ -158,13 +171,32 @@ class EpochTimer(keras.callbacks.Callback):
             self.trained = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Adds seconds, images_per_second and learning_rate to `logs`."""
+        """Adds seconds, images_per_second, waiting and learning_rate to `logs`."""
         now = time.perf_counter()
+        training = (self.trained or now) - self.started
         logs["seconds"] = now - self.started
-        logs["images_per_second"] = self.images / ((self.trained or now) - self.started)
+        logs["images_per_second"] = self.images / training
+        logs["waiting"] = self.waited / training
         logs["learning_rate"] = float(
             keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)
         )
+
+
+class StopEarly(keras.callbacks.Callback):
+    """Ends the training after an epoch, if a condition holds.
+
+    Args:
+        is_due: A function without arguments.
+    """
+
+    def __init__(self, is_due):
+        super().__init__()
+        self.is_due = is_due
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Looks whether the condition holds."""
+        if self.is_due():
+            self.model.stop_training = True
 
 
 class History(keras.callbacks.Callback):
@@ -210,7 +242,7 @@ class CheckpointCallback(History):
     def on_epoch_end(self, epoch, logs=None):
         """Saves the epoch."""
         row = self._row(epoch, logs)
-        is_best = row["val_accuracy"] > max((r["val_accuracy"] for r in self.history), default=-1)
+        is_best = find_best([*self.history, row]) == len(self.history)
         checkpoints = self.run_dir / "checkpoints"
         with replacing(checkpoints / "last.keras") as new:
             metadata = {**self.metadata, "history": [*self.history, row]}

@@ -85,7 +85,7 @@ class DistributedTrainer(Trainer):
         try:
             super().load_data()
             check_batches(len(self.train_split), self.recipe.batch_size, replicas)
-            check_batches(len(self.evaluation_split), self.recipe.batch_size, replicas)
+            check_batches(len(self.selection_split), self.recipe.batch_size, replicas)
         except Exception as error:
             failure = error
         failed = find_failed(self.strategy, failure is not None)
@@ -119,7 +119,8 @@ class DistributedTrainer(Trainer):
     def make_loss(self):
         """Returns the loss, which weighs shards of different sizes; see `choose_loss`."""
         images, size = len(self.train_split), self.recipe.batch_size
-        return choose_loss(images, size, self.decision.num_replicas, self.least_batch)
+        replicas, least = self.decision.num_replicas, self.least_batch
+        return choose_loss(images, size, replicas, least, self.recipe.label_smoothing)
 
     def compile(self):
         """Compiles the model, synchronized if the settings say so."""
@@ -140,8 +141,9 @@ class DistributedTrainer(Trainer):
             functools.partial(order, self.settings.seed),
             len(self.history),
             self.least_batch,
+            self.class_weights,
         )
-        evaluation = Shards(self.evaluation_split, size, self.strategy)
+        evaluation = Shards(self.selection_split, size, self.strategy)
         self.batches = training, evaluation
         arguments = {
             "x": training.dataset,
@@ -150,6 +152,10 @@ class DistributedTrainer(Trainer):
             "validation_steps": evaluation.steps,
         }
         return arguments, [AverageMovingStatistics()]
+
+    def best_weights(self):
+        """See `Trainer`; a worker that is not the chief has the last epoch's only."""
+        return super().best_weights() if self.is_chief else self.model.get_weights()
 
     def finish(self):
         """Writes the results on the chief; the workers end together."""

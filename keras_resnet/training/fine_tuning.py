@@ -2,7 +2,10 @@
 
 import dataclasses
 
+import keras
+
 from keras_resnet.models import module_of
+from keras_resnet.recipes import LEAST_SIZE
 from keras_resnet.utils.errors import InputError
 from keras_resnet.weights.layouts import Checkpoint
 from keras_resnet.weights.sources import Source, open_source
@@ -39,8 +42,9 @@ def find_source(settings, recorded=None, needed=True):
 
 
 def record(source):
-    """Returns the record of a `Source` in config.json, a dict: its sha256 and its layout."""
-    return {"sha256": source.sha256, **dataclasses.asdict(source.checkpoint)}
+    """Returns the record of a `Source` in config.json, a dict: sha256, layout and image size."""
+    known = {"sha256": source.sha256, "image_size": source.input_shape[0]}
+    return {**known, **dataclasses.asdict(source.checkpoint)}
 
 
 def _read_record(path, recorded):
@@ -48,7 +52,8 @@ def _read_record(path, recorded):
         return None
     try:
         fields = {**recorded}
-        source = Source(path, fields.pop("sha256"), Checkpoint(**fields), {})
+        sha256, size = fields.pop("sha256"), fields.pop("image_size", None)
+        source = Source(path, sha256, Checkpoint(**fields), {}, image_size=size)
         if not isinstance(source.sha256, str):
             raise TypeError
     except (TypeError, KeyError, ValueError) as error:
@@ -59,15 +64,22 @@ def _read_record(path, recorded):
 
 
 def adopt_form(recipe, source, settings):
-    """Returns a recipe with the variant and the stem of the checkpoint that the run starts from.
+    """Returns a recipe with the form of the checkpoint that the run starts from.
+
+    That is the variant and the stem; and the size of the images where the recipe keeps the
+    proportions of photographs, but not below `recipes.LEAST_SIZE`.
 
     Args:
         recipe: A `Recipe`.
         source: The result of `find_source`.
-        settings: The run's `TrainConfig`; its `variant` and `stem` take precedence if given.
+        settings: The run's `TrainConfig`; its `variant`, `stem` and `image_size` take precedence if
+            given.
     """
     if source is None:
         return recipe
+    size = source.input_shape[0]
+    if size and recipe.resize == "shorter_edge" and settings.image_size is None:
+        recipe = dataclasses.replace(recipe, image_size=max(size, LEAST_SIZE))
     names = [name for name in ("variant", "stem") if getattr(settings, name) is None]
     return dataclasses.replace(recipe, **{n: getattr(source.checkpoint, n) for n in names})
 
@@ -170,3 +182,29 @@ def freeze(network, names):
     for layer in network.layers:
         if module_of(layer) in names:
             layer.trainable = False
+
+
+def set_trainable(network, *, frozen=(), head_only=False, normalization=True):
+    """Chooses the layers of a network that are trained. Compile the model afterwards.
+
+    Args:
+        network: The result of `build_resnet`.
+        frozen: Modules that keep their weights; see `freeze`.
+        head_only: Whether the module "logits" alone is trained.
+        normalization: Whether BatchNormalization is trained; if not, it keeps its moving
+            statistics, scale and offset, and normalises by them.
+
+    Example:
+        >>> from keras_resnet import Spec, build_resnet
+        >>> network = build_resnet(Spec((1,), (4,)), (32, 32, 3))
+        >>> set_trainable(network, head_only=True)
+        >>> [variable.path for variable in network.trainable_variables]
+        ['logits/kernel', 'logits/bias']
+    """
+    for layer in network.layers:
+        module = module_of(layer)
+        layer.trainable = module not in frozen and (module == "logits" or not head_only)
+    if not normalization:
+        for layer in network._flatten_layers(include_self=False):
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = False

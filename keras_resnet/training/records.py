@@ -50,6 +50,8 @@ def describe(trainer, num_parameters):
             "image_shape": list(dataset.image_shape),
             "splits": {name: len(split) for name, split in dataset.splits.items()},
             "evaluation_split": dataset.evaluation_split,
+            "selection_split": dataset.selection_split,
+            "class_counts": dataset.class_counts().tolist(),
         },
         "recipe": {"name": settings.recipe, **dataclasses.asdict(trainer.recipe)},
         "seed": settings.seed,

@@ -6,6 +6,7 @@ the steps that differ under several replicas.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import random
@@ -17,20 +18,34 @@ import keras
 import numpy as np
 
 from keras_resnet import archive, config
-from keras_resnet.datasets import Dataset, load_dataset
-from keras_resnet.datasets.base import cut_batches
+from keras_resnet.datasets import Dataset, Split, load_dataset
+from keras_resnet.datasets.base import (
+    balanced_weights,
+    cut_batches,
+    describe_counts,
+    find_imbalance,
+)
+from keras_resnet.datasets.images import ImageFiles
 from keras_resnet.distribution import strategies
+from keras_resnet.evaluation.grad_cam import grad_cam
 from keras_resnet.evaluation.inference import Predictor
 from keras_resnet.evaluation.metrics import evaluate
-from keras_resnet.evaluation.report import write_history, write_report
+from keras_resnet.evaluation.report import find_best, write_history, write_report
+from keras_resnet.losses import make_loss
 from keras_resnet.models import SPECS, build_resnet, count_parameters, last_map_size
 from keras_resnet.preprocessing import find_normalization, with_preprocessing
-from keras_resnet.recipes import RECIPES, override, scale_batch
+from keras_resnet.recipes import find_recipe, override, scale_batch, settle, stored_size
 from keras_resnet.training import callbacks, fine_tuning, records, run_folder
 from keras_resnet.training.inputs import Batches, Shuffle
 from keras_resnet.training.precision import POLICIES, choose_precision
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import InputError, Interrupted, TrainingError
+
+LEAST_PATIENCE = 5
+"""Epochs without a better one that a run goes on at least."""
+
+LEAST_HEAT_MAP = 4
+"""The height of the last feature map below which a heat map shows nothing."""
 
 OPTIMIZERS = {
     "adam": lambda rate: keras.optimizers.Adam(rate),
@@ -55,6 +70,23 @@ SCHEDULES = {
     "warmup": _warmup,
     "cosine": _cosine,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Successive epochs of a run that are trained in one way; each has its own optimizer.
+
+    Attributes:
+        start: Its first epoch, counted from 0.
+        stop: The epoch after its last one.
+        learning_rate: The learning rate; with a schedule, its peak.
+        head_only: Whether the head alone is trained.
+    """
+
+    start: int
+    stop: int
+    learning_rate: float
+    head_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +128,7 @@ def train(
     Args:
         model: A row of `SPECS`; "resnet18" by default.
         dataset: A data set's name, see `load_dataset`, or a `Dataset`; Fashion-MNIST by default.
-        recipe: A row of `RECIPES`; "quick" by default.
+        recipe: A row of `RECIPES`; by default "photos" for "folder:", otherwise "quick".
         run_dir: The run folder; runs/MODEL-RECIPE-TIME by default.
         resume: Whether to resume the run in `run_dir` from its last finished epoch. Given settings
             must equal those of the run; only `epochs` may differ. A new total, not below the number
@@ -170,7 +202,8 @@ class Trainer:
 
     Attributes:
         settings: The `TrainConfig` of the run.
-        recipe: The `Recipe`, with the settings that override it.
+        recipe: The `Recipe`, with the settings that override it and, once the data are loaded, the
+            values that depend on them.
         record: The content of config.json.
         source: The checkpoint to start from, a `weights.sources.Source`, or None.
         history: One dict per finished epoch.
@@ -233,6 +266,7 @@ class Trainer:
         self.recipe = self.make_recipe(self.settings)
         if resume:
             self.check_same_recipe(before)
+            self.recipe = self.settle_as_recorded(self.recipe)
             self.history = records.finished_epochs(self.run_dir)
             self.check_epochs()
             return
@@ -248,7 +282,8 @@ class Trainer:
         if self.dataset is None:
             options = config.data_settings(self.settings)
             name = options.pop("dataset")
-            self.dataset = load_dataset(name, image_size=self.recipe.image_size, **options)
+            size, resize = stored_size(self.recipe), self.recipe.resize
+            self.dataset = load_dataset(name, image_size=size, resize=resize, **options)
         found = self.dataset.fingerprint
         before = self.record.get("dataset", {}).get("fingerprint", found)
         if before != found:
@@ -257,9 +292,14 @@ class Trainer:
                 f"{before[:16]}…, got {found[:16]}…"
             )
         self.train_split = self.dataset.splits["train"]
+        self.selection_split = self.dataset.splits[self.dataset.selection_split]
         self.evaluation_split = self.dataset.splits[self.dataset.evaluation_split]
+        self.recipe = self.settle(self.recipe, len(self.train_split), self.dataset.image_shape)
         self.metadata = records.model_metadata(self)
-        self.say(f"data: {self.dataset.source}")
+        self.describe_data()
+        for split in (self.train_split, self.selection_split):
+            if isinstance(split.images, ImageFiles):
+                split.images.keep()
 
     def build_model(self):
         """Builds and compiles the model, with the weights that the run starts or resumes from."""
@@ -269,47 +309,59 @@ class Trainer:
         with self.scope():
             self.model = self.build_classifier(self.precision)
         self.num_parameters = self.load_initial_weights()
-        with self.scope():
-            self.compile()
+        # The optimizer's state in the checkpoint is that of the phase of the last finished epoch.
+        self.begin_phase(next(p for p in self.phases if len(self.history) <= p.stop))
         self.restore()
 
     def fit(self):
-        """Runs `model.fit` from the epoch after the last finished one."""
+        """Runs `model.fit` from the epoch after the last finished one, once for each phase."""
         self.prepare_folder()
         resumed = f", resumed after epoch {len(self.history)}" if self.history else ""
         self.say(f"run folder: {self.run_dir}{resumed}")
-        size, epochs = self.recipe.batch_size, self.recipe.epochs
-        if len(self.history) >= epochs:
-            return
-        progress = callbacks.Progress(len(self.train_split), size, epochs)
-        arguments, before = self.make_inputs()
+        progress = callbacks.Progress(
+            len(self.train_split), self.recipe.batch_size, self.recipe.epochs
+        )
         with (
             callbacks.catching_stop_signals() as self.received,
             contextlib.closing(progress),
             _releasing_batches(),
         ):
-            self.model.fit(
-                **arguments,
-                initial_epoch=len(self.history),
-                epochs=epochs,
-                shuffle=False,  # the inputs are shuffled already
-                verbose=0,
-                callbacks=[
-                    *before,
-                    callbacks.EpochTimer(len(self.train_split)),
-                    callbacks.StopOnDivergence(),
-                    callbacks.StopOnRequest(self.received, self.stop_delay),
-                    self.checkpoint_callback(),
-                    *([progress] if self.verbose else []),  # prints after the checkpoint is saved
-                ],
-            )
+            for phase in self.phases:
+                if len(self.history) < phase.stop and not self.is_stopped_early:
+                    if phase != self.phase:
+                        self.begin_phase(phase)
+                    self.fit_phase(progress)
         if self.received:
             raise Interrupted("after the last epoch")
+        if self.is_stopped_early:
+            best = find_best(self.history) + 1
+            self.say(f"stopped after epoch {len(self.history)}: none is better than epoch {best}")
+
+    def fit_phase(self, progress):
+        """Runs `model.fit` to the end of the phase, or to an early stop."""
+        arguments, before = self.make_inputs()
+        timer = callbacks.EpochTimer(len(self.train_split), self.batches[0])
+        self.model.fit(
+            **arguments,
+            initial_epoch=len(self.history),
+            epochs=self.phase.stop,
+            shuffle=False,  # the inputs are shuffled already
+            verbose=0,
+            callbacks=[
+                *before,
+                timer,
+                callbacks.StopOnDivergence(),
+                callbacks.StopOnRequest(self.received, self.stop_delay),
+                self.checkpoint_callback(),
+                callbacks.StopEarly(lambda: self.is_stopped_early),
+                *([progress] if self.verbose else []),  # prints after the checkpoint is saved
+            ],
+        )
 
     def finish(self):
         """Saves the network as a float32 model, evaluates it and writes the report."""
-        final = self.build_classifier("float32")
-        final.set_weights(self.model.get_weights())
+        final = self.build_classifier("float32", is_final=True)
+        final.set_weights(self.best_weights())
         if self.settings.freeze:
             fine_tuning.freeze(final.get_layer(self.settings.model), self.settings.freeze)
         return Run(self.run_dir, final, self.history, self.write_results(final))
@@ -323,12 +375,45 @@ class Trainer:
 
     def make_recipe(self, settings):
         """Returns the recipe with the settings' values, the source's form, and scaling."""
-        recipe = override(RECIPES[settings.recipe], settings)
+        recipe = override(find_recipe(settings.recipe, self.source is not None), settings)
         recipe = fine_tuning.adopt_form(recipe, self.source, settings)
         if settings.scale_batch:
             recipe = scale_batch(recipe, self.decision.num_replicas)
         config.check_rows(recipe)
-        return dataclasses.replace(recipe, stem=recipe.stem or SPECS[settings.model].stem)
+        return recipe
+
+    def settle(self, recipe, images, image_shape):
+        """Returns the recipe with the values that depend on the data; see `recipes.settle`."""
+        stem = SPECS[self.settings.model].stem
+        fixed_size = self.settings.image_size is not None
+        return settle(recipe, images, image_shape, stem=stem, fixed_size=fixed_size)
+
+    def settle_as_recorded(self, recipe):
+        """Returns the recipe of a resumed run, settled for the data that config.json describes.
+
+        A run that was killed before its data were loaded is settled when they are.
+        """
+        data, before = self.record.get("dataset"), self.record.get("recipe")
+        if not data or not before:
+            return recipe
+        # Another total number of epochs must not move the phases.
+        if "head_epochs" in before:
+            recipe = dataclasses.replace(recipe, head_epochs=before["head_epochs"])
+        return self.settle(recipe, data["splits"]["train"], data["image_shape"])
+
+    def describe_data(self):
+        """Prints the source of the data, the counts of the classes, and what is odd about them."""
+        counts = self.dataset.class_counts()
+        self.say(f"data: {self.dataset.source}")
+        self.say(describe_counts(self.dataset))
+        ratio = find_imbalance(counts)
+        if ratio and self.settings.class_weights == "none":
+            self.say(
+                f"note: the largest class has {ratio:.0f} times the images of the smallest: with "
+                "--class-weights balanced each class has the same weight"
+            )
+        for remark in self.dataset.remarks:
+            self.say(f"note: {remark}")
 
     def check_same_recipe(self, before):
         """Raises an `InputError` if a resumed run would be trained by another recipe.
@@ -344,7 +429,8 @@ class Trainer:
                 f"determine its batch size: use as many, got {replicas}"
             )
         # Compared as JSON, since config.json has lists in place of tuples.
-        now = json.loads(json.dumps(dataclasses.asdict(self.make_recipe(before))))
+        recipe = self.settle_as_recorded(self.make_recipe(before))
+        now = json.loads(json.dumps(dataclasses.asdict(recipe)))
         known = self.record.get("recipe", now)
         changed = [name for name in now if known.get(name) != now[name]]
         if set(changed) - {"description"}:
@@ -355,7 +441,7 @@ class Trainer:
 
     def check_epochs(self):
         """Raises an `InputError` if a resumed run has finished more epochs than its new total."""
-        if self.recipe.epochs < len(self.history):
+        if self.history and self.recipe.epochs < len(self.history):
             raise InputError(
                 f"{self.run_dir}: `epochs` must be at least the number of finished epochs, "
                 f"{len(self.history)}, got {self.recipe.epochs}"
@@ -365,10 +451,73 @@ class Trainer:
         """Returns the context in which variables are created."""
         return contextlib.nullcontext()
 
-    def build_classifier(self, precision):
-        """Returns the network with its preprocessing; Keras's dtype policy stays as it is."""
+    @property
+    def phases(self):
+        """The `Phase`s of the run: with a head to train first, two."""
+        recipe = self.recipe
+        head = recipe.head_epochs if self.settings.weights else 0
+        rest = Phase(head, recipe.epochs, recipe.learning_rate)
+        if not head:
+            return [rest]
+        return [Phase(0, head, recipe.head_learning_rate, head_only=True), rest]
+
+    @property
+    def is_stopped_early(self):
+        """Whether the last epochs of the run brought nothing better, as many as `patience` says."""
+        if self.recipe.patience is None or not self.history:
+            return False
+        since = len(self.history) - max(find_best(self.history) + 1, self.phases[-1].start)
+        return since >= max(LEAST_PATIENCE, round(self.recipe.patience * self.recipe.epochs))
+
+    def begin_phase(self, phase):
+        """Makes the layers trainable that a phase trains, and compiles the model."""
+        self.phase = phase
+        few = len(self.train_split) < self.recipe.frozen_statistics_below
+        if self.settings.weights:
+            fine_tuning.set_trainable(
+                self.model.get_layer(self.settings.model),
+                frozen=self.settings.freeze or (),
+                head_only=phase.head_only,
+                normalization=not few,
+            )
+        if len(self.phases) > 1:
+            kept = ", BatchNormalization as in the checkpoint" if few else ""
+            part = "the head alone" if phase.head_only else f"all layers{kept}"
+            self.say(
+                f"epochs {phase.start + 1} to {phase.stop}: {part}; "
+                f"{count_parameters(self.model):,} parameters are trained"
+            )
+        with self.scope():
+            self.compile()
+
+    @property
+    def resizing(self):
+        """The arguments of `with_preprocessing` that keep the proportions of photographs."""
+        if not self.takes_any_size:
+            return {}
+        return {"resize": self.recipe.resize, "crop_pct": self.recipe.crop_pct, "antialias": True}
+
+    def best_weights(self):
+        """Returns the weights of the last epoch; of the best one, where the recipe looks for it."""
+        if self.recipe.patience is None:
+            return self.model.get_weights()
+        best = self.build_classifier(self.precision)
+        archive.load_weights(best, self.run_dir / "checkpoints" / "best.keras")
+        return best.get_weights()
+
+    def build_classifier(self, precision, is_final=False):
+        """Returns the network with its preprocessing; Keras's dtype policy stays as it is.
+
+        Args:
+            precision: A row of `POLICIES`.
+            is_final: Whether it is the result of the run: without augmentation, and for photographs
+                of any size where the recipe keeps their proportions.
+        """
         recipe, image_shape = self.recipe, self.dataset.image_shape
         normalization = find_normalization(self.settings.normalize, image_shape[-1])
+        augmentation = recipe.augmentation
+        if is_final and self.takes_any_size:
+            image_shape, augmentation = (None, None, image_shape[-1]), ()
         policy = keras.config.dtype_policy()
         keras.config.set_dtype_policy(POLICIES[precision])
         try:
@@ -379,9 +528,16 @@ class Trainer:
                 variant=recipe.variant,
                 stem=recipe.stem,
             )
-            return with_preprocessing(network, image_shape, recipe.augmentation, **normalization)
+            return with_preprocessing(
+                network, image_shape, augmentation, **normalization, **self.resizing
+            )
         finally:
             keras.config.set_dtype_policy(policy)
+
+    @property
+    def takes_any_size(self):
+        """Whether the trained model takes photographs of any size."""
+        return self.recipe.resize == "shorter_edge"
 
     def load_initial_weights(self):
         """Loads the checkpoint to start from and freezes modules; returns parameter counts."""
@@ -403,19 +559,30 @@ class Trainer:
 
         A channel of a 1×1 feature map has one value per image, so two images are needed.
         """
-        shape = self.settings.model, self.recipe.stem, self.recipe.image_size
-        return 1 if last_map_size(*shape) > 1 else 2
+        return 1 if last_map_size(*self.network_form) > 1 else 2
+
+    @property
+    def network_form(self):
+        """The arguments of `last_map_size`."""
+        return self.settings.model, self.recipe.stem, self.recipe.image_size
+
+    @property
+    def class_weights(self):
+        """The weight of each class in training, a list; None for none."""
+        if self.settings.class_weights == "none":
+            return None
+        return balanced_weights(self.dataset.class_counts())
 
     def make_loss(self):
         """Returns the loss of logits and class numbers."""
-        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return make_loss(self.recipe.label_smoothing)
 
     def compile(self):
         """Compiles the model and creates the variables of optimizer and metrics."""
-        recipe = self.recipe
+        recipe, phase = self.recipe, self.phase
         cuts = cut_batches(len(self.train_split), recipe.batch_size, self.least_batch)
-        steps = recipe.epochs * len(cuts)
-        rate = SCHEDULES[recipe.schedule](recipe.learning_rate, steps, recipe.warmup)
+        steps = (phase.stop - phase.start) * len(cuts)
+        rate = SCHEDULES[recipe.schedule](phase.learning_rate, steps, recipe.warmup)
         optimizer = OPTIMIZERS[recipe.optimizer](rate)
         self.model.compile(optimizer, self.make_loss(), metrics=["accuracy"])
         self.build_metrics()
@@ -436,8 +603,8 @@ class Trainer:
     def make_inputs(self):
         """Makes the batches; returns the arguments of `model.fit` for them, and callbacks."""
         size = self.recipe.batch_size
-        training = Batches(self.train_split, size, self.least_batch)
-        evaluation = Batches(self.evaluation_split, size)
+        training = Batches(self.train_split, size, self.least_batch, self.class_weights)
+        evaluation = Batches(self.selection_split, size)
         self.batches = training, evaluation
         arguments = {"x": training, "validation_data": evaluation}
         return arguments, [Shuffle(training, self.settings.seed)]
@@ -477,8 +644,15 @@ class Trainer:
         archive.save_model(final, self.run_dir / "model.keras", self.metadata)
         predictor = Predictor(final, self.metadata)
         split, size = self.evaluation_split, min(256, self.recipe.batch_size)
-        evaluation = evaluate(predictor, split, self.dataset.class_names, batch_size=size)
-        return write_report(self.run_dir, self.record, self.history, evaluation, split)
+        measured = split
+        if self.takes_any_size and isinstance(split.images, ImageFiles):
+            # The files themselves, as `keras-resnet evaluate` and the exports see them.
+            sources, channels = split.images.sources, split.images.shape[-1]
+            measured = Split(ImageFiles(sources, (None, None), channels), split.labels)
+        evaluation = evaluate(predictor, measured, self.dataset.class_names, batch_size=size)
+        has_map = last_map_size(*self.network_form) >= LEAST_HEAT_MAP
+        heat_maps = functools.partial(grad_cam, final) if has_map else None
+        return write_report(self.run_dir, self.record, self.history, evaluation, split, heat_maps)
 
     def save_interrupted(self):
         """Saves the current weights; returns a sentence with the path."""

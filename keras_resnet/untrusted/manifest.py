@@ -45,8 +45,9 @@ _ARTIFACT = {
     "max_difference": schema.NUMBER,
     "mean_difference": schema.NUMBER,
     "agreement": schema.SHARE,
-    "accuracy": schema.SHARE,
-    "accuracy_change": schema.NUMBER,
+    # Null: the images have no labels.
+    "accuracy": (schema.SHARE, schema.NULL),
+    "accuracy_change": (schema.NUMBER, schema.NULL),
     "tolerance": schema.OBJECT,
     "failures": [schema.TEXT],
     "published_by_force": schema.FLAG,
@@ -70,7 +71,7 @@ _SCHEMA = {
         "fingerprint": schema.TEXT,
         "options": schema.Optional(SPLIT_OPTIONS),
     },
-    "keras": {"accuracy": schema.SHARE, "latency_ms": _LATENCY},
+    "keras": {"accuracy": (schema.SHARE, schema.NULL), "latency_ms": _LATENCY},
     "reference": {"file": schema.FILE, "bytes": schema.COUNT, "sha256": schema.SHA256},
     "artifacts": [_ARTIFACT],
 }

@@ -53,6 +53,8 @@ class Source:
             `.keras` file, or of a repository's, a dict; None where it is not known.
         repository: The `hub.Repository` of the file; None for a file by itself.
         configuration: The `Configuration` of that repository; None for a file by itself.
+        image_size: Height and width of the network's images, where the preprocessing in a `.keras`
+            file has them.
     """
 
     path: str
@@ -63,6 +65,7 @@ class Source:
     normalization: dict | None = None
     repository: Repository | None = None
     configuration: Configuration | None = None
+    image_size: int | None = None
 
     @property
     def description(self):
@@ -81,14 +84,17 @@ class Source:
             )
 
     @property
-    def form(self):
-        """Input shape, number of classes, variant and stem of the network.
+    def input_shape(self):
+        """(height, width, channels) of the images; height and width are None if not known."""
+        known = self.configuration and self.configuration.preprocessing
+        size = known["image_size"] if known else self.image_size
+        return size, size, self.checkpoint.channels
 
-        Height and width are None if they are not known, the number of classes without a head.
-        """
-        known, found = self.configuration and self.configuration.preprocessing, self.checkpoint
-        size = known["image_size"] if known else None
-        return (size, size, found.channels), found.num_classes, found.variant, found.stem
+    @property
+    def form(self):
+        """Input shape, number of classes (None without a head), variant and stem of the network."""
+        found = self.checkpoint
+        return self.input_shape, found.num_classes, found.variant, found.stem
 
     @property
     def origin(self):
@@ -226,16 +232,17 @@ def _open_file(path, layout, name=None):
     """Returns the `Source` of a file; `name` stands for its path in messages."""
     name = name or path
     with naming(name):
-        own_layout = normalization = None
+        own_layout = normalization = size = None
         if os.path.splitext(path)[1] == ".keras" and archive.is_ours(path):
-            tensors, own_layout, normalization = _read_own(path)
+            tensors, own_layout, normalization, size = _read_own(path)
         else:
             tensors = read_tensors(path)
         network = find_network(tensors, own_layout or layout)
         _check_head(network.select(tensors), network.row)
         checkpoint = inspect_tensors(tensors, own_layout or layout)
     # After the reader, which refuses files without an end, such as a pipe.
-    return Source(name, digest(path)[1], checkpoint, tensors, own_layout, normalization)
+    known = {"own_layout": own_layout, "normalization": normalization, "image_size": size}
+    return Source(name, digest(path)[1], checkpoint, tensors, **known)
 
 
 def read_tensors(source):
@@ -256,7 +263,7 @@ def read_tensors(source):
 
 
 def _read_own(path):
-    """Returns the tensors, the layout and the normalization of a `.keras` file of ours."""
+    """Returns tensors, layout, normalization and image size of a `.keras` file of ours."""
     model = archive.load_model(path)
     models = [each for each in (model, *_layers(model)) if isinstance(each, keras.Model)]
     stems = {"stem_conv", "stem_conv1"}
@@ -275,7 +282,7 @@ def _read_own(path):
     names = ("mean", "std", "reverse_channels")
     normalization = {name: getattr(before, name) for name in names} if before else None
     layout = dataclasses.replace(OWN_LAYOUT, variant=variant)
-    return to_tensors(path, tensors), layout, normalization
+    return to_tensors(path, tensors), layout, normalization, before and before.image_size
 
 
 def _layers(model):

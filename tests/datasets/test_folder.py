@@ -1,4 +1,5 @@
 import os
+import shutil
 import struct
 import zlib
 
@@ -183,7 +184,7 @@ def test_a_class_that_skipping_leaves_too_small(folder):
     for i in range(1, 10):
         (folder / "coat" / f"{i}.png").write_bytes(b"spoiled")
     message = error_of(folder, skip_bad=True)
-    assert "coat: a class needs at least 2 readable images" in message
+    assert "class coat: needs at least 2 readable images, one to train and one to" in message
     assert "found 1" in message
 
 
@@ -198,10 +199,204 @@ def test_missing_and_empty_folders(tmp_path):
     assert "one: the class folder is empty" in error_of(tmp_path)
 
 
-def test_a_folder_of_splits_is_not_taken_for_classes(folder, tmp_path):
-    folder.rename(tmp_path / "train")
-    (tmp_path / "val" / "bag").mkdir(parents=True)
-    assert f"give folder:{tmp_path / 'train'}" in error_of(tmp_path)
+def make_splits(root, names, classes=("bag", "coat"), count=4):
+    """Writes `count` images of each class into each of the folders `names` of `root`."""
+    for number, name in enumerate(names):
+        for label, class_name in enumerate(classes):
+            folder = root / name / class_name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                colour = (200 * label, 50 * number, i)
+                Image.new("RGB", (8, 6), colour).save(folder / f"{i}.png")
+    return root
+
+
+def sizes(dataset):
+    return {name: len(split) for name, split in dataset.splits.items()}
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val"])
+def test_split_folders_are_splits(tmp_path, name):
+    root = make_splits(tmp_path, ["train", name, "test"])
+    dataset = load(root)
+    assert sizes(dataset) == {"train": 8, "validation": 8, "test": 8}
+    assert (dataset.selection_split, dataset.evaluation_split) == ("validation", "test")
+    assert dataset.class_names == ("bag", "coat")
+    assert "24 images (train 8, validation 8, test 8), 2 classes" in dataset.source
+    assert not dataset.remarks
+    for split, folder in {"train": "train", "validation": name, "test": "test"}.items():
+        images = dataset.splits[split].images
+        assert {path.parts[-3] for path in images.sources} == {folder}
+        np.testing.assert_array_equal(images[:][:, 0, 0, 0] // 200, dataset.splits[split].labels)
+
+
+def test_without_a_validation_folder_training_images_are_held_out(tmp_path):
+    root = make_splits(tmp_path, ["training_set", "Testing"])
+    dataset = load(root, validation_split=0.25)
+    assert sizes(dataset) == {"train": 6, "validation": 2, "test": 8}
+    held = dataset.splits["validation"].images.sources
+    assert {path.parts[-3] for path in held} == {"training_set"}
+    # A set that is not trained on: its test images are measured.
+    assert sizes(load(root, validation_split=None)) == {"train": 8, "test": 8}
+    shutil.rmtree(root / "Testing")
+    assert sizes(load(root)) == {"train": 6, "validation": 2}
+    assert sizes(load(root, validation_split=None)) == {"train": 8, "validation": 8}
+
+
+def test_without_a_test_folder_validation_is_the_evaluation(tmp_path):
+    dataset = load(make_splits(tmp_path, ["train", "val"]))
+    assert sizes(dataset) == {"train": 8, "validation": 8}
+    assert dataset.selection_split == dataset.evaluation_split == "validation"
+
+
+def test_classes_must_be_those_of_the_training_images(tmp_path):
+    root = make_splits(tmp_path, ["train", "val"])
+    (root / "val" / "coat").rename(root / "val" / "Coat")
+    message = error_of(root)
+    assert "val: the class folders must be among those of train, found also Coat" in message
+    shutil.rmtree(root / "val" / "Coat")
+    dataset = load(root)
+    assert dataset.splits["validation"].labels.tolist() == [0] * 4
+    assert dataset.remarks == ("val has no images of coat",)
+
+
+def test_a_folder_in_a_class_is_refused(tmp_path):
+    message = error_of(make_splits(tmp_path, ["first", "second"]))
+    assert (
+        "bag: a class folder must hold images only, found a folder; if first is a part" in message
+    )
+    assert "name the parts train, val and test" in message
+
+
+def test_what_is_not_used_is_said(tmp_path):
+    root = make_splits(tmp_path, ["train"])
+    (root / "test").mkdir()
+    Image.new("RGB", (8, 6)).save(root / "test" / "unlabelled.png")
+    (root / "annotations").mkdir()
+    (root / "__MACOSX").mkdir()
+    dataset = load(root)
+    assert set(dataset.splits) == {"train", "validation"}
+    assert dataset.remarks == (
+        "test is not used: it has no class folders, so no labels",
+        "beside train, not used: annotations",
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["val", "test"], "holds test and val, and train must be there"),
+        (["train", "val", "valid"], "may hold the validation images, found val and valid"),
+    ],
+)
+def test_splits_that_are_missing_or_double(tmp_path, names, message):
+    assert message in error_of(make_splits(tmp_path, names))
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    root = make_splits(tmp_path, [""], classes=("bus", "train"))
+    assert load(root).class_names == ("bus", "train")
+    # A folder of images and nothing else is neither.
+    shutil.rmtree(root / "bus")
+    assert "train must be there with one sub-folder for each class; or list" in error_of(root)
+
+
+def test_copies_between_splits_and_classes_are_said(tmp_path):
+    root = make_splits(tmp_path, ["train", "val"])
+    for place in ("val/bag/copy.png", "val/bag/again.png", "train/coat/copy.png"):
+        shutil.copyfile(root / "train" / "bag" / "0.png", root / place)
+    mixed, copies = load(root).remarks
+    assert mixed.startswith("1 images are in several classes") and "in bag and coat" in mixed
+    assert copies.startswith("2 of the 10 validation images are copies of training images")
+
+
+def test_links_to_folders_and_files_are_followed(folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "bag").symlink_to(folder / "bag")
+    (linked / "coat").mkdir()
+    for path in (folder / "coat").iterdir():
+        (linked / "coat" / path.name).symlink_to(path)
+    (tmp_path / "alias").symlink_to(linked)
+    dataset = load(tmp_path / "alias")
+    assert sizes(dataset) == {"train": 18, "validation": 2}
+    assert dataset.class_names == ("bag", "coat")
+
+
+@pytest.mark.parametrize(
+    "head", ["", "file,label\n", "\ufeffID;Image;Class\n", "label\tfilename\n"]
+)
+def test_a_csv_of_file_and_label(folder, tmp_path, head):
+    (tmp_path / "all").mkdir()
+    rows = []
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        path.rename(tmp_path / "all" / f"{number}.png")
+        cells = [f"all/{number}.png", path.parent.name]
+        if ";" in head:
+            cells = [str(number), *cells]
+        rows.append(
+            (";" if ";" in head else "," if "\t" not in head else "\t").join(
+                cells[::-1] if "\t" in head else cells
+            )
+        )
+    (tmp_path / "labels.csv").write_text(head + "\n".join(rows) + "\n\n", encoding="utf-8")
+    shutil.rmtree(folder)
+    for path in (tmp_path, tmp_path / "labels.csv"):
+        dataset = load(path, validation_split=0.2)
+        assert dataset.class_names == ("bag", "coat", "ärmel")
+        assert sizes(dataset) == {"train": 24, "validation": 6}
+        split = dataset.splits["train"]
+        np.testing.assert_array_equal(split.images[:][:, 0, 0].argmax(axis=1), split.labels)
+
+
+def test_a_csv_for_each_split(folder):
+    (folder / "train.csv").write_text("bag/0.png,bag\ncoat/0.png,coat\nbag/1.png,bag\n")
+    (folder / "val.csv").write_text("bag/2.png,bag\n")
+    (folder / "test.csv").write_text("coat/2.png,coat\n")
+    shutil.rmtree(folder / "ärmel")
+    # Class folders come first; here they are none, since one is gone.
+    for name in ("bag", "coat"):
+        (folder / name).rename(folder / f".{name}")
+    for path in folder.glob("*.csv"):
+        path.write_text("".join(f".{line}\n" for line in path.read_text().splitlines()))
+    dataset = load(folder)
+    assert sizes(dataset) == {"train": 3, "validation": 1, "test": 1}
+    before = dataset.fingerprint
+    (folder / "val.csv").write_text(".bag/2.png,coat\n")
+    assert load(folder).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png,x\nb.png,y\na.png,x\n", "line 3: a.png is listed already: "),
+        ("a.png,x\n./a.png,y\n", "line 2: ./a.png is listed already"),
+        ("a.png,x\nb.png\n", "line 2: must have a file and a label, got b.png"),
+        ("a.png,x,1\nb.png,y,2\n", "a CSV of 3 columns needs a header with file and label"),
+        ("a.png,x\nb.png,x\n", "must list images of at least 2 labels, found 1"),
+        ("a.png,x\nb.png,y\u202e\n", "line 2: a class name must be printable"),
+        ("a.png,x\nc.png,y\n", "c.png (no such file)"),
+        ("", "must list images of at least 2 labels, found 0"),
+    ],
+)
+def test_a_csv_with_mistakes(tmp_path, text, message):
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{name}.png")
+    (tmp_path / "labels.csv").write_text(text)
+    assert message in error_of(tmp_path)
+
+
+def test_several_csvs_must_be_chosen_from(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").touch()
+    assert "holds 2 CSV files; name the one" in error_of(tmp_path)
+
+
+def test_proportions_are_kept_and_images_not_enlarged(folder):
+    dataset = load(folder, image_size=4, resize="shorter_edge")
+    assert dataset.image_shape == (4, 4, 3)
+    # At most the median shorter edge, 6.
+    assert load(folder, image_size=100, resize="shorter_edge").image_shape == (6, 6, 3)
 
 
 def test_names_that_are_not_utf8(folder):

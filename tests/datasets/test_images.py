@@ -247,3 +247,36 @@ def test_a_copy_has_the_same_mark(tmp_path):
     first, second = split_marks(content_marks(ImageFiles(raw, 3, 1)), list)
     assert first != second
     assert content_marks(ImageFiles([tmp_path / "copy.png"], 5, 3)) == second
+
+
+@pytest.mark.parametrize("size", [(50, 31), (31, 50), (40, 40), (300, 20), (9, 7), (33, 64)])
+@pytest.mark.parametrize("edge", [16, 21])
+def test_the_shorter_edge_is_that_of_the_trained_model(size, edge):
+    from keras_resnet.preprocessing import ImagePreprocessing
+
+    # Shown equal to torchvision's elsewhere. Here it gives grey levels.
+    layer = ImagePreprocessing(edge, 3, std=1 / 255, resize="shorter_edge", antialias=True)
+    image = Image.effect_noise(size, 80).convert("RGB")
+    found = decode_image(encoded(image), (edge, edge), 3, "shorter_edge")
+    difference = np.abs(found - np.asarray(layer(np.asarray(image)[None]))[0])
+    assert difference.max() <= 1 and (difference > 0.5).mean() < 0.01
+
+
+def test_images_that_are_kept_are_decoded_once(tmp_path, monkeypatch):
+    for index in range(3):
+        Image.new("L", (4, 4), 50 * index).save(tmp_path / f"{index}.png")
+    sources = [tmp_path / f"{index}.png" for index in range(3)]
+    images = ImageFiles(sources, 2, 1)
+    # Memory for two of the three.
+    monkeypatch.setattr("keras_resnet.datasets.images.MOST_KEPT", 9)
+    images.keep()
+    assert images[:][:, 0, 0, 0].tolist() == [0, 50, 100]
+    for path in sources[:2]:
+        path.unlink()
+    assert images[[1, 0, 2]][:, 0, 0, 0].tolist() == [50, 0, 100]
+    sources[2].unlink()
+    with pytest.raises(InputError, match=r"2\.png: cannot be decoded"):
+        images[[2]]
+    # A part of the images keeps none of them.
+    with pytest.raises(InputError, match=r"0\.png: cannot be decoded"):
+        images.select([0])[:]

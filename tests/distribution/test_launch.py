@@ -282,7 +282,7 @@ ASKED = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130)); time.sleep(60)
     [
         (ASKED, 1),
         *(
-            (f"ready.touch(); time.sleep(1); sys.exit({n})", m)
+            (f"ready.touch(); time.sleep(2); sys.exit({n})", m)
             for n, m in ((2, 2), (130, 130), (4, 1), (0, 1))
         ),
     ],

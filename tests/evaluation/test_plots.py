@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy as np
@@ -112,11 +113,27 @@ def test_sample_is_a_third_wrong_where_there_are_enough_and_fills_the_grid(n, wr
     assert plots._sample(e, count, np.random.default_rng(seed)).tolist() == shown.tolist()
 
 
+def test_heat_maps_show_the_most_confident_errors_first(tmp_path):
+    labels = [0] * 20
+    e = make_evaluation(labels, [1] * 3 + [0] * 17, 2)
+    asked = []
+
+    def heat_maps(images, classes):
+        asked.append((len(images), classes.tolist()))
+        return np.full(images.shape[:3], 0.5, "float32")
+
+    plots.plot_heat_maps(e, make_split(labels), heat_maps, tmp_path / "maps.png", rows=4)
+    # The predicted and the true class: of three errors and a correct prediction.
+    assert asked == [(4, [1, 1, 1, 0]), (4, [0, 0, 0, 0])]
+    assert painted(tmp_path / "maps.png", plots.RED) > 500
+
+
 def test_plots_of_another_split_are_refused(tmp_path):
     e = make_evaluation([0, 1], [0, 1], 2)
-    for plot in (plots.plot_confused_pairs, plots.plot_predictions):
+    heat_maps = functools.partial(plots.plot_heat_maps, heat_maps=None)
+    for plot in (plots.plot_confused_pairs, plots.plot_predictions, heat_maps):
         with pytest.raises(InputError, match="same images in the same order"):
-            plot(e, make_split([1, 0]), tmp_path / "x.png")
+            plot(e, make_split([1, 0]), path=tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -52,6 +52,7 @@ def row(epoch, **changes):
         "learning_rate": 0.001,
         "seconds": 10.0,
         "images_per_second": 100.0,
+        "waiting": 0.25,
     }
     return {"epoch": epoch, **values, **changes}
 
@@ -106,7 +107,7 @@ def test_numpy_numbers_and_nan_survive(tmp_path):
 
 
 HEADER = ",".join(HISTORY_COLUMNS)
-GOOD = "1,0.5,0.8,0.6,0.7,0.001,10,100"
+GOOD = "1,0.5,0.8,0.6,0.7,0.001,10,100,0.25"
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,9 @@ GOOD = "1,0.5,0.8,0.6,0.7,0.001,10,100"
         ("", 1, "the header must be epoch,loss.*got ''"),
         ("epoch,loss\n1,2\n", 1, "the header must be .* got 'epoch,loss'"),
         (HEADER + ",extra\n", 1, "the header must be"),
-        (f"{HEADER}\n{GOOD}\n2,0.5\n", 3, "must have 8 cells, got 2"),
-        (f"{HEADER}\n\n{GOOD}\n", 2, "must have 8 cells, got 0"),
-        (f"{HEADER}\n{GOOD},9\n", 2, "must have 8 cells, got 9"),
+        (f"{HEADER}\n{GOOD}\n2,0.5\n", 3, "must have 9 cells, got 2"),
+        (f"{HEADER}\n\n{GOOD}\n", 2, "must have 9 cells, got 0"),
+        (f"{HEADER}\n{GOOD},9\n", 2, "must have 9 cells, got 10"),
         (f"{HEADER}\n{GOOD.replace('0.8', 'high')}\n", 2, "`accuracy` must be float, got 'high'"),
         (f"{HEADER}\n1.5{GOOD[1:]}\n", 2, "`epoch` must be int, got '1.5'"),
         (f"{HEADER}\n{GOOD[1:]}\n", 2, "`epoch` must be int, got ''"),

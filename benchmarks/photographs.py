@@ -1,0 +1,186 @@
+"""What `keras-resnet train --dataset folder:…` makes of a few photographs.
+
+    pip install scikit-image scikit-learn   # for their photographs; nothing else of them is used
+    python benchmarks/photographs.py prove
+    python benchmarks/photographs.py transfer [--seeds 3] [--target clothes photographs]
+    python benchmarks/photographs.py folder DIR
+
+`prove` writes a folder of 84 crops of seven photographs, twelve for each, trains with nothing but
+`--dataset folder:…`, and measures on 280 other crops. `transfer` compares fine-tuning with training
+from scratch at 20 images a class, on two targets:
+
+- clothes: five classes of Fashion-MNIST, from weights trained on the other five;
+- photographs: crops as above, from weights trained on all ten classes of Fashion-MNIST.
+
+All crops of a class come from one photograph, so parts of the test images have been seen in
+training, at other positions and sizes: the task is easier than new photographs of a subject.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+from PIL import Image
+
+# class -> (package, path of its photograph in the package)
+PHOTOGRAPHS = {
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "cat": ("skimage", "data/chelsea.png"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+    "temple": ("sklearn", "datasets/images/china.jpg"),
+}
+NEW_CLASSES = (0, 2, 4, 6, 8)
+"""The classes of Fashion-MNIST that the target "clothes" has; the weights know the others."""
+
+
+def write_crops(folder, count, seed):
+    """Writes `count` crops of each photograph: 35 to 70 % of its shorter edge, of many shapes."""
+    random = np.random.default_rng(seed)
+    for name, (package, path) in PHOTOGRAPHS.items():
+        found = importlib.util.find_spec(package)
+        if found is None:
+            sys.exit("the photographs are in scikit-image and scikit-learn: pip install both")
+        image = Image.open(Path(found.origin).parent / path).convert("RGB")
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            height = int(min(image.size) * random.uniform(0.35, 0.7))
+            width = min(int(height * random.uniform(0.75, 1.5)), image.width)
+            left = random.integers(0, image.width - width + 1)
+            top = random.integers(0, image.height - height + 1)
+            box = (left, top, left + width, top + height)
+            image.crop(box).save(folder / name / f"{index}.jpg", quality=90)
+    return folder
+
+
+def write_clothes(folder, count, test_count):
+    """Writes `count` training and `test_count` test images of each class of `NEW_CLASSES`."""
+    from keras_resnet import load_dataset
+
+    dataset = load_dataset("fashion_mnist")
+    for split, wanted in (("train", count), ("test", test_count)):
+        images, labels = dataset.splits[split].images, dataset.splits[split].labels
+        for label in NEW_CLASSES:
+            name = dataset.class_names[label].replace("/", " or ")
+            (folder / split / name).mkdir(parents=True)
+            for index in np.flatnonzero(labels == label)[:wanted]:
+                pixels = Image.fromarray(images[index, :, :, 0])
+                pixels.save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def pretrain(folder, classes):
+    """Trains ResNet-18 on some classes of Fashion-MNIST by the recipe "quick"; returns its file."""
+    from keras_resnet import Split, load_dataset, train
+
+    dataset = load_dataset("fashion_mnist")
+    splits = {}
+    for name, split in dataset.splits.items():
+        chosen = np.isin(split.labels, classes)
+        labels = np.searchsorted(classes, split.labels[chosen])
+        splits[name] = Split(split.images[chosen], labels)
+    names = tuple(dataset.class_names[label] for label in classes)
+    part = dataclasses.replace(
+        dataset, class_names=names, splits=splits, fingerprint=f"classes {classes}"
+    )
+    run = train("resnet18", part, "quick", run_dir=folder, verbose=False)
+    print(f"weights of {len(classes)} classes of Fashion-MNIST: {run.report['accuracy']:.1%}")
+    return folder / "model.keras"
+
+
+def run_command(*words):
+    """Runs `keras-resnet`; returns its output and the seconds that it took."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "keras_resnet.cli", *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout, time.perf_counter() - start
+
+
+def prove(folder, _=None):
+    """Trains with the defaults on twelve crops a class; returns the accuracy on forty others."""
+    train, fresh = write_crops(folder / "photos", 12, 0), write_crops(folder / "fresh", 40, 1)
+    output, seconds = run_command(
+        "train", "--dataset", f"folder:{train}", "--run-dir", folder / "run"
+    )
+    print(output)
+    measured, _ = run_command("evaluate", folder / "run", "--dataset", f"folder:{fresh}", "--json")
+    accuracy = json.loads(measured)["accuracy"]
+    report = json.loads((folder / "run" / "report.json").read_text())
+    print(
+        f"{seconds:.0f} s; {report['accuracy']:.1%} of {report['num_images']} held-out crops, "
+        f"{accuracy:.1%} of 280 crops that were not in the folder"
+    )
+    return accuracy
+
+
+TARGETS = {
+    "clothes": (
+        lambda folder: write_clothes(folder, 20, 200),
+        [label for label in range(10) if label not in NEW_CLASSES],
+    ),
+    "photographs": (
+        lambda folder: (
+            write_crops(folder / "train", 20, 0) and write_crops(folder / "test", 40, 1).parent
+        ),
+        list(range(10)),
+    ),
+}
+
+
+def transfer(folder, args):
+    """Compares fine-tuning with training from scratch, seed by seed; prints a table."""
+    better = []
+    for target in args.target:
+        write, classes = TARGETS[target]
+        data = write(folder / target)
+        weights = pretrain(folder / f"{target}-weights", classes)
+        found = {"scratch": [], "fine-tuned": []}
+        for seed in range(args.seeds):
+            for way, options in (("scratch", ()), ("fine-tuned", ("--weights", weights))):
+                run_dir = folder / f"{target}-{way}-{seed}"
+                words = ("train", "--dataset", f"folder:{data}", "--run-dir", run_dir)
+                _, seconds = run_command(*words, "--seed", seed, *options)
+                report = json.loads((run_dir / "report.json").read_text())
+                found[way].append(report["accuracy"])
+                measured = f"{report['accuracy']:.1%} of {report['num_images']} test images"
+                took = f"{report['epochs']} epochs, {seconds:.0f} s"
+                print(f"{target}, seed {seed}, {way}: {measured}, {took}", flush=True)
+        means = {way: statistics.mean(values) for way, values in found.items()}
+        print(f"{target}: " + ", ".join(f"{way} {mean:.1%}" for way, mean in means.items()))
+        better.append(means["fine-tuned"] > means["scratch"])
+    return all(better)
+
+
+def main():
+    """Runs a sub-command in a temporary folder, or in --keep; status 1 if a claim does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("prove", "transfer", "folder"))
+    parser.add_argument("dir", nargs="?", type=Path, help="for `folder`: where to write")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--target", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
+    parser.add_argument("--keep", type=Path, help="a new folder that keeps data and runs")
+    args = parser.parse_args()
+    if args.what == "folder":
+        print(write_crops(args.dir, 12, 0))
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        holds = prove(folder, args) >= 0.95 if args.what == "prove" else transfer(folder, args)
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
