@@ -244,6 +244,8 @@ def test_a_local_folder_of_a_repository_takes_precedence(hub, networks, tmp_path
         model = from_pretrained(given)
         check("folder", differences(model, networks[1][TINY]), 1e-5)
     assert hub.requests == [] and load(TINY).class_names == NAMES
+    with pytest.raises(InputError, match=r"^me/tiny: a local folder has no revisions, got 'v1'$"):
+        from_pretrained(TINY, revision="v1")
     # Something else in a folder that is there is a path, unless it is marked as a name.
     for function in (from_pretrained, load):
         with pytest.raises(InputError, match=r"^me/bottleneck: the folder me has no .* hf-hub:me"):
