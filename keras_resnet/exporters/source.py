@@ -69,8 +69,9 @@ def open_export_source(model, normalize=None):
         )
     if repository := find_repository(model):
         predictor = Predictor(open_model(repository, normalize))
-        sha256 = predictor.metadata["origin"]["sha256"]
-        record = {"path": repository.name, "sha256": sha256, "normalize": normalize}
+        origin = predictor.metadata["origin"]
+        record = {"path": repository.name, "sha256": origin["sha256"], "normalize": normalize}
+        record["origin"] = origin
         return ExportSource(predictor, record, repository.folder("-export"))
     given, path = Path(model), resolve_model_path(model)
     if path.is_dir() or find_format(path) in EXPORTED:
