@@ -156,12 +156,11 @@ def resample(
         and library.rows_first is not None
         and library.rows_first(height, width, new_height, new_width)
     )
-    x, *sizes = _choose(
-        rows_first,
-        lambda: (ops.transpose(images, (0, 3, 2, 1)), height, new_height, width, new_width),
-        lambda: (ops.transpose(images, (0, 3, 1, 2)), width, new_width, height, new_height),
-    )
-    for old, new in (sizes[:2], sizes[2:]):
+    # The columns first; or the image is turned around, before and after.
+    x = _swapped_if(rows_first, ops.transpose(images, (0, 3, 1, 2)))
+    lengths = ((height, new_height), (width, new_width))
+    for one, other in (lengths[::-1], lengths):
+        old, new = (_where(rows_first, b, a) for a, b in zip(one, other, strict=True))
         kept = ops.arange(image_size, dtype="int32") + OFFSETS[rounding](new - image_size)
         weights = _weights(old, new, kept, interpolation, antialias, dtype)
         total = ops.sum(weights, axis=0, keepdims=True)
@@ -174,18 +173,29 @@ def resample(
         else:
             x = ops.matmul(x, ops.cast(weights, dtype) / ops.cast(total, dtype))
         x = ops.swapaxes(x, 2, 3)
-    return _choose(
-        rows_first,
-        lambda: ops.transpose(x, (0, 3, 2, 1)),
-        lambda: ops.transpose(x, (0, 2, 3, 1)),
-    )
+    return ops.transpose(_swapped_if(rows_first, x), (0, 2, 3, 1))
 
 
-def _choose(condition, yes, no):
-    """Returns yes() or no(); the graph chooses where the condition depends on the image's size."""
+def _where(condition, yes, no):
+    """Returns `yes` or `no`, both whole numbers; the graph chooses if it knows the condition."""
     if isinstance(condition, bool):
-        return yes() if condition else no()
-    return ops.cond(condition, yes, no)
+        return yes if condition else no
+    return ops.where(condition, yes, no)
+
+
+def _swapped_if(condition, x):
+    """Returns `x` with its last two axes swapped if a condition holds.
+
+    TFLite's `IF` would do, but LiteRT 2.3 writes beside its memory where an image has another
+    height and width than the one before.
+    """
+    if isinstance(condition, bool):
+        return ops.swapaxes(x, 2, 3) if condition else x
+    batch, channels, rows, columns = ops.shape(x)
+    flat = [ops.reshape(each, (-1,)) for each in (x, ops.swapaxes(x, 2, 3))]
+    x = ops.take(ops.stack(flat), ops.where(condition, 1, 0), axis=0)
+    shape = (_where(condition, columns, rows), _where(condition, rows, columns))
+    return ops.reshape(x, (batch, channels, *shape))
 
 
 def _weights(old, new, rows, interpolation, antialias, dtype):

@@ -30,8 +30,8 @@ def load_photos(paths, class_names, *, image_size=(None, None), channels=3):
         InputError: If there are no photographs, or one cannot be read.
 
     Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> Image.new("RGB", (6, 4), "red").save(folder / "red.png")
         >>> data = load_photos(folder, ["cat", "dog"])
         >>> len(data.splits["validation"]), data.is_labelled, data.image_shape

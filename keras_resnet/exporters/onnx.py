@@ -183,36 +183,7 @@ def _int8(proto, images):
                 *(node.name for node in proto.graph.node if node.op_type == "Softmax"),
             ],
         )
-        return _sort(onnx.load(path))
-
-
-def _sort(proto):
-    """Puts each node behind those that make its inputs, also the inputs of its branches alone.
-
-    The quantizer sorts the nodes, but ignores the tensors that only the branches of an `If` use.
-    """
-    waiting, known, ordered = list(proto.graph.node), {""}, []
-    known |= {value.name for value in (*proto.graph.input, *proto.graph.initializer)}
-    while waiting:
-        ready = [node for node in waiting if _needed(node) <= known]
-        if not ready:
-            raise ValueError(f"the graph has a loop at {waiting[0].name}")
-        ordered += ready
-        known |= {name for node in ready for name in node.output}
-        waiting = [node for node in waiting if not known >= {*node.output}]
-    del proto.graph.node[:]
-    proto.graph.node.extend(ordered)
-    return proto
-
-
-def _needed(node):
-    """Returns the names of the tensors that a node and its branches take from the graph."""
-    names = {*node.input}
-    for branch in [attribute.g for attribute in node.attribute if attribute.HasField("g")]:
-        made = {value.name for value in branch.initializer}
-        made |= {name for inner in branch.node for name in inner.output}
-        names |= {name for inner in branch.node for name in _needed(inner)} - made
-    return names
+        return onnx.load(path)
 
 
 # precision -> function of the folded model and the calibration images that returns a model.

@@ -265,7 +265,8 @@ def check_tolerance(precision, figures):
     Args:
         precision: A row of `PRECISIONS`.
         figures: "max_difference", "agreement" and "accuracy_change"; those that are missing or None
-            are not checked.
+            are not checked. With "images", their number, the agreement may be a fraction of one
+            image too small.
 
     Example:
         >>> figures = {"max_difference": 2e-5, "agreement": 1.0, "accuracy_change": 0.0}
@@ -273,10 +274,13 @@ def check_tolerance(precision, figures):
         largest difference: 2e-05, must be at most 1e-05
     """
     tolerance = PRECISIONS[precision].tolerance
+    agreement = tolerance.agreement
+    if images := figures.get("images"):
+        agreement = min(agreement, math.floor(round(agreement * images, 9)) / images)
     # The accuracy change is negative where the accuracy drops.
     rows = (
         ("largest difference", "max_difference", 1, "at most", tolerance.max_difference),
-        ("agreement", "agreement", 1, "at least", tolerance.agreement),
+        ("agreement", "agreement", 1, "at least", agreement),
         ("accuracy drop", "accuracy_change", -1, "at most", tolerance.accuracy_drop),
     )
     failures = []

@@ -25,8 +25,8 @@ def photographs(generator, shapes=SHAPES):
     return [np.where(image > 200, 255, image // 2).astype("uint8") for image in images]
 
 
-def run_tflite(content, image):
-    interpreter = Interpreter(model_content=content)
+def run_tflite(interpreter, image):
+    """Returns the output for images whose shape may differ from those of the call before."""
     (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.resize_tensor_input(source["index"], image.shape)
     interpreter.allocate_tensors()
@@ -35,9 +35,9 @@ def run_tflite(content, image):
     return interpreter.get_tensor(target["index"])
 
 
-def run_onnx(content, image):
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return session.run(None, {"image": image})[0]
+def open_onnx(proto):
+    content = proto.SerializeToString()
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
 
 def expected_levels(image, resampler):
@@ -57,18 +57,23 @@ def test_every_format_has_pillow_s_grey_levels(resampler):
     spec = tf.TensorSpec([None, None, None, 3], "uint8", "image")
     module = ServedModule(model, lambda image: {"levels": model(image, training=False)}, spec)
     saved = tf.saved_model.load(module.save())
-    lite, standard = tflite.convert(module, "float32"), onnx.convert(module, "float32")
+    content = tflite.convert(module, "float32")
+    interpreter = Interpreter(model_content=content)
+    session = open_onnx(onnx.convert(module, "float32"))
+    # LiteRT 2.3 writes beside its memory where its branches get images of other shapes.
+    assert "IF" not in [each["op_name"] for each in interpreter._get_ops_details()]
     run = {
         "keras": model.predict_on_batch,
         "saved_model": lambda image: saved.serve(tf.constant(image))["levels"].numpy(),
-        "tflite": lambda image: run_tflite(lite, image),
-        "onnx": lambda image: run_onnx(standard.SerializeToString(), image),
+        "tflite": lambda image: run_tflite(interpreter, image),
+        "onnx": lambda image: session.run(None, {"image": image})[0],
     }
-    for image in photographs(np.random.default_rng(0)):
-        images = np.concatenate([image, image[:, ::-1, ::-1]])
-        expected = np.concatenate([expected_levels(each[None], resampler) for each in images])
+    images = photographs(np.random.default_rng(0))
+    for image in images + images[::-1]:
+        batch = np.concatenate([image, image[:, ::-1, ::-1]])
+        expected = np.concatenate([expected_levels(each[None], resampler) for each in batch])
         for name, function in run.items():
-            np.testing.assert_allclose(function(images), expected, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(function(batch), expected, atol=1e-3, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +114,7 @@ def test_int8_leaves_the_resampling_in_float32(classifier, shape):
     quantized = [node for node in proto.graph.node if node.op_type == "Conv"]
     assert all(makers[node.input[0]] == "DequantizeLinear" for node in quantized)
 
+    session = open_onnx(proto)
     for image, row in zip(images, expected, strict=True):
-        for found in (run_tflite(content, image), run_onnx(proto.SerializeToString(), image)):
+        for found in (run_tflite(interpreter, image), session.run(None, {"image": image})[0]):
             np.testing.assert_allclose(found, row, atol=0.05)
