@@ -24,9 +24,20 @@ def _cubic(distance, unit, dtype):
     return rest * ops.where(t < 1, 1 + t - 1.5 * ops.square(t), outside)
 
 
-# name -> function of a distance between pixels, of the distance that is 1 to the filter, both whole
-# numbers, and of a type. It returns weights up to a common factor, whole numbers or of that type.
-FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
+class Filter(NamedTuple):
+    """The filter of an interpolation.
+
+    Attributes:
+        reach: The distance from which on the weights are 0, in units of the filter.
+        function: Function of distances between pixels, of the filter's unit, both whole numbers,
+            and of a type. It returns weights up to a common factor, whole numbers or of that type.
+    """
+
+    reach: int
+    function: Callable
+
+
+FILTERS = {"bilinear": Filter(1, _triangle), "bicubic": Filter(2, _cubic)}
 
 
 class Resampler(NamedTuple):
@@ -126,7 +137,7 @@ def resample(
 
     Args:
         images: (batch, height, width, channels), whole numbers in 0 … 255 of any type. height × the
-            resized height must be below 2**31, and so for the width.
+            resized height must be below 2**30, and so for the width.
         image_size: Edge of the square that is returned, in pixels.
         resize: A row of `LENGTHS`: "squash" or "shorter_edge".
         length: The new length of both edges, or of the shorter one; at least `image_size`.
@@ -156,24 +167,52 @@ def resample(
         and library.rows_first is not None
         and library.rows_first(height, width, new_height, new_width)
     )
+    sides = []
+    for old, new in ((height, new_height), (width, new_width)):
+        unit = 2 * (_maximum(old, new) if antialias else new)
+        offset = OFFSETS[rounding](new - image_size)
+        span = _span(old, new, offset, image_size, FILTERS[interpolation].reach * unit)
+        sides.append((old, new, unit, offset, *span))
+    x = images[:, slice(*sides[0][-2:]), slice(*sides[1][-2:])]
     # The columns first; or the image is turned around, before and after.
-    x = _swapped_if(rows_first, ops.transpose(images, (0, 3, 1, 2)))
-    lengths = ((height, new_height), (width, new_width))
-    for one, other in (lengths[::-1], lengths):
-        old, new = (_where(rows_first, b, a) for a, b in zip(one, other, strict=True))
-        kept = ops.arange(image_size, dtype="int32") + OFFSETS[rounding](new - image_size)
-        weights = _weights(old, new, kept, interpolation, antialias, dtype)
+    x = _swapped_if(rows_first, ops.transpose(x, (0, 3, 1, 2)))
+    for side, other in (sides[::-1], sides):
+        old, new, unit, offset, begin, end = (
+            _where(rows_first, b, a) for a, b in zip(side, other, strict=True)
+        )
+        pixels = ops.arange(end - begin, dtype="int32") + begin
+        kept = ops.arange(image_size, dtype="int32") + offset
+        weights = _weights(old, new, unit, pixels, kept, interpolation, dtype)
         total = ops.sum(weights, axis=0, keepdims=True)
         x = ops.cast(x, dtype)
         if antialias:
             scale = 2**22
             if library.short_weights:
-                scale = _scale_of_16_bits(old, new, weights, interpolation, dtype)
+                # The largest weights can be those at the edge, which a crop may not keep.
+                edge = ops.minimum(ops.arange(4, dtype="int32"), new - 1)
+                pixels = ops.arange(old, dtype="int32")
+                edge = _weights(old, new, unit, pixels, edge, interpolation, dtype)
+                scale = ops.minimum(_short_scale(weights, dtype), _short_scale(edge, dtype))
             x = _product_in_grey_levels(x, weights, total, scale)
         else:
             x = ops.matmul(x, ops.cast(weights, dtype) / ops.cast(total, dtype))
         x = ops.swapaxes(x, 2, 3)
     return ops.transpose(_swapped_if(rows_first, x), (0, 2, 3, 1))
+
+
+def _span(old, new, offset, count, reach):
+    """Returns the first input pixel with a weight in `count` output pixels, and the last plus 1.
+
+    Args:
+        old: The old length.
+        new: The new length.
+        offset: The first of the output pixels.
+        count: How many output pixels there are.
+        reach: The distance from which on weights are 0, see `_weights`.
+    """
+    first, last = 2 * offset + 1, 2 * (offset + count) - 1
+    begin = _maximum(first * old - reach, 0) // (2 * new)
+    return begin, _minimum((last * old + reach) // (2 * new) + 1, old)
 
 
 def _where(condition, yes, no):
@@ -198,32 +237,20 @@ def _swapped_if(condition, x):
     return ops.reshape(x, (batch, channels, *shape))
 
 
-def _weights(old, new, rows, interpolation, antialias, dtype):
-    """Returns the weights of all input pixels for the output pixels `rows`, up to a factor each.
+def _weights(old, new, unit, pixels, rows, interpolation, dtype):
+    """Returns the weights of input pixels for the output pixels `rows`, up to a factor each.
 
     Distances are in units of 1 / (2 × new) input pixels, where the centres of all pixels, counted
     from the centre of the image, are whole numbers: rounding begins only behind the filter.
     """
-    pixels = ops.expand_dims(ops.arange(old, dtype="int32"), 1)
-    distances = ops.abs((2 * rows + 1 - new) * old - (2 * pixels + 1 - old) * new)
-    unit = 2 * (_maximum(old, new) if antialias else new)
-    return FILTERS[interpolation](distances, unit, dtype)
+    pixels = ops.expand_dims(2 * pixels + 1 - old, 1)
+    distances = ops.abs((2 * rows + 1 - new) * old - pixels * new)
+    return FILTERS[interpolation].function(distances, unit, dtype)
 
 
-def _scale_of_16_bits(old, new, weights, interpolation, dtype):
-    """Returns the largest power of two, at most 2**22, that leaves all weights below 2**15.
-
-    Args:
-        old: The old length.
-        new: The new length.
-        weights: The weights of the pixels that the crop keeps.
-        interpolation: A row of `FILTERS`.
-        dtype: The type to compute in.
-    """
-    # The largest weights can be those at the edge, which a crop may not keep.
-    edge = ops.minimum(ops.arange(4, dtype="int32"), new - 1)
-    edge = _weights(old, new, edge, interpolation, True, dtype)
-    weights = ops.cast(ops.concatenate([edge, weights], axis=1), dtype)
+def _short_scale(weights, dtype):
+    """Returns the largest power of two, at most 2**22, that leaves all weights below 2**15."""
+    weights = ops.cast(weights, dtype)
     largest = ops.max(weights / ops.sum(weights, axis=0, keepdims=True))
     scales = ops.array([2**power for power in range(23)], "int32")
     return ops.max(ops.where(ops.cast(scales, dtype) * largest < 2**15 - 0.5, scales, 0))
@@ -233,8 +260,8 @@ def _product_in_grey_levels(x, weights, total, scale):
     """Returns x @ (weights / total) as a library of 8-bit images does, in 0 … 255.
 
     The library's weights are whole multiples of 1 / `scale`. Here each has two parts of 11 bits:
-    float32 adds the products of such parts and of 0 … 255 without an error, in any order, so that
-    every runtime gets the library's grey levels.
+    float32 (and TensorFloat-32) adds the products of such parts and of 0 … 255 without an error, in
+    any order, as long as their sum is below 2**24. So every runtime gets the library's grey levels.
     """
     exact = ops.cast(total, x.dtype)
     weights = weights * ops.cast(scale // 2**11, weights.dtype)

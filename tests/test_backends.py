@@ -13,7 +13,7 @@ import pytest
 from conftest import backend_environment
 
 from keras_resnet.models import Spec, build_resnet
-from keras_resnet.preprocessing import with_preprocessing
+from keras_resnet.preprocessing import ImagePreprocessing, with_preprocessing
 
 pytestmark = pytest.mark.thorough
 
@@ -45,6 +45,11 @@ logits = keras.ops.convert_to_numpy(model(images))
 again = keras.ops.convert_to_numpy(model(images, training=False))
 np.testing.assert_array_equal(logits, again)
 np.save(f"{folder}/{keras.config.backend()}.npy", logits)
+
+resize = {"resize": "shorter_edge", "crop_pct": 0.7, "antialias": True, "std": 1 / 255}
+levels = keras_resnet.ImagePreprocessing(24, **resize)(images)
+levels = np.round(keras.ops.convert_to_numpy(levels))
+np.testing.assert_array_equal(levels, np.load(f"{folder}/levels.npy"))
 
 before = [keras.ops.convert_to_numpy(w) for w in model.weights]
 model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -81,6 +86,8 @@ def folder(tmp_path_factory):
     np.save(folder / "images.npy", images)
     np.save(folder / "labels.npy", np.arange(6))
     np.save(folder / "tensorflow.npy", model(images))
+    resize = {"resize": "shorter_edge", "crop_pct": 0.7, "antialias": True, "std": 1 / 255}
+    np.save(folder / "levels.npy", np.round(ImagePreprocessing(24, **resize)(images)))
     return folder
 
 

@@ -341,9 +341,9 @@ def test_a_changed_source_takes_no_part(light):
 # ----------------------------------------------------------------------------------------------
 
 
-def classifier(spec=None, shape=(28, 28, 1), image_shape=None, **options):
+def classifier(spec=None, shape=(28, 28, 1), image_shape=None, crop_pct=1.0, **options):
     network = build_resnet(spec or Spec((1, 1), (8, 16)), shape, 10, **options)
-    return with_preprocessing(network, image_shape or shape)
+    return with_preprocessing(network, image_shape or shape, crop_pct=crop_pct)
 
 
 @pytest.mark.parametrize("layout", range(len(TORCH_LAYOUTS)))
@@ -372,6 +372,7 @@ def test_torch_worker_resizes_and_normalises_as_keras_does(tmp_path, layout):
         (lambda: classifier(stem="small"), "7×7 stem"),
         (lambda: classifier(Spec((1,), (16,), block="bottleneck")), "basic blocks"),
         (lambda: classifier(shape=(28, 28, 3), image_shape=(28, 28, 1)), "channels"),
+        (lambda: classifier(crop_pct=0.9), "resized as"),
         (lambda: classifier().layers[-1], "preprocessing"),
     ],
 )

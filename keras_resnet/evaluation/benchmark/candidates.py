@@ -149,6 +149,10 @@ def find_torch(source, folder):
     ]
 
 
+# What `torch_network` repeats of `ImagePreprocessing`.
+_RESIZING = {"resize": "squash", "crop_pct": 1, "interpolation": "bilinear", "antialias": False}
+
+
 def describe_d2l_network(model):
     """Returns the arguments with which `torch_network.load` builds a Keras model's network.
 
@@ -191,6 +195,9 @@ def describe_d2l_network(model):
         ),
         "images of as many channels as it takes": model.input_shape[-1] == preprocessing.channels
         and not preprocessing.reverse_channels,
+        "images resized as `ImagePreprocessing` does by default": all(
+            getattr(preprocessing, name) == value for name, value in _RESIZING.items()
+        ),
     }
     for rule, kept in rules.items():
         if not kept:
