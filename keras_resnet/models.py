@@ -369,6 +369,28 @@ def _head(x, variant, num_classes, include_top, pooling):
     return _logits(x, num_classes) if include_top else x
 
 
+def _open_weights(weights, spec, form):
+    """Opens a network's first weights, if there are any, and completes the network's form by them.
+
+    Args:
+        weights: See `build_resnet`.
+        spec: See `build_resnet`.
+        form: (input shape, number of classes, variant, stem); None where it was not given.
+
+    Returns:
+        A `weights.sources.Source` or None, and the form.
+    """
+    source, defaults = None, ((224, 224, 1), 10, "d2l", None)
+    if weights is not None:
+        from keras_resnet.weights.sources import open_source  # which imports this module
+
+        source = open_source(weights)
+        source.check_spec(spec)
+        defaults = source.form
+    pairs = zip(form, defaults, strict=True)
+    return source, tuple(default if value is None else value for value, default in pairs)
+
+
 def build_resnet(
     spec,
     input_shape=None,
@@ -441,26 +463,15 @@ def build_resnet(
         >>> backbone.output["stage3"].shape, backbone.output["output"].shape
         ((None, 6, 6, 256), (None, 512))
     """
-    source = None
-    if weights is not None:
-        from keras_resnet.weights.sources import open_source  # which imports this module
-
-        source = open_source(weights)
-        source.check_spec(spec)
-        input_shape = input_shape or source.input_shape
-        num_classes = num_classes or source.checkpoint.num_classes
-        variant, stem = variant or source.checkpoint.variant, stem or source.checkpoint.stem
+    given = (input_shape, num_classes, variant, stem)
+    source, (input_shape, num_classes, variant, stem) = _open_weights(weights, spec, given)
     if not isinstance(spec, Spec):
         name = name or spec
         spec = look_up(SPECS, spec, "spec")
-    input_shape, num_classes = (
-        input_shape or (224, 224, 1),
-        10 if num_classes is None else num_classes,
-    )
     _check_input_shape(input_shape)
     if include_top:
         check_count("num_classes", num_classes)
-    variant = look_up(VARIANTS, variant or "d2l", "variant")
+    variant = look_up(VARIANTS, variant, "variant")
     stem = look_up(STEMS, stem or spec.stem, "stem")
     if pooling is not None:
         look_up(_POOLINGS, pooling, "pooling")

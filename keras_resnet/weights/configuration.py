@@ -1,8 +1,8 @@
 """What a repository's JSON files say about its network: form, classes, preprocessing, licence.
 
 timm writes one file, in two forms: nested, with the preprocessing under "pretrained_cfg", and flat,
-before 2023. transformers writes two. All are untrusted: sizes and types are checked, and every
-value that would change the network's output and is not known here is refused.
+in older repositories. transformers writes two. All are untrusted: sizes and types are checked, and
+arguments of other networks than ours are refused.
 """
 
 import csv
@@ -12,8 +12,9 @@ import importlib.resources
 import re
 
 from keras_resnet.models import SPECS, Spec
-from keras_resnet.resampling import find_crop_pct
+from keras_resnet.resampling import FILTERS, find_crop_pct
 from keras_resnet.untrusted import schema
+from keras_resnet.untrusted.common import refusing
 from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.tables import printable
 from keras_resnet.weights.hub import CARD, CONFIG, PREPROCESSOR
@@ -73,11 +74,16 @@ def read_configuration(repository):
     Raises:
         InputError: If a file is damaged, or the network is none of ours.
     """
+    with refusing(repository.name, f"{CONFIG} cannot be used"):
+        return _read(repository)
+
+
+def _read(repository):
     content = repository.read_json(CONFIG)
     if content is None:
         raise InputError(f"{repository.name}: has no {CONFIG}: not a repository of a network")
-    reader = _read_timm if "architecture" in content else _read_transformers
-    found = reader(_File(repository.name, CONFIG, content), repository)
+    file = _File(repository.name, CONFIG, content)
+    found = _read_timm(file) if "architecture" in content else _read_transformers(file, repository)
     card = _read_card(repository)
     ids, names = None, found.class_names
     is_stated = any(name.lower().endswith("imagenet-1k") for name in card["datasets"])
@@ -171,17 +177,19 @@ _NAMES = schema.Rule(
 )
 
 
-def _numbers(rule, length=None):
-    """Returns the rule of a list of numbers."""
-    described = f"{length} values" if length else "1 or 3 values"
+def _list(rule, least, most, unit):
+    """Returns the rule of a list of `least` to `most` values, which follow another rule."""
     return schema.Rule(
-        f"{described}, each {rule.description}",
+        f"{least} to {most} {unit}, each {rule.description}",
         lambda value: (
             isinstance(value, list)
-            and len(value) in ((length,) if length else (1, 3))
+            and least <= len(value) <= most
             and all(map(rule.accepts, value))
         ),
     )
+
+
+_MEAN, _STD = (_list(rule, 1, 3, "channels") for rule in (_PIXEL, _POSITIVE))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -204,8 +212,8 @@ _PRETRAINED = {
     "test_crop_pct": _optional(_CROP),
     "crop_mode": _optional(schema.TEXT),
     "interpolation": _optional(schema.TEXT),
-    "mean": _optional(_numbers(_PIXEL)),
-    "std": _optional(_numbers(_POSITIVE)),
+    "mean": _optional(_MEAN),
+    "std": _optional(_STD),
     "num_classes": _optional(_between(0, _MAX_CLASSES)),
     "label_names": _optional(_NAMES),
     "label_descriptions": _optional(schema.OBJECT),
@@ -220,11 +228,10 @@ _MODEL_ARGS = {
 }
 # timm's `crop_mode` -> `resize`.
 _CROP_MODES = {"center": "shorter_edge", "squash": "squash"}
-INTERPOLATIONS = ("bilinear", "bicubic")
 
 
-def _read_timm(file, repository):
-    """Reads timm's config.json."""
+def _merge_timm(file):
+    """Returns the preprocessing and the classes in a config.json of timm of either form, a dict."""
     content = file.content
     nested = content.get("pretrained_cfg")
     own = {"architecture": schema.TEXT, "pretrained_cfg": _optional(schema.OBJECT)}
@@ -239,6 +246,12 @@ def _read_timm(file, repository):
     if content.get("labels") is not None:
         file.check({"labels": _NAMES})
         cfg.setdefault("label_names", content["labels"])
+    return cfg
+
+
+def _read_timm(file):
+    """Reads timm's config.json."""
+    content, cfg = file.content, _merge_timm(file)
     arguments = content.get("model_args") or {}
     row, variant = _timm_network(file, content["architecture"])
     unknown = {name: value for name, value in arguments.items() if name not in _MODEL_ARGS}
@@ -294,10 +307,8 @@ def _timm_preprocessing(file, cfg, channels, size, crop_pct):
     file.require(height == width, "images must be square", size)
     mode = cfg.get("crop_mode") or "center"
     file.require(mode in _CROP_MODES, f"crop_mode must be {' or '.join(_CROP_MODES)}", mode)
-    filter_ = cfg.get("interpolation") or "bicubic"
-    file.require(
-        filter_ in INTERPOLATIONS, f"interpolation must be {' or '.join(INTERPOLATIONS)}", filter_
-    )
+    kind = cfg.get("interpolation") or "bicubic"
+    file.require(kind in FILTERS, f"interpolation must be {' or '.join(FILTERS)}", kind)
     return {
         "image_size": height,
         "mean": _for_channels(cfg.get("mean") or (0.485, 0.456, 0.406), channels),
@@ -305,7 +316,7 @@ def _timm_preprocessing(file, cfg, channels, size, crop_pct):
         "reverse_channels": False,
         "resize": _CROP_MODES[mode],
         "crop_pct": crop_pct or 0.875,
-        "interpolation": filter_,
+        "interpolation": kind,
         "antialias": True,
         "resampler": "pillow",
         "rounding": "torchvision",
@@ -329,20 +340,8 @@ def _is_imagenet_tag(content):
 # transformers
 # ----------------------------------------------------------------------------------------------
 
-_STAGES = schema.Rule(
-    "1 to 8 stages of at most 100 blocks",
-    lambda value: (
-        isinstance(value, list)
-        and 1 <= len(value) <= 8
-        and all(map(_between(1, 100).accepts, value))
-    ),
-)
-_WIDTHS = schema.Rule(
-    "1 to 8 widths of at most 65536",
-    lambda value: (
-        isinstance(value, list) and 1 <= len(value) <= 8 and all(map(_WIDTH.accepts, value))
-    ),
-)
+_STAGES = _list(_between(1, 100), 1, 8, "stages")
+_WIDTHS = _list(_WIDTH, 1, 8, "stages")
 _RESNET = {
     "model_type": schema.TEXT,
     "depths": schema.Optional(_STAGES),
@@ -419,8 +418,8 @@ _PROCESSOR = {
     "crop_pct": _optional(_CROP),
     "resample": _optional(_between(0, 5)),
     "rescale_factor": schema.Optional(_POSITIVE),
-    "image_mean": _optional(_numbers(_PIXEL)),
-    "image_std": _optional(_numbers(_POSITIVE)),
+    "image_mean": _optional(_MEAN),
+    "image_std": _optional(_STD),
     **{
         key: _optional(schema.FLAG)
         for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad")

@@ -12,12 +12,10 @@ too. The client compares the size of a download, not its content: the sha256 is 
 
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from keras_resnet.untrusted.common import check_regular_file, refusing
@@ -34,8 +32,9 @@ WEIGHTS = "model.safetensors"
 MAX_BYTES = 4 * 2**20
 """The size that a file other than the weights may have. The names of 21,841 classes take 2 MiB."""
 
+_SCHEMES = ("hf-hub:", "hf://")
 _NAME = re.compile(
-    r"(?P<scheme>hf-hub:|hf://)?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?"
+    rf"(?P<scheme>{'|'.join(_SCHEMES)})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?"
 )
 _PIN = re.compile(r"(?P<rest>.*)#sha256=(?P<sha256>[0-9a-fA-F]{64})")
 # A word that ends so is a file that is missing.
@@ -151,11 +150,7 @@ def parse_name(text):
         (None, None, None)
     """
     match = _NAME.fullmatch(text)
-    if not match:
-        return None
-    folder = match["repository"].partition("/")[0]
-    is_file = text.lower().endswith(_SUFFIXES) or os.path.isdir(folder)
-    if is_file and not match["scheme"]:
+    if not match or (text.lower().endswith(_SUFFIXES) and not match["scheme"]):
         return None
     return Name(match["repository"], match["revision"] or "main")
 
@@ -173,7 +168,7 @@ def find_repository(given, *, revision=None, sha256=None):
         sha256: The checksum (hex) that the weights must have, instead of one in the name.
 
     Returns:
-        A `Repository`; None if `given` is the path of another file or folder, or of none.
+        A `Repository`; None if `given` can only be the path of something else.
 
     Raises:
         InputError: If there is no such repository, or it cannot be downloaded.
@@ -192,6 +187,12 @@ def find_repository(given, *, revision=None, sha256=None):
     name = parse_name(text)
     if name is None:
         return None
+    folder = name.repository.partition("/")[0]
+    if os.path.isdir(folder) and not text.startswith(_SCHEMES):
+        raise InputError(
+            f"{text}: the folder {folder} has no such file or folder; if it is the name of a "
+            f"repository, write hf-hub:{text}"
+        )
     if revision is not None:
         name = dataclasses.replace(name, revision=revision)
     config = _download(name, CONFIG, text)
@@ -284,17 +285,16 @@ def _is_offline():
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
-@functools.cache
-def _bar_class():
-    """Returns the client's progress bar, shown on a terminal only, and removed at the end."""
+def _bar_class(description):
+    """Returns a class for the client's progress bar, which it shows on a terminal only.
+
+    The client's own bar shows a part of an address, and stays.
+    """
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args, **kwargs):
-            kwargs = {**kwargs, "leave": False}
-            if not sys.stderr.isatty():
-                kwargs["disable"] = True
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **{**kwargs, "desc": description, "leave": False})
 
     return Bar
 
@@ -327,7 +327,7 @@ def _download(name, file, label, needed=True):
             file,
             revision=name.revision,
             library_name="keras-resnet-edge",
-            tqdm_class=_bar_class(),
+            tqdm_class=_bar_class(f"{name.repository} {file}"),
             **settings,
         )
         _check_content(path, label, file)

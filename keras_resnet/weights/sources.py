@@ -91,6 +91,12 @@ class Source:
         return size, size, self.checkpoint.channels
 
     @property
+    def form(self):
+        """Input shape, number of classes (None without a head), variant and stem of the network."""
+        found = self.checkpoint
+        return self.input_shape, found.num_classes, found.variant, found.stem
+
+    @property
     def origin(self):
         """Where the weights come from, a dict that JSON can hold, for the metadata of models."""
         if self.configuration is None:
