@@ -127,7 +127,7 @@ FINE_TUNING = {
 LEAST_SIZE = 128
 """Pixels of photographs for weights that were trained on smaller images, such as Fashion-MNIST."""
 
-LEAST_EPOCHS, MOST_EPOCHS = 8, 100
+LEAST_EPOCHS, MOST_EPOCHS = 8, 60
 
 
 def choose_epochs(images_seen, images):
@@ -142,7 +142,7 @@ def choose_epochs(images_seen, images):
 
     Example:
         >>> [choose_epochs(24_000, images) for images in (75, 700, 10_000)]
-        [100, 35, 8]
+        [60, 35, 8]
     """
     return min(max(math.ceil(images_seen / images), LEAST_EPOCHS), MOST_EPOCHS)
 
