@@ -64,8 +64,8 @@ def open_export_source(model, normalize=None):
         return ExportSource(predictor, {**record, "normalize": normalize})
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
-            "a model is a run folder, a .keras file, a published network's name or a Keras model, "
-            f"got {model!r:.60}"
+            "a model is a run folder, a .keras file, a published name or a Keras model, got "
+            f"{model!r:.60}"
         )
     if repository := find_repository(model):
         predictor = Predictor(open_model(repository, normalize))
