@@ -234,7 +234,9 @@ def test_a_resizing_layer_does_not_switch_the_network_to_training():
 def test_images_of_any_size_need_one():
     network = build_resnet(Spec((1,), (8,)), (28, 28, 1), 10, stem="small")
     model = with_preprocessing(network, (None, None, 1))
-    with pytest.raises(InputError, match="takes images of any size: name `image_size`"):
+    with pytest.raises(
+        InputError, match=r"takes images of any size and does not resize them: .*--image-size"
+    ):
         Serving(model)
     assert Serving(model, image_size=(20, 24)).contract.image_shape == (20, 24, 1)
 
