@@ -120,7 +120,7 @@ FINE_TUNING = {
         "learning_rate": 3e-4,
         "head_epochs": 3,
         "head_learning_rate": 3e-3,
-        "frozen_statistics_below": 500,
+        "frozen_statistics_below": 64,
     },
 }
 
