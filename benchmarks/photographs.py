@@ -1,4 +1,4 @@
-"""What `keras-resnet train --dataset folder:…` makes of a few photographs.
+"""The accuracy of `keras-resnet train --dataset folder:…` on a few photographs.
 
     pip install scikit-image scikit-learn   # for their photographs; nothing else of them is used
     python benchmarks/photographs.py prove

@@ -84,7 +84,7 @@ LENGTHS = {
 
 
 def resized_length(image_size, crop_pct):
-    """Returns the edge of the resized image of which the centre, `image_size` pixels, is kept.
+    """Returns the edge of the resized image, whose centre of `image_size` pixels is kept.
 
     Example:
         >>> resized_length(224, 0.875), resized_length(224, 0.95), resized_length(224, 1.0)

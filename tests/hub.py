@@ -117,6 +117,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            # A client that found what it wanted closes the connection.
+            # A client closes the connection when it has enough.
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(content[:after])

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_resnet import archive
+from keras_resnet import Spec, archive, build_resnet, with_preprocessing
 from keras_resnet.untrusted import keras_files
 from keras_resnet.utils.errors import InputError
 
@@ -37,9 +37,9 @@ def test_the_old_name_of_the_validation_split_is_understood(tmp_path):
 # Hostile archives
 
 
-def edited(path, **changes):
+def edited(path, built=None, **changes):
     """Writes an archive again with members changed: "config" is the name up to its dot."""
-    small_model().save(path)
+    (built or small_model()).save(path)
     with zipfile.ZipFile(path) as source:
         members = {name: source.read(name) for name in source.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
@@ -54,7 +54,7 @@ def config_with(old, new):
         assert old in content
         return content.replace(old, new)
 
-    return lambda path: edited(path, config=change)
+    return lambda path, built=None: edited(path, built, config=change)
 
 
 def changed_byte(path):
@@ -139,6 +139,17 @@ def test_hostile_archives_are_refused(tmp_path, make, reason):
     with pytest.raises(InputError, match=reason) as error:
         archive.load_model(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_a_layer_s_own_error_names_the_file(tmp_path):
+    """A layer knows no file: its message alone would not tell which one is damaged."""
+    network = build_resnet(Spec((1,), (4,)), (8, 8, 1), 3)
+    path = tmp_path / "model.keras"
+    change = config_with(b"[null, 8, 8, 1]", b"[null, 8, 8, 7]")
+    change(path, with_preprocessing(network, (8, 8, 1)))
+    with pytest.raises(InputError, match="1 or 3") as caught:
+        archive.load_model(path)
+    assert str(caught.value).startswith(f"{path}: cannot be loaded: preprocessing takes")
 
 
 def test_a_compressed_file_of_a_pruned_model_is_loaded(tmp_path, monkeypatch):

@@ -37,7 +37,9 @@ def test_help_loads_no_framework():
     assert not re.search(r"\b(tensorflow|keras|jax|torch|numpy)\b", done.stderr)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "convert", "summary"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "predict", "convert", "models", "summary"]
+)
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

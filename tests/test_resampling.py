@@ -47,7 +47,7 @@ def torch_resize(image, height, width, interpolation):
 
 
 def expected_levels(image, size, resize, length, interpolation, resampler, rounding):
-    """Returns what the libraries themselves make of an image."""
+    """Returns an image as the libraries themselves prepare it."""
     height, width = image.shape[:2]
     short = min(height, width)
     new = (length, length)

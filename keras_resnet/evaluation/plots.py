@@ -277,7 +277,7 @@ def plot_predictions(evaluation, split, path, seed=0, *, rows=4, columns=6):
 
 
 def plot_heat_maps(evaluation, split, heat_maps, path, *, rows=6):
-    """Draws images beside what spoke for the predicted class, and for the true one, into a PNG.
+    """Draws images beside the heat maps of the predicted and of the true class, into a PNG.
 
     The most confident errors come first; correct predictions, the least confident first, fill the
     rows that are left.

@@ -268,5 +268,8 @@ def _image_shape(model, image_size, is_open):
     *sizes, channels = model.inputs[0].shape[1:]
     sizes = [own or given for own, given in zip(sizes, image_size or (None, None), strict=True)]
     if None in sizes and not is_open:
-        raise InputError(f"{model.name} takes images of any size: name `image_size`")
+        raise InputError(
+            f"{model.name} takes images of any size and does not resize them: its files need one, "
+            "set it with --image-size (`image_size`)"
+        )
     return (*sizes, channels)

@@ -30,9 +30,6 @@ _OLDEST_RUNTIME = "ONNX Runtime 1.12"
 _AXES = ("batch", "height", "width")
 _SMALLEST = np.array(np.finfo("float32").tiny)
 
-# Operators with weights. The operators before the first of them prepare the images.
-_WEIGHTED = ("Conv", "Gemm", "MatMul")
-
 
 def write(job, artifact, path):
     """Writes an .onnx file of standard operators, with class names and provenance inside.
@@ -179,7 +176,7 @@ def _int8(proto, images):
             weight_type=QuantType.QInt8,
             per_channel=True,
             nodes_to_exclude=[
-                *_scaling(proto),
+                *_preparation(proto),
                 *(node.name for node in proto.graph.node if node.op_type == "Softmax"),
             ],
         )
@@ -201,16 +198,13 @@ class _Calibration(CalibrationDataReader):
         return None if image is None else {graph.IMAGE: image[None]}
 
 
-def _scaling(proto):
+def _preparation(proto):
     """Returns the names of the nodes that prepare images: those before the first with weights."""
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    names = []
-    for node in proto.graph.node:
-        # The resizing multiplies by matrices that it computes from the size of the image.
-        if node.op_type in _WEIGHTED and constants & {*node.input}:
-            break
-        names.append(node.name)
-    return names
+    operators = [node.op_type for node in proto.graph.node]
+    # Matrix products before a convolution resize images.
+    weighted = {"Conv"} if "Conv" in operators else {"Gemm", "MatMul"}
+    first = next((i for i, name in enumerate(operators) if name in weighted), len(operators))
+    return [node.name for node in proto.graph.node[:first]]
 
 
 def _tidy(proto):

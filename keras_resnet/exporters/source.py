@@ -64,13 +64,14 @@ def open_export_source(model, normalize=None):
         return ExportSource(predictor, {**record, "normalize": normalize})
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
-            "a model is a run folder, a .keras file, a published network's name or a Keras model, "
-            f"got {model!r:.60}"
+            "a model is a run folder, a .keras file, a published name or a Keras model, got "
+            f"{model!r:.60}"
         )
     if repository := find_repository(model):
         predictor = Predictor(open_model(repository, normalize))
-        sha256 = predictor.metadata["origin"]["sha256"]
-        record = {"path": repository.name, "sha256": sha256, "normalize": normalize}
+        origin = predictor.metadata["origin"]
+        record = {"path": repository.name, "sha256": origin["sha256"], "normalize": normalize}
+        record["origin"] = origin
         return ExportSource(predictor, record, repository.folder("-export"))
     given, path = Path(model), resolve_model_path(model)
     if path.is_dir() or find_format(path) in EXPORTED:

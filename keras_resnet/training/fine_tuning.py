@@ -85,7 +85,7 @@ def adopt_form(recipe, source, settings):
 
 
 def adopt_normalization(settings, given, source):
-    """Returns a run's settings with what the weights that it starts from determine.
+    """Returns a run's settings completed by the weights that it starts from.
 
     That is the normalization, of a model of ours or of a published network; and the depth, of a
     published network.

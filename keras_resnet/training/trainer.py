@@ -402,7 +402,7 @@ class Trainer:
         return self.settle(recipe, data["splits"]["train"], data["image_shape"])
 
     def describe_data(self):
-        """Prints the source of the data, the counts of the classes, and what is odd about them."""
+        """Prints the source of the data, the counts of the classes, and remarks about them."""
         counts = self.dataset.class_counts()
         self.say(f"data: {self.dataset.source}")
         self.say(describe_counts(self.dataset))

@@ -82,7 +82,8 @@ def refusing(path, reason, explain=one_line):
         explain: A function that returns one line for an exception.
 
     Raises:
-        InputError: For any exception in the block. An `InputError` passes unchanged.
+        InputError: For any exception in the block. An `InputError` that names the file passes
+            unchanged; that of a layer, which knows no file, gets its name.
 
     Example:
         >>> with refusing("model.keras", "damaged"):
@@ -94,7 +95,7 @@ literal for int() with base 10: 'three'
     """
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
+        if isinstance(error, InputError) and str(path) in str(error):
+            raise
         raise InputError(f"{path}: {reason}: {printable(explain(error))[:300]}") from error

@@ -1,4 +1,4 @@
-"""What a repository's JSON files say about its network: form, classes, preprocessing, licence.
+"""The JSON files of a repository: its network's form, classes, preprocessing and licence.
 
 timm writes one file, in two forms: nested, with the preprocessing under "pretrained_cfg", and flat,
 in older repositories. transformers writes two. All are untrusted: sizes and types are checked, and
@@ -63,7 +63,7 @@ class Configuration:
 
 
 def read_configuration(repository):
-    """Reads what a repository says about its network.
+    """Reads a repository's description of its network.
 
     Args:
         repository: A `hub.Repository`.
@@ -355,7 +355,7 @@ _RESNET = {
     "id2label": _optional(_NAMES),
     "num_labels": _optional(_between(1, _MAX_CLASSES)),
 }
-# What `ResNetConfig` of transformers has for a key that the file leaves out.
+# The defaults of transformers' `ResNetConfig` for missing keys.
 _RESNET_DEFAULTS = {
     "depths": [3, 4, 6, 3],
     "hidden_sizes": [256, 512, 1024, 2048],
@@ -392,7 +392,7 @@ def _read_transformers(file, repository):
     num_classes = len(names) if names else file.content.get("num_labels") or 2
     names = _class_names(file, names, num_classes)
     if names and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
-        names = None  # what transformers writes where nobody gave names
+        names = None  # the names that transformers makes up
     is_v1 = block == "bottleneck" and config["downsample_in_bottleneck"]
     architectures = file.content.get("architectures")
     known = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
@@ -427,7 +427,7 @@ _PROCESSOR = {
 }
 # Pillow's numbers of filters.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
-# What ConvNextImageProcessor, the one of ResNet's repositories, has for a key that is missing.
+# The defaults of ConvNextImageProcessor, which ResNet's repositories name, for missing keys.
 _CONVNEXT = {
     "size": {"shortest_edge": 384},
     "crop_pct": 224 / 256,
@@ -474,7 +474,7 @@ def _transformers_preprocessing(repository, channels):
 def _transformers_normalization(content, channels):
     """Returns `mean` and `std` on the scale 0 … 1."""
     factor = content.get("rescale_factor", 1 / 255)
-    # What a pixel of 255 is before the normalization.
+    # The value of a pixel of 255 before the normalization.
     white = 255 * factor if content.get("do_rescale") is not False else 255.0
     mean, std = (0.0,), (1.0,)
     if content.get("do_normalize") is not False:
@@ -585,7 +585,7 @@ def _read_card(repository):
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     key = None
     for line in header[1].splitlines() if header else ():
-        # YAML, of which the headers that the libraries write use two forms: "key: value", and a
+        # YAML; the headers that the libraries write use two forms of it: "key: value", and a
         # list of "- value" under a key.
         if match := re.fullmatch(r"(\w+):\s*(.*?)\s*", line):
             key, value = match.groups()

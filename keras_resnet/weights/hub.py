@@ -181,6 +181,8 @@ def find_repository(given, *, revision=None, sha256=None):
     if os.path.exists(path):
         if not is_repository(path):
             return None
+        if revision is not None:
+            raise InputError(f"{path}: a local folder has no revisions, got {revision!r}")
         files = (CONFIG, PREPROCESSOR, CARD, WEIGHTS)
         paths = {file: path / file for file in files if os.path.isfile(path / file)}
         return Repository(str(path), paths, sha256=sha256)
@@ -321,7 +323,7 @@ def _download(name, file, label, needed=True):
         return None  # the cache knows that this commit has no such file
     try:
         if needed and cached is None and not settings["local_files_only"]:
-            _check_reachable(name, file, label, settings)
+            _ask_once(name, file, settings["endpoint"])
         path = hf_hub_download(
             name.repository,
             file,
@@ -344,24 +346,20 @@ def _download(name, file, label, needed=True):
     return path
 
 
-def _check_reachable(name, file, label, settings):
-    """Asks the hub for a file once.
+def _ask_once(name, file, endpoint):
+    """Raises the client's error if the hub cannot be reached or refuses a file.
 
     `hf_hub_download` asks for half a minute, also where the name is a mistyped path.
     """
-    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
-    endpoint = settings["endpoint"]
     url = hf_hub_url(name.repository, file, revision=name.revision, endpoint=endpoint)
     try:
         get_hf_file_metadata(url, endpoint=endpoint)
     except errors.HfHubHTTPError:
         raise
     except Exception as error:  # of the HTTP library
-        raise InputError(
-            f"{label}: neither a file or folder here nor in the cache, and "
-            f"{endpoint or constants.ENDPOINT} cannot be reached: {_reason(error)}"
-        ) from error
+        raise errors.LocalEntryNotFoundError(file) from error
 
 
 def _check_content(path, label, file):

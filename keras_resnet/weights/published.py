@@ -17,7 +17,7 @@ _NUMBERS = {
 
 
 def published_networks(model=None):
-    """Returns what is known to be published for each network of `SPECS`.
+    """Returns the published networks that are known for each row of `SPECS`.
 
     Args:
         model: A row of `SPECS`, for that one alone.

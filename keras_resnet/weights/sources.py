@@ -207,7 +207,7 @@ def _check_agreement(stated, source):
         """Returns the channels of a block's output, or None where there is no such block."""
         path = f"stage{stage}_block{block}/{last_conv}/kernel"
         kernel = tensors.get(row.name(path))
-        return None if kernel is None else row.to_ours(path, kernel).shape[-1]
+        return row.to_ours(path, kernel).shape[-1] if np.ndim(kernel) == 4 else None
 
     fits = stated.variant in (row.variant, *row.also)
     pairs = [

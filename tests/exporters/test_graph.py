@@ -231,11 +231,14 @@ def test_a_resizing_layer_does_not_switch_the_network_to_training():
     assert all((old == new.numpy()).all() for old, new in zip(before, model.weights, strict=True))
 
 
-def test_images_of_any_size_need_one():
+def test_images_of_any_size_need_one_where_the_model_does_not_resize_them():
+    network = build_resnet(Spec((1,), (8,)), (None, None, 1), 10, stem="small")
+    with pytest.raises(InputError, match=r"does not resize them: .*--image-size"):
+        Serving(network)
+    assert Serving(network, image_size=(20, 24)).contract.image_shape == (20, 24, 1)
     network = build_resnet(Spec((1,), (8,)), (28, 28, 1), 10, stem="small")
     model = with_preprocessing(network, (None, None, 1))
-    with pytest.raises(InputError, match="takes images of any size: name `image_size`"):
-        Serving(model)
+    assert Serving(model).contract.image_shape == (None, None, 1)
     assert Serving(model, image_size=(20, 24)).contract.image_shape == (20, 24, 1)
 
 

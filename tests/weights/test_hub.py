@@ -244,6 +244,8 @@ def test_a_local_folder_of_a_repository_takes_precedence(hub, networks, tmp_path
         model = from_pretrained(given)
         check("folder", differences(model, networks[1][TINY]), 1e-5)
     assert hub.requests == [] and load(TINY).class_names == NAMES
+    with pytest.raises(InputError, match=r"^me/tiny: a local folder has no revisions, got 'v1'$"):
+        from_pretrained(TINY, revision="v1")
     # Something else in a folder that is there is a path, unless it is marked as a name.
     for function in (from_pretrained, load):
         with pytest.raises(InputError, match=r"^me/bottleneck: the folder me has no .* hf-hub:me"):
@@ -545,7 +547,7 @@ def odd(value, dice):
 def test_odd_values_are_refused_in_one_line_or_change_nothing_else(name, file, edit):
     folder, refused = edit(name), 0
     original = json.loads((folder / file).read_text())
-    for seed in range(400):
+    for seed in range(200):
         content = odd(original, random.Random(seed))
         (folder / file).write_text(json.dumps(content))
         try:
@@ -558,7 +560,7 @@ def test_odd_values_are_refused_in_one_line_or_change_nothing_else(name, file, e
             assert 1 <= found.preprocessing["image_size"] <= 4096
             assert 0 < found.preprocessing["crop_pct"] <= 1
             assert min(found.preprocessing["std"]) > 0
-    assert 100 < refused < 400
+    assert 50 < refused < 200
 
 
 # ----------------------------------------------------------------------------------------------
@@ -663,7 +665,8 @@ def test_a_run_adopts_depth_form_and_normalization(hub, tiny):
 def test_train_from_a_name(hub, fashion_folder, tmp_path):
     words = ["train", "--weights", TINY, "--dataset", f"folder:{fashion_folder}", "--epochs", 1]
     done = run_main(
-        *words, *("--run-dir", tmp_path / "run", "--image-size", 28, "--precision", "float32")
+        *(*words, "--recipe", "quick", "--run-dir", tmp_path / "run"),
+        *("--image-size", 28, "--precision", "float32"),
     )
     assert done.returncode == 0, done.stderr
     assert f"weights: {TINY}: Hugging Face transformers" in done.stdout
@@ -682,6 +685,7 @@ def test_export_by_name(hub, fashion_folder, tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     manifest = json.loads(done.stdout)
+    assert manifest["source"]["origin"]["license"] == "mine"
     assert manifest["source"]["path"] == TINY and manifest["class_names"] == list(NAMES)
     predictor = load(tmp_path / "tiny-export" / "model-float32.tflite")
     assert predictor.class_names == NAMES and predictor.metadata["license"] == "mine"

@@ -188,11 +188,6 @@ def describe_d2l_network(model):
         "the 7×7 stem": "stem_pool" in layers
         and getattr(layers.get("stem_conv"), "kernel_size", None) == (stem, stem),
         "logits at its end": network.layers[-1].name == "logits",
-        "images that are squashed to its size without antialiasing": (
-            preprocessing.resize == "squash"
-            and preprocessing.crop_pct == 1
-            and not preprocessing.antialias
-        ),
         "images of as many channels as it takes": model.input_shape[-1] == preprocessing.channels
         and not preprocessing.reverse_channels,
         "images resized as `ImagePreprocessing` does by default": all(
