@@ -80,6 +80,7 @@ def environ(programs):
 def words(folder, run_dir):
     return [
         *("--model", "tiny", "--dataset", f"folder:{folder}", "--run-dir", str(run_dir)),
+        *("--recipe", "quick"),
         *("--image-size", "28", "--batch-size", "32", "--epochs", "1", "--precision", "float32"),
     ]
 

@@ -26,6 +26,7 @@ def arguments(folder, run_dir, *more, epochs=3):
     return [
         *("train", "--model", "tiny", "--dataset", f"folder:{folder}", "--run-dir", str(run_dir)),
         *("--image-size", 28, "--batch-size", 32, "--epochs", epochs, "--precision", "float32"),
+        *("--recipe", "quick"),
         *more,
     ]
 
