@@ -137,8 +137,7 @@ def read_image(path, shape, metadata):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if channels == 1 else "RGB")
-        if image.size != (width, height):
-            image = resize(image, height, width, metadata)
+        image = resize(image, height, width, metadata)
         return np.asarray(image).reshape(1, image.height, image.width, channels)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such image file") from None

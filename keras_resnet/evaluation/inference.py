@@ -381,7 +381,9 @@ def resize_to_model(split, image_shape):
     *sizes, channels = image_shape
     # A size that the model leaves open stays the size that the images were loaded at.
     height, width = (a or b for a, b in zip(sizes, split.images.shape[1:3], strict=True))
-    return Split(ImageFiles(split.images.sources, (height, width), channels), split.labels)
+    images = split.images
+    images = ImageFiles(images.sources, (height, width), channels, images.resize)
+    return Split(images, split.labels)
 
 
 def _check_match(predictor, data, split):

@@ -10,12 +10,15 @@ CALIBRATION_IMAGES = 300
 
 
 def calibration_images(serving, data, options):
-    """Returns training images, evenly over the classes, as inputs of the exported file, a list.
+    """Returns training images, evenly over the classes, as inputs of the exported file.
 
     Args:
         serving: The `Serving`.
         data: The `Dataset`. If all its images are evaluated, some of them calibrate, too.
         options: The options that it was loaded with.
+
+    Returns:
+        An array; a list of arrays for images of several sizes.
 
     Raises:
         InputError: If it has no training images.

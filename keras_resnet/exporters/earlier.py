@@ -1,6 +1,7 @@
 """Artifacts of an earlier export in the same folder, which stay beside the new ones."""
 
 import contextlib
+import json
 
 from keras_resnet.exporters import folder as folders
 from keras_resnet.exporters.formats import OWN_FILES, PRECISIONS, choose_artifacts
@@ -64,8 +65,17 @@ def keep_earlier(folder, work, earlier, manifest, recorded, report):
 
 def _is_alike(earlier, manifest):
     """Returns whether two exports are of one model, verified on the same images."""
-    return all(earlier[name] == manifest[name] for name in ("data", "class_names")) and all(
-        earlier["source"].get(name) == manifest["source"][name] for name in ("sha256", "normalize")
+    # As JSON, which has lists in place of tuples. Exports without the entry resize images.
+    described = json.loads(json.dumps(manifest["preprocessing"]))
+    by_file = described is None or described["resizing"]["done_by"] == "file"
+    before = earlier.get("preprocessing", described if by_file else None)
+    return (
+        before == described
+        and all(earlier[name] == manifest[name] for name in ("data", "class_names"))
+        and all(
+            earlier["source"].get(name) == manifest["source"][name]
+            for name in ("sha256", "normalize")
+        )
     )
 
 

@@ -25,7 +25,7 @@ from keras_resnet.exporters.graph import Serving, find_preprocessing
 from keras_resnet.exporters.source import open_export_source
 from keras_resnet.exporters.verify_artifact import INCONCLUSIVE, measure_latency, verify_artifact
 from keras_resnet.formats import EXPORTED
-from keras_resnet.runtimes.base import CHUNK, OUTPUT_KIND_KEY
+from keras_resnet.runtimes.base import OUTPUT_KIND_KEY
 from keras_resnet.untrusted.manifest import MANIFEST, SPLIT_OPTIONS, VERSION, digest, read_manifest
 from keras_resnet.utils import environment, files
 from keras_resnet.utils.errors import ExportError, InputError
@@ -44,14 +44,14 @@ class Job:
         serving: The `Serving`.
         metadata: The metadata of the file: class names, data, background.
         provenance: The origin of the model: a dict of strings.
-        calibration: Training images in the exported file's input format, balanced over the classes;
-            None if no artifact needs them.
+        calibration: Training images in the exported file's input format, balanced over the classes:
+            an array, or a list of images of several sizes; None if no artifact needs them.
     """
 
     serving: Serving
     metadata: dict
     provenance: dict
-    calibration: np.ndarray | None = None
+    calibration: np.ndarray | list | None = None
 
 
 def export(
@@ -75,14 +75,15 @@ def export(
     model beyond the tolerance of its precision stops the export, and nothing is written.
 
     Args:
-        model: A run folder, a .keras file, or a Keras model with one image input and one output
-            of a kind in `runtimes.base.OUTPUT_KINDS`. A model with one number for two classes is
-            exported with two columns: 1 − p and p.
-        folder: The folder to write. By default "export" in the run folder, or NAME-export beside
-            NAME.keras. It keeps an earlier export's files of the same model.
+        model: A run folder, a .keras file, a published network's name or folder, or a Keras model
+            with one image input and one output of a kind in `runtimes.base.OUTPUT_KINDS`. A model
+            with one number for two classes is exported with two columns: 1 − p and p.
+        folder: The folder to write. By default "export" in the run folder, NAME-export beside
+            NAME.keras, or NAME-export here for a published network. It keeps an earlier export's
+            files of the same model.
         to: Rows of `formats.EXPORTED`: "saved_model", "tflite", "onnx"; None for all.
         precision: Rows of `exporters.formats.PRECISIONS`: "float32", "float16", "dynamic",
-            "int8"; None for all of each format.
+            "int8", "integer"; None for all of each format that need no request.
         dataset: A `Dataset` or its name; by default the one that the model was trained on. See
             `inference.load_data` for the images that it is evaluated on.
         photos: Photographs without labels instead of a data set: files and folders; see
@@ -201,7 +202,7 @@ class _Inputs:
 
     def __init__(self, serving, split):
         self._prepare, self._images = serving.prepare, split.images
-        self.chunk = CHUNK if None not in split.images.shape[1:] else 1
+        self.shape = split.images.shape
 
     def __len__(self):
         return len(self._images)

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_resnet.datasets.images import check_image_size
 from keras_resnet.exporters.float32 import in_float32
 from keras_resnet.preprocessing import ImagePreprocessing
 from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
@@ -80,8 +81,8 @@ class Serving:
             manifest: a dict; None for a model without `ImagePreprocessing`.
 
     Raises:
-        InputError: If the size is open in both, the model is quantized already, or it cannot be
-            cut behind the resizing.
+        InputError: If the size is open in both, the model is quantized already, it cannot be cut
+            behind the resizing, or `input_size` is given without `preprocessing`.
     """
 
     def __init__(self, model, preprocessing=True, image_size=None, input_size=None):
@@ -95,6 +96,12 @@ class Serving:
         is_open = before is not None
         self.raw_shape = _image_shape(self.twin, image_size, is_open)
         if input_size is not None:
+            if not preprocessing:
+                raise InputError(
+                    "either --input-size or --no-preprocessing can be given: files of one input "
+                    "size normalise the images themselves"
+                )
+            input_size = check_image_size(input_size)
             self._prepare, self.model = _cut_behind_resizing(self.twin, before, input_size)
         elif not preprocessing and before and isinstance(network, keras.Model):
             self._prepare = lambda images: keras.ops.convert_to_numpy(before(images))
@@ -216,7 +223,7 @@ def _functions_inlined():
 
 def _cut_behind_resizing(model, before, input_size):
     """Returns a function that resizes raw images, and the model of images resized by it."""
-    name, size = model.name, tuple(input_size)
+    name, size = model.name, input_size
     if not before or not isinstance(model.layers[-1], keras.Model):
         raise InputError(
             f"{name}: --input-size needs a model that `with_preprocessing` makes: leave it out"

@@ -32,7 +32,7 @@ class Reference:
         twin: The result of `check_twin`; None without a twin.
     """
 
-    labels: np.ndarray
+    labels: np.ndarray | None
     probabilities: np.ndarray
     own: np.ndarray | None = None
     twin: dict | None = None

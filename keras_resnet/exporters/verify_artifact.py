@@ -165,12 +165,12 @@ def predict(runtime, inputs, progress=lambda count: None):
     Args:
         runtime: Its `Runtime`.
         inputs: The images as it takes them, [count, height, width, channels]: an array, or another
-            object with a length that an array of positions can index. Its attribute `chunk`, if
-            there is one, is the number of images that can be indexed at a time.
+            object with a `shape` and a length that an array of positions can index, such as
+            `ImageFiles`. Images of several sizes, None in `shape`, are taken one at a time.
         progress: Called with the number of images of each finished call.
     """
     parts = []
-    chunk = getattr(inputs, "chunk", CHUNK)
+    chunk = 1 if None in inputs.shape[1:] else CHUNK
     for start in range(0, len(inputs), chunk):
         batch = inputs[np.arange(start, min(start + chunk, len(inputs)))]
         parts.append(_probabilities(runtime, batch))

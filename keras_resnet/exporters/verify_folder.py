@@ -20,6 +20,7 @@ from keras_resnet.exporters.verify_artifact import (
 )
 from keras_resnet.formats import EXPORTED
 from keras_resnet.runtimes import Prober
+from keras_resnet.runtimes.resized import find_resizing, resized
 from keras_resnet.untrusted import schema
 from keras_resnet.untrusted.manifest import MANIFEST, find_change, read_manifest
 from keras_resnet.utils.errors import InputError
@@ -121,6 +122,8 @@ def _load_split(manifest, dataset, options):
     if image["dtype"] != "uint8":
         raise InputError("--dataset needs artifacts that take images, these take floats")
     expected, shape = manifest["data"], tuple(image["shape"][1:])
+    if find_resizing(manifest) is not None:
+        shape = (None, None, shape[-1])  # as photographs, which `resized` prepares
     if not isinstance(dataset, Dataset):
         # Another name may stand for the same data set; it is split in the same way.
         known = {"image_size": shape[:2], **expected.get("options", {})}
@@ -154,7 +157,7 @@ def _verify(path, row, class_names, recorded, split, prober):
             if own_names != class_names:
                 failures.append(Failure("class names", own_names, class_names))
             if split is not None:
-                top1 = predict(runtime, split.images).argmax(axis=1)
+                top1 = predict(resized(runtime), split.images).argmax(axis=1)
     except InputError as error:
         return {"verdict": DIFFERS, "failures": [str(error)]}
     then = compare(probabilities, recorded.predictions[row["file"]])

@@ -32,6 +32,17 @@ def make_resizer(image_size, channels, **resizing):
     return lambda images: np.rint(keras.ops.convert_to_numpy(layer(images))).astype("uint8")
 
 
+def find_resizing(metadata):
+    """Returns the resizing that the caller of an exported file must do; None if the file does it.
+
+    Args:
+        metadata: The metadata of the file, or the manifest of its folder: a dict.
+    """
+    described = metadata.get("preprocessing")
+    step = described.get("resizing") if isinstance(described, dict) else None
+    return step if isinstance(step, dict) and step.get("done_by") == "caller" else None
+
+
 def resized(runtime):
     """Returns a runtime of images of any size, where the file's metadata say how to resize them.
 
@@ -41,9 +52,8 @@ def resized(runtime):
     Raises:
         InputError: If the metadata are damaged.
     """
-    described = runtime.metadata.get("preprocessing")
-    step = described.get("resizing") if isinstance(described, dict) else None
-    if not isinstance(step, dict) or step.get("done_by") != "caller" or not runtime.takes_images:
+    step = find_resizing(runtime.metadata)
+    if step is None or not runtime.takes_images:
         return runtime
     return ResizedRuntime(runtime, {name: step[name] for name in RESIZING if name in step})
 

@@ -39,7 +39,8 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for number in range(COUNT):
-        height, width = generator.integers(30, 90, 2)
+        # One has the size of the network's input, and is cropped all the same.
+        height, width = generator.integers(30, 90, 2) if number else (SIZE, SIZE)
         colour = 255 * np.array([number % 4 == 0, number % 4 == 1, number % 4 != 3])
         coarse = (0.8 * colour + generator.uniform(0, 51, (3, 4, 3))).astype("uint8")
         resample = Image.Resampling.NEAREST if number % 2 else Image.Resampling.BICUBIC
@@ -212,15 +213,24 @@ def test_a_folder_of_classes_measures_the_accuracy(model, photos, tmp_path):
     )
     (row,) = manifest["artifacts"]
     assert manifest["keras"]["accuracy"] == row["accuracy"] == pytest.approx(2 / 3)
-    assert evaluate_file(
-        tmp_path / "export" / row["file"], f"folder:{tmp_path / 'set'}"
-    ).accuracy == pytest.approx(2 / 3)
+    name = f"folder:{tmp_path / 'set'}"
+    assert evaluate_file(tmp_path / "export" / row["file"], name).accuracy == row["accuracy"]
+    # Again by `verify`, which measures photographs of several sizes one by one.
+    found = verify(tmp_path / "export", dataset=name)
+    assert found["passed"] and found["files"][1]["accuracy"] == row["accuracy"]
+    # Files of one size in the same folder replace those of any size.
+    options = {"to": ["onnx"], "precision": ["float32"], "dataset": name}
+    manifest = export(model, tmp_path / "export", input_size=(SIZE, SIZE), **options)
+    assert [row["file"] for row in manifest["artifacts"]] == ["model-float32.onnx"]
+    found = verify(tmp_path / "export", dataset=name)
+    assert found["passed"] and found["files"][1]["accuracy"] == row["accuracy"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--input-size", 20, 20], "--input-size must be the size .*, 24 24, got 20 20"),
+        (["--input-size", 24, 24, "--no-preprocessing"], "either --input-size or --no-pre"),
         (["--precision", "integer"], "--precision integer needs .* --input-size 224 224"),
         (["--dataset", "fashion_mnist"], "--dataset or --photos"),
         (["--photos", "missing.jpg"], "missing.jpg: no such image file"),
