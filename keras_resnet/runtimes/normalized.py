@@ -26,6 +26,8 @@ def normalized(runtime, normalize=None):
     """
     if normalize is None and runtime.input_range is None:
         return runtime
+    if normalize == "0-255" and runtime.takes_images:
+        return runtime  # whole numbers in 0 … 255 are images
     shape = runtime.input.shape
     if len(shape) != 4 or shape[-1] not in (1, 3):
         return runtime  # `Predictor` refuses it: it takes no images

@@ -190,7 +190,7 @@ def test_a_second_export_adds_and_keeps(trained_run, target):
     with np.load(target / "reference.npz") as arrays:
         assert {f"answers/{FIRST}", f"answers/{SECOND}"} <= {*arrays}
     assert keras_resnet.verify(target)["passed"]
-    assert names(target) == sorted([FIRST, SECOND, MANIFEST, "reference.npz"])
+    assert names(target) == sorted([FIRST, SECOND, MANIFEST, "reference.npz", "labels.txt"])
     assert names(target.parent) == ["export"]
 
 

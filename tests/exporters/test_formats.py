@@ -22,6 +22,7 @@ TOLERANCES = {
     "float16": Tolerance(max_difference=2e-3, agreement=0.999, accuracy_drop=None),
     "dynamic": QUANTIZED,
     "int8": QUANTIZED,
+    "integer": QUANTIZED,
 }
 ALL = [
     "saved_model",
@@ -37,6 +38,7 @@ ALL = [
     "model-float16.onnx",
     "model-int8.onnx",
 ]
+INTEGER = ["model-integer.tflite", "model-integer-batch1.tflite"]
 
 
 def files(*arguments):
@@ -47,8 +49,8 @@ def test_the_tolerances_are_those_agreed_on():
     assert {name: row.tolerance for name, row in PRECISIONS.items()} == TOLERANCES
 
 
-def test_only_int8_takes_training_images():
-    assert [name for name, row in PRECISIONS.items() if row.is_calibrated] == ["int8"]
+def test_only_whole_numbers_take_training_images():
+    assert [name for name, row in PRECISIONS.items() if row.is_calibrated] == ["int8", "integer"]
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -78,6 +80,7 @@ def test_all_artifacts_by_name():
         ((["onnx", "onnx"], ["int8", "float32", "int8"]), [ALL[9], ALL[11]]),
         ((["tflite"], ["dynamic"]), ALL[5:7]),
         ((None, ["float32"]), [*ALL[:3], ALL[9]]),
+        ((None, ["integer"]), INTEGER),
         ((("onnx",), ("float16",)), ALL[10:11]),
     ],
 )
@@ -132,7 +135,8 @@ def test_any_choice_is_refused_or_has_a_file_of_every_name(formats, precisions):
         assert {artifact.format for artifact in chosen} == {*formats}
     if precisions is not None:
         assert {artifact.precision for artifact in chosen} == {*precisions}
-    places = [ALL.index(artifact.file) for artifact in chosen]
+    every = [*ALL[:9], *INTEGER, *ALL[9:]]
+    places = [every.index(artifact.file) for artifact in chosen]
     assert places == sorted(set(places))
     for artifact in chosen:
         assert artifact.precision in EXPORTED[artifact.format].precisions
