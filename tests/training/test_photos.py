@@ -199,14 +199,14 @@ def interrupt_after(epochs):
 def test_a_run_stops_where_nothing_gets_better_and_keeps_the_best(
     photographs, tmp_path, tiny, monkeypatch, capsys
 ):
-    recipe = dataclasses.replace(RECIPES["photos"], patience=0.1, schedule="constant")
+    recipe = dataclasses.replace(RECIPES["photos"], patience=0.01, schedule="constant")
     monkeypatch.setitem(RECIPES, "photos", recipe)
     monkeypatch.setattr(trainer, "LEAST_PATIENCE", 2)
-    options = {**SMALL, "image_size": 16, "learning_rate": 0.1, "verbose": True, "epochs": 20}
+    options = {**SMALL, "image_size": 16, "learning_rate": 0.1, "verbose": True, "epochs": 60}
     run_dir = tmp_path / "run"
     run = train(tiny, f"folder:{photographs}", run_dir=run_dir, **options)
     best = find_best(run.history) + 1
-    assert len(run.history) == best + 2 < 20
+    assert len(run.history) == best + 2 < 60
     assert f"stopped after epoch {best + 2}: none is better than epoch {best}" in (
         capsys.readouterr().out
     )
@@ -246,4 +246,4 @@ def test_the_wait_for_data_is_that_of_slow_images():
     rows = []
     record = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: rows.append(logs))
     model.fit(batches, epochs=2, verbose=0, shuffle=False, callbacks=[timer, record])
-    assert 0.7 < rows[1]["waiting"] <= 1  # the step itself takes milliseconds
+    assert 0.4 < rows[1]["waiting"] <= 1  # the step itself takes milliseconds
