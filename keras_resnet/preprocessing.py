@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_resnet import PACKAGE, resampling
 from keras_resnet.utils.errors import InputError, check_count, look_up
+from keras_resnet.utils.geometry import resized_length
 
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.
 LUMA = (0.299, 0.587, 0.114)
@@ -196,7 +197,7 @@ class ImagePreprocessing(keras.layers.Layer):
         return ops.sum(x * ops.cast(ops.array(LUMA), x.dtype), axis=-1, keepdims=True)
 
     def _resized(self, x, exact):
-        size, length = self.image_size, resampling.resized_length(self.image_size, self.crop_pct)
+        size, length = self.image_size, resized_length(self.image_size, self.crop_pct)
         if (*x.shape[1:3], length) == (size, size, size):
             return x
         if (self.resize, length, self.interpolation) == ("squash", size, "bilinear") and (

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from keras_resnet.utils.errors import InputError, check_count
+from keras_resnet.utils.geometry import find_crop_pct, resized_length
 
 
 def _row_of(table, default):
@@ -36,8 +37,10 @@ class Recipe:
         label_smoothing: See `losses.Crossentropy`.
         patience: Share of the epochs without a better one after which a run stops. The result is
             then the best epoch's network. None: all epochs are trained, and the last one counts.
-        head_epochs: First epochs of fine-tuning, in which the new head alone is trained.
-        head_learning_rate: The learning rate of these epochs.
+        head_epochs: First epochs of fine-tuning, in which the new head alone is trained; none where
+            the head is that of the checkpoint, or frozen.
+        head_learning_rate: The learning rate of these epochs, whatever the setting `learning_rate`:
+            a new head needs the same rate in every network.
         frozen_statistics_below: Training images below which fine-tuning keeps each
             BatchNormalization as the checkpoint has it, statistics, scale and offset.
     """
@@ -169,7 +172,7 @@ def settle(recipe, images, image_shape, *, stem, fixed_size=False):
         fixed_size: Whether the recipe's image size stays, however small the images are.
 
     Returns:
-        A `Recipe` with `epochs` and `stem`. Settled again, it stays as it is.
+        A `Recipe` with `epochs` and `stem`.
 
     Example:
         >>> settled = settle(RECIPES["photos"], 700, (32, 32, 3), stem="imagenet")
@@ -194,12 +197,6 @@ def settle(recipe, images, image_shape, *, stem, fixed_size=False):
     )
 
 
-def find_crop_pct(size, edge):
-    """Returns the share of `edge` that is `size`, such that `stored_size` is `edge` again."""
-    share = size / edge
-    return share if math.floor(size / share) == edge else math.nextafter(share, 0)
-
-
 def stored_size(recipe):
     """Returns the size at which images are loaded: their shorter edge with "shorter_edge".
 
@@ -207,8 +204,7 @@ def stored_size(recipe):
         >>> stored_size(RECIPES["photos"]), stored_size(RECIPES["quick"])
         (146, 28)
     """
-    # As timm and transformers compute it, and `ImagePreprocessing`.
-    return math.floor(recipe.image_size / recipe.crop_pct)
+    return resized_length(recipe.image_size, recipe.crop_pct)
 
 
 def override(recipe, settings):
@@ -229,10 +225,10 @@ WARMUP_EPOCHS = 5
 
 
 def scale_batch(recipe, replicas):
-    """Returns a recipe for more replicas: batch size and learning rate times their number.
+    """Returns a recipe for more replicas: batch size and learning rates times their number.
 
-    The rate rises to its new value over `WARMUP_EPOCHS`, or over a fifth of a shorter run. A recipe
-    with a longer warm-up keeps it.
+    The rates rise to their new values over `WARMUP_EPOCHS`, or over a fifth of a shorter run. A
+    recipe with a longer warm-up keeps it.
 
     Args:
         recipe: A `Recipe`, for one replica.
@@ -255,9 +251,11 @@ def scale_batch(recipe, replicas):
     own = {"schedule": "warmup", "warmup": rising}
     if recipe.schedule != "constant":
         own = {"warmup": max(rising, recipe.warmup)}
+    head = recipe.head_learning_rate
     return dataclasses.replace(
         recipe,
         batch_size=recipe.batch_size * replicas,
         learning_rate=recipe.learning_rate * replicas,
+        head_learning_rate=head and head * replicas,
         **own,
     )

@@ -4,13 +4,10 @@ Pure `keras.ops`: any backend, and built-in operators of TFLite and ONNX. Height
 unknown until the graph runs; the weights are computed from them.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from keras import ops
-
-from keras_resnet.utils.errors import InputError
 
 
 def _triangle(distance, unit, dtype):
@@ -81,41 +78,6 @@ LENGTHS = {
         length * edge // _minimum(height, width) for edge in (height, width)
     ),
 }
-
-
-def resized_length(image_size, crop_pct):
-    """Returns the edge of the resized image, whose centre of `image_size` pixels is kept.
-
-    Example:
-        >>> resized_length(224, 0.875), resized_length(224, 0.95), resized_length(224, 1.0)
-        (256, 235, 224)
-    """
-    return math.floor(image_size / crop_pct)
-
-
-def find_crop_pct(image_size, resize_size):
-    """Returns the `crop_pct` of a preprocessing that is published as two lengths.
-
-    Args:
-        image_size: Edge of the crop, in pixels.
-        resize_size: The length that the image is resized to before, at least `image_size`.
-
-    Raises:
-        InputError: If the crop is larger than the resized image.
-
-    Example:
-        >>> resized_length(224, find_crop_pct(224, 232))
-        232
-    """
-    if not 0 < image_size <= resize_size:
-        raise InputError(
-            f"`resize_size` must be at least the size of the crop, {image_size}, got {resize_size}"
-        )
-    crop_pct = image_size / resize_size
-    if resized_length(image_size, crop_pct) == resize_size:
-        return crop_pct
-    # The quotient was rounded up; the number below it is right.
-    return math.nextafter(crop_pct, 0)
 
 
 def resample(

@@ -14,7 +14,7 @@ from PIL import Image
 from pillow_resize import PILLOW
 
 from keras_resnet.preprocessing import NORMALIZATIONS
-from keras_resnet.resampling import find_crop_pct
+from keras_resnet.utils.geometry import find_crop_pct
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,22 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from keras_resnet import models, preprocessing
+from keras_resnet import models, preprocessing, resampling
 from keras_resnet.config import PRECISIONS
+from keras_resnet.datasets.images import RESIZES
 from keras_resnet.recipes import (
     FINE_TUNING,
     LEAST_EPOCHS,
     MOST_EPOCHS,
     RECIPES,
     choose_epochs,
-    find_crop_pct,
     find_recipe,
+    scale_batch,
     settle,
     stored_size,
 )
 from keras_resnet.training import trainer
 from keras_resnet.training.precision import POLICIES, choose_precision
 from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.geometry import find_crop_pct
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -87,8 +89,6 @@ def test_small_images_make_a_small_network(edge):
     assert recipe.image_size == min(128, edge)
     assert stored_size(recipe) == min(edge, 146)
     assert recipe.stem == ("small" if recipe.image_size <= 40 else "deep")
-    # On resume a settled recipe is settled again.
-    assert settle(recipe, 500, (edge, edge + 9, 3), stem="deep") == recipe
     fixed = settle(RECIPES["photos"], 500, (edge, edge, 3), stem="deep", fixed_size=True)
     assert (fixed.image_size, fixed.crop_pct) == (128, 0.875)
 
@@ -107,6 +107,18 @@ def test_the_share_of_a_crop_gives_its_edge_again(size):
             RECIPES["photos"], image_size=size, crop_pct=find_crop_pct(size, edge)
         )
         assert stored_size(recipe) == edge
+
+
+def test_a_scaled_batch_scales_both_rates():
+    recipe = find_recipe("photos", fine_tunes=True)
+    scaled = scale_batch(recipe, 4)
+    assert scaled.learning_rate == 4 * recipe.learning_rate
+    assert scaled.head_learning_rate == 4 * recipe.head_learning_rate
+    assert scale_batch(RECIPES["photos"], 4).head_learning_rate is None
+
+
+def test_images_are_resized_alike_in_files_and_in_the_model():
+    assert set(RESIZES) == set(resampling.LENGTHS)
 
 
 def test_precisions_are_those_of_the_command_line():

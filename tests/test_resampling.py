@@ -9,7 +9,6 @@ from keras import ops
 from PIL import Image
 from pillow_resize import PILLOW, pillow_resize
 
-from keras_resnet import InputError, resampling
 from keras_resnet.resampling import FILTERS, LENGTHS, OFFSETS, RESAMPLERS, resample
 
 
@@ -132,16 +131,3 @@ def test_numbers_in_double_precision_are_the_same(photograph):
 def test_offsets_are_rounded_by_the_library_s_rule(margin):
     assert OFFSETS["torchvision"](margin) == round(margin / 2.0)
     assert OFFSETS["transformers"](margin) == margin // 2
-
-
-def test_every_pair_of_lengths_has_a_crop_pct():
-    """The float that is their quotient gives another length in some cases."""
-    pairs = [(size, length) for size in range(1, 600, 7) for length in range(size, 2 * size, 3)]
-    quotients = [resampling.resized_length(size, size / length) == length for size, length in pairs]
-    assert False in quotients
-    for size, length in pairs:
-        crop_pct = resampling.find_crop_pct(size, length)
-        assert crop_pct <= 1
-        assert resampling.resized_length(size, crop_pct) == length
-    with pytest.raises(InputError, match=r"`resize_size` must be at least .* 224, got 200"):
-        resampling.find_crop_pct(224, 200)

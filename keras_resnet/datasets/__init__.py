@@ -24,7 +24,7 @@ _HELD_OUT = ("image_size", "channels", "validation_split", "seed")
 LOADERS = {
     "fashion_mnist": Loader(load_fashion_mnist, ("data_dir", "channels", "prefer_tensorflow")),
     "folder:": Loader(load_folder, (*_HELD_OUT, "skip_bad", "resize")),
-    "tfds:": Loader(load_tfds, (*_HELD_OUT, "data_dir")),
+    "tfds:": Loader(load_tfds, (*_HELD_OUT, "data_dir", "resize")),
 }
 
 
@@ -62,7 +62,7 @@ def load_dataset(
         seed: Seed of the choice of validation images.
         prefer_tensorflow: For "fashion_mnist": whether to prefer a TFDS folder, which needs
             TensorFlow, to IDX files; by default if Keras's backend is TensorFlow.
-        resize: For "folder:", how images get `image_size`: "squash", or "shorter_edge" with the
+        resize: For files of images, how they get `image_size`: "squash", or "shorter_edge" with the
             middle cut out, so that proportions stay.
 
     Returns:

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from keras_resnet.datasets.images import (
     no_bomb_warnings,
     open_upright,
     printable_path,
+    square_size,
 )
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import expand_user
@@ -131,7 +133,7 @@ def load_folder(
         )
     _check_counts(root, listing, checked, is_trained_on)
     if resize == "shorter_edge":
-        image_size = _square_size(checked, image_size)
+        image_size = square_size([min(each.size) for each in checked.values()], image_size)
     else:
         image_size = _decoding_size(checked, image_size)
     if channels is None:
@@ -172,7 +174,8 @@ def _others(splits):
 
 def _list_files(root, is_trained_on):
     """Returns the `_Listing` of a folder or a CSV."""
-    if root.suffix.lower() == ".csv" and root.is_file():
+    # Path.is_file raises an error for a name that is too long.
+    if root.suffix.lower() == ".csv" and os.path.isfile(root):
         return _list_csvs(root.parent, {"train": root}, [])
     entries = _entries(root)
     folders = [entry for entry in entries if entry.is_dir()]
@@ -450,7 +453,7 @@ def _check_counts(root, listing, checked, is_trained_on):
     if not checked:
         raise InputError(f"{printable_path(root)}: its class folders hold no readable image")
     for split, labels in listing.splits.items():
-        found = [name for file, name in labels.items() if file in checked]
+        found = Counter(name for file, name in labels.items() if file in checked)
         if not found:
             raise InputError(f"{printable_path(root)}: {split} holds no readable image")
         if split != "train" or not is_trained_on:
@@ -458,10 +461,10 @@ def _check_counts(root, listing, checked, is_trained_on):
         least = 1 if "validation" in listing.splits else 2
         why = ", one to train and one to validate" if least == 2 else ""
         for name in listing.class_names:
-            if found.count(name) < least:
+            if found[name] < least:
                 raise InputError(
                     f"{printable_path(root)}, class {name}: needs at least {least} readable "
-                    f"images{why}, found {found.count(name)}"
+                    f"images{why}, found {found[name]}"
                 )
 
 
@@ -482,16 +485,6 @@ def _decoding_size(checked, image_size):
             "(`image_size`)"
         )
     return image_size
-
-
-def _square_size(checked, image_size):
-    """Returns the (height, width) of squares to decode at: at most the median shorter edge."""
-    if image_size is not None and None in image_size:
-        return image_size
-    edges = [min(each.size) for each in checked.values()]
-    median = int(np.median(edges))
-    edge = median if image_size is None else min(*image_size, median)
-    return edge, edge
 
 
 def _copies(listing, splits, checked):

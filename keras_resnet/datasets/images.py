@@ -227,6 +227,28 @@ def map_threads(function, items):
         yield from pool.map(function, items)
 
 
+def square_size(edges, image_size):
+    """Returns the size of the squares that images of many sizes are decoded as.
+
+    Args:
+        edges: The images' shorter edges, in pixels.
+        image_size: (height, width) that were asked for; None for the median shorter edge. An edge
+            of None, for the images' own sizes, stays.
+
+    Returns:
+        (height, width): at most the median shorter edge, so that few images are enlarged.
+
+    Example:
+        >>> square_size([40, 50, 90], (64, 64)), square_size([40, 50, 90], (32, 32))
+        ((50, 50), (32, 32))
+    """
+    if image_size is not None and None in image_size:
+        return image_size
+    median = int(np.median(edges))
+    edge = median if image_size is None else min(*image_size, median)
+    return edge, edge
+
+
 def border_level(images):
     """Returns the median of the outermost pixels, an estimate of the background.
 

@@ -60,7 +60,8 @@ def _shown(paths):
 
 def _find(path):
     """Returns the image files that a path stands for."""
-    if not path.is_dir():
+    # Path.is_dir raises an error for a name that is too long.
+    if not os.path.isdir(path):
         return [path]
     suffixes = Image.registered_extensions()
     return [

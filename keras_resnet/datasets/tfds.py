@@ -7,6 +7,7 @@ IDX files or image folders does without.
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -15,9 +16,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from keras_resnet.datasets.base import Dataset, Split, fingerprint_arrays, hold_out
-from keras_resnet.datasets.images import ImageFiles, check_image_size
+from keras_resnet.datasets.images import (
+    ImageFiles,
+    check_image_size,
+    map_threads,
+    no_bomb_warnings,
+    square_size,
+)
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import expand_user
 
@@ -34,6 +42,7 @@ def load_tfds(
     channels=None,
     validation_split=0.1,
     seed=0,
+    resize="squash",
 ):
     """Loads an image-classification set of TFDS, and prepares it if necessary.
 
@@ -44,11 +53,13 @@ def load_tfds(
     Args:
         name: TFDS's name: `NAME[/CONFIG][:VERSION]`.
         data_dir: TFDS's folder; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-        image_size: (height, width) or one number, in pixels; required for varying shapes.
+        image_size: (height, width) or one number, in pixels; required for varying shapes. With
+            "shorter_edge" their images become squares; see `images.square_size`.
         channels: 1 or 3 for varying shapes; else None or the channels of the images.
         validation_split: The fraction of the training split for validation, for sets without a
             labelled test or validation split.
         seed: Seed of the choice of validation images.
+        resize: How images of varying shapes get the size, a row of `images.RESIZES`.
 
     Returns:
         A `Dataset` with the split "train", and "test" or "validation".
@@ -75,7 +86,9 @@ def load_tfds(
         raise InputError(f"tfds:{name}: the train split has images without a label (label -1)")
     held_out = _labelled_split(builder, read)
     whole = {"train": train, **held_out}
-    splits = whole if held_out else hold_out(train, validation_split, seed)
+    if resize != "squash" and isinstance(train.images, ImageFiles):
+        whole = _as_squares(builder, whole, resize)
+    splits = whole if held_out else hold_out(whole["train"], validation_split, seed)
     return Dataset(
         name=f"tfds:{name}",
         class_names=tuple(builder.info.features["label"].names),
@@ -208,6 +221,27 @@ def _encoded_reader(builder, name, image_size, channels):
         return Split(ImageFiles(images, image_size, channels), np.array(labels, np.int64))
 
     return read
+
+
+def _as_squares(builder, splits, resize):
+    """Returns splits of encoded images that are decoded as squares of one size."""
+    sources = [source for split in splits.values() for source in split.images.sources]
+    _, height, width, channels = splits["train"].images.shape
+    try:
+        with no_bomb_warnings():
+            edges = list(map_threads(_shorter_edge, sources))
+    except Exception as error:  # see `open_upright`
+        raise InputError(_damaged(builder.data_dir, error)) from error
+    size = square_size(edges, (height, width))
+    return {
+        name: Split(ImageFiles(split.images.sources, size, channels, resize), split.labels)
+        for name, split in splits.items()
+    }
+
+
+def _shorter_edge(source):
+    with Image.open(io.BytesIO(source)) as image:  # reads the file's head only
+        return min(image.size)
 
 
 def _batches(builder, split, decoders=None):

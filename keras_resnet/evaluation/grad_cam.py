@@ -6,9 +6,9 @@ from keras import ops
 from PIL import Image
 
 from keras_resnet.preprocessing import ImagePreprocessing
-from keras_resnet.resampling import resized_length
 from keras_resnet.utils.arrays import as_images
 from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.geometry import resized_length
 
 
 def grad_cam(model, images, classes=None):
@@ -31,7 +31,8 @@ def grad_cam(model, images, classes=None):
         nothing speaks for the class, and outside of the part that the preprocessing cuts out.
 
     Raises:
-        InputError: If the model is no network of global average pooling and one dense layer.
+        InputError: If the model is no network of global average pooling and one dense layer, or
+            `classes` are not one of its classes for each image.
 
     Source:
         Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
@@ -55,13 +56,25 @@ def grad_cam(model, images, classes=None):
     maps, logits = (ops.convert_to_numpy(each) for each in features(x, training=False))
     if classes is None:
         classes = logits.argmax(axis=-1)
+    classes = _check_classes(classes, *logits.shape)
     kernel = ops.convert_to_numpy(network.get_layer("logits").kernel)
-    weights = kernel[:, np.asarray(classes)].astype("float32")
+    weights = kernel[:, classes].astype("float32")
     heat = np.maximum(np.einsum("nhwc,cn->nhw", maps.astype("float32"), weights), 0)
     heat /= np.maximum(heat.max(axis=(1, 2), keepdims=True), np.finfo("float32").tiny)
     height, width = images.shape[1:3]
     box = _find_box(before, height, width)
     return np.stack([_place(each, box, height, width) for each in heat])
+
+
+def _check_classes(classes, images, count):
+    """Returns `classes` as an array."""
+    found = np.asarray(classes)
+    whole = found.shape == (images,) and np.issubdtype(found.dtype, np.integer)
+    if not whole or np.any((found < 0) | (found >= count)):
+        raise InputError(
+            f"`classes` must be {images} whole numbers from 0 to {count - 1}, got {classes}"
+        )
+    return found
 
 
 def _find_network(model):

@@ -23,7 +23,7 @@ from keras_resnet.distribution.replicas import (
     synchronize_batchnorm,
 )
 from keras_resnet.recipes import Recipe
-from keras_resnet.training import callbacks
+from keras_resnet.training import callbacks, fine_tuning
 from keras_resnet.training.trainer import Trainer
 from keras_resnet.utils.errors import InputError, Interrupted, WorkerLost
 
@@ -66,6 +66,8 @@ class DistributedTrainer(Trainer):
             "precision": self.precision,
             "precision_reason": self.precision_reason,
             "history": self.history,
+            "is_settled": self.is_settled,
+            "weights": fine_tuning.record(self.source) if self.source else None,
         }
 
     def _follow(self, described):
@@ -77,7 +79,9 @@ class DistributedTrainer(Trainer):
         self.precision = described["precision"]
         self.precision_reason = described["precision_reason"]
         self.history = described["history"]
-        self.record, self.source = {}, None
+        self.is_settled, self.record = described["is_settled"], {}
+        # Without tensors: `restore` gives this worker the chief's.
+        self.source = fine_tuning.find_source(self.settings, described["weights"], needed=False)
 
     def load_data(self):
         """Loads the data on every worker; no worker waits for one that could not."""

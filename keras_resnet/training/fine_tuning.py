@@ -1,6 +1,7 @@
 """Fine-tuning: the checkpoint that a run starts from, and the modules that stay frozen."""
 
 import dataclasses
+from types import NoneType
 
 import keras
 
@@ -32,7 +33,8 @@ def find_source(settings, recorded=None, needed=True):
     before = _read_record(path, recorded)
     if before and not needed:
         return before
-    source = open_source(path)
+    # A name without a revision stands for the newest one, which may have changed.
+    source = open_source(path, revision=before and before.origin.get("revision"))
     if before and source.sha256 != before.sha256:
         raise InputError(
             f"{path}: not the file that the run was started with: sha256 {before.sha256[:16]}…, "
@@ -42,8 +44,11 @@ def find_source(settings, recorded=None, needed=True):
 
 
 def record(source):
-    """Returns the record of a `Source` in config.json, a dict: sha256, layout and image size."""
-    known = {"sha256": source.sha256, "image_size": source.input_shape[0]}
+    """Returns the record of a `Source` in config.json, a dict.
+
+    It has the sha256, the size of the images, the origin, and the fields of the `Checkpoint`.
+    """
+    known = {"sha256": source.sha256, "image_size": source.input_shape[0], "origin": source.origin}
     return {**known, **dataclasses.asdict(source.checkpoint)}
 
 
@@ -53,10 +58,13 @@ def _read_record(path, recorded):
     try:
         fields = {**recorded}
         sha256, size = fields.pop("sha256"), fields.pop("image_size", None)
-        source = Source(path, sha256, Checkpoint(**fields), {}, image_size=size)
-        if not isinstance(source.sha256, str):
+        origin = fields.pop("origin")
+        texts = all(isinstance(each, (str, NoneType)) for each in origin.values())
+        if not texts or not isinstance(sha256, str):
             raise TypeError
-    except (TypeError, KeyError, ValueError) as error:
+        known = {"image_size": size, "recorded_origin": origin}
+        source = Source(path, sha256, Checkpoint(**fields), {}, **known)
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise InputError(
             f"config.json of the run is damaged: its weights are {recorded!r}"
         ) from error

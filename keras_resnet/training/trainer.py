@@ -224,6 +224,7 @@ class Trainer:
         self.created = None  # the folders made for a new run, the innermost first
         self.history, self.batches, self.received = [], (), []
         self.is_begun = False  # whether the run folder holds a run that can be resumed
+        self.is_settled = False  # whether the recipe has the values that depend on the data
 
     # The steps in order -----------------------------------------------------------------------
 
@@ -267,6 +268,7 @@ class Trainer:
         if resume:
             self.check_same_recipe(before)
             self.recipe = self.settle_as_recorded(self.recipe)
+            self.is_settled = "dataset" in self.record
             self.history = records.finished_epochs(self.run_dir)
             self.check_epochs()
             return
@@ -284,6 +286,7 @@ class Trainer:
             name = options.pop("dataset")
             size, resize = stored_size(self.recipe), self.recipe.resize
             self.dataset = load_dataset(name, image_size=size, resize=resize, **options)
+        self.check_data()
         found = self.dataset.fingerprint
         before = self.record.get("dataset", {}).get("fingerprint", found)
         if before != found:
@@ -294,7 +297,11 @@ class Trainer:
         self.train_split = self.dataset.splits["train"]
         self.selection_split = self.dataset.splits[self.dataset.selection_split]
         self.evaluation_split = self.dataset.splits[self.dataset.evaluation_split]
-        self.recipe = self.settle(self.recipe, len(self.train_split), self.dataset.image_shape)
+        if not self.is_settled:
+            self.recipe = self.settle(self.recipe, len(self.train_split), self.dataset.image_shape)
+            if not self.has_new_head:
+                self.recipe = dataclasses.replace(self.recipe, head_epochs=0)
+            self.is_settled = True
         self.metadata = records.model_metadata(self)
         self.describe_data()
         for split in (self.train_split, self.selection_split):
@@ -393,13 +400,33 @@ class Trainer:
 
         A run that was killed before its data were loaded is settled when they are.
         """
-        data, before = self.record.get("dataset"), self.record.get("recipe")
-        if not data or not before:
+        if "dataset" not in self.record:
             return recipe
+        data = self.record["dataset"]
+        recipe = self.settle(recipe, data["splits"]["train"], data["image_shape"])
         # Another total number of epochs must not move the phases.
-        if "head_epochs" in before:
-            recipe = dataclasses.replace(recipe, head_epochs=before["head_epochs"])
-        return self.settle(recipe, data["splits"]["train"], data["image_shape"])
+        head = self.record.get("recipe", {}).get("head_epochs", recipe.head_epochs)
+        return dataclasses.replace(recipe, head_epochs=head)
+
+    @property
+    def has_new_head(self):
+        """Whether the run starts from weights, but trains a head that is not of them."""
+        if self.source is None or "logits" in (self.settings.freeze or ()):
+            return False
+        return self.source.checkpoint.num_classes != len(self.dataset.class_names)
+
+    def check_data(self):
+        """Raises an `InputError` for a data set that cannot be trained on."""
+        if not self.dataset.is_labelled:
+            raise InputError(
+                f"{self.dataset.name}: training needs labels, got images without: load them with "
+                "`load_dataset`"
+            )
+        if None in self.dataset.image_shape:
+            raise InputError(
+                f"{self.dataset.name}: training needs images of one size, got `image_size` "
+                "(None, None): load them with a size"
+            )
 
     def describe_data(self):
         """Prints the source of the data, the counts of the classes, and remarks about them."""
@@ -455,7 +482,7 @@ class Trainer:
     def phases(self):
         """The `Phase`s of the run: with a head to train first, two."""
         recipe = self.recipe
-        head = recipe.head_epochs if self.settings.weights else 0
+        head = min(recipe.head_epochs, recipe.epochs)
         rest = Phase(head, recipe.epochs, recipe.learning_rate)
         if not head:
             return [rest]
@@ -723,13 +750,11 @@ def _set_seed(seed):
 
 
 def _bytes_on_disk(model):
-    """Returns the largest total size of a run's files for this compiled model, in bytes."""
-    weights, optimizer = (
-        sum(4 * int(np.prod(variable.shape)) for variable in variables)
-        for variables in (model.weights, model.optimizer.variables)
-    )
-    # last.keras, best.keras and a new one while it is written; model.keras; the report.
-    return 3 * (weights + optimizer) + weights + 16 * 2**20
+    """Returns the largest total size of a run's files for this model, in bytes."""
+    weights = sum(4 * int(np.prod(variable.shape)) for variable in model.weights)
+    # last.keras, best.keras and a new one while it is written, each with the two slots of Adam
+    # where all layers are trained; model.keras; the report.
+    return 3 * (1 + 2) * weights + weights + 16 * 2**20
 
 
 def _is_out_of_memory(error):

@@ -12,10 +12,11 @@ import importlib.resources
 import re
 
 from keras_resnet.models import SPECS, Spec
-from keras_resnet.resampling import FILTERS, find_crop_pct
+from keras_resnet.resampling import FILTERS
 from keras_resnet.untrusted import schema
 from keras_resnet.untrusted.common import refusing
 from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.geometry import find_crop_pct
 from keras_resnet.utils.tables import printable
 from keras_resnet.weights.hub import CARD, CONFIG, PREPROCESSOR
 

@@ -55,6 +55,8 @@ class Source:
         configuration: The `Configuration` of that repository; None for a file by itself.
         image_size: Height and width of the network's images, where the preprocessing in a `.keras`
             file has them.
+        recorded_origin: The `origin` that was recorded when the weights were read; None for
+            weights that were read now.
     """
 
     path: str
@@ -66,6 +68,7 @@ class Source:
     repository: Repository | None = None
     configuration: Configuration | None = None
     image_size: int | None = None
+    recorded_origin: dict | None = None
 
     @property
     def description(self):
@@ -99,6 +102,8 @@ class Source:
     @property
     def origin(self):
         """Where the weights come from, a dict that JSON can hold, for the metadata of models."""
+        if self.recorded_origin is not None:
+            return self.recorded_origin
         if self.configuration is None:
             return {"file": os.path.basename(self.path), "sha256": self.sha256}
         stated, name = self.configuration, self.repository.hub_name

@@ -9,6 +9,7 @@ from PIL import Image
 
 from keras_resnet.datasets import load_dataset
 from keras_resnet.datasets.images import ImageFiles
+from keras_resnet.datasets.photos import load_photos
 from keras_resnet.utils.errors import InputError
 
 COLOURS = {"bag": (250, 0, 0), "coat": (0, 250, 0), "ärmel": (0, 0, 250)}
@@ -397,6 +398,14 @@ def test_proportions_are_kept_and_images_not_enlarged(folder):
     assert dataset.image_shape == (4, 4, 3)
     # At most the median shorter edge, 6.
     assert load(folder, image_size=100, resize="shorter_edge").image_shape == (6, 6, 3)
+
+
+@pytest.mark.parametrize("name", [300 * "a", 300 * "a" + ".csv"])
+def test_a_name_that_is_too_long(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        load_dataset(f"folder:{tmp_path / name}")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_photos(tmp_path / name, ["a", "b"])
 
 
 def test_names_that_are_not_utf8(folder):

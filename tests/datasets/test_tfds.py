@@ -117,6 +117,16 @@ def test_images_of_varying_shapes_stay_encoded(root):
     assert load(root, "varying", image_size=4).image_shape == (4, 4, 3)
 
 
+def test_proportions_are_kept_and_images_not_enlarged(root):
+    # Shorter edges of 4, 5, 6, 6, 5, 4, 3 and 2.
+    dataset = load(root, "varying", image_size=20, resize="shorter_edge")
+    assert dataset.image_shape == (4, 4, 3)
+    assert {split.images.resize for split in dataset.splits.values()} == {"shorter_edge"}
+    dataset = load(root, "varying", image_size=3, resize="shorter_edge")
+    assert dataset.image_shape == (3, 3, 3)
+    assert load(root, "fixed", image_size=3, resize="shorter_edge").image_shape == (6, 5, 3)
+
+
 def test_validation_images_come_from_train_if_no_other_split_has_labels(root, tmp_path):
     arrays = images([(6, 5, 3)] * 8)
     store(tmp_path, "alone", (6, 5, 3), {"train": (arrays, LABELS)})

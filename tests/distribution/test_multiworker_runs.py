@@ -12,7 +12,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import command, default_signals, run_command, run_main
+from conftest import command, default_signals, run_command, run_main, write_tiny
 
 from keras_resnet.archive import load_model, read_metadata
 from keras_resnet.evaluation.report import read_history
@@ -119,6 +119,21 @@ def test_two_workers_train_the_network_of_one_process(fashion_folder, tmp_path, 
     assert len(epochs) == 3  # the chief's alone
     assert "worker 1: epoch" not in done.stderr
     check_finished(run_dir, trained_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("classes", "head_epochs"), [(4, 0), (12, 1)])
+def test_two_workers_agree_about_the_epochs_of_a_new_head(
+    fashion_folder, tmp_path, classes, head_epochs
+):
+    source, run_dir = tmp_path / "tiny.safetensors", tmp_path / "run"
+    write_tiny(source, classes)
+    more = ("--recipe", "photos", "--weights", source)
+    done = run_command(*launched(arguments(fashion_folder, run_dir, *more, epochs=2)))
+    assert done.returncode == 0, done.stderr
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["recipe"]["head_epochs"] == head_epochs
+    assert len(read_history(run_dir / "history.csv")) == 2
 
 
 @pytest.mark.slow

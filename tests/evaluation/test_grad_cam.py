@@ -51,7 +51,9 @@ def test_the_predicted_class_is_the_default():
     images = np.random.default_rng(0).normal(size=(3, 64, 64, 3)).astype("float32")
     predicted = network.predict(images, verbose=0).argmax(axis=1)
     np.testing.assert_array_equal(grad_cam(network, images), grad_cam(network, images, predicted))
-    assert not np.array_equal(grad_cam(network, images), grad_cam(network, images, predicted - 1))
+    assert not np.array_equal(
+        grad_cam(network, images), grad_cam(network, images, (predicted + 1) % 4)
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,12 @@ def test_maps_lie_where_the_network_looks(resizing, rows, columns):
     seen[rows, columns] = True
     assert maps.shape == (80, 100) and not maps[~seen].any()
     assert maps[seen].max() > 0.5
+
+
+@pytest.mark.parametrize("classes", [[4, 0, 0], [-1, 0, 0], [0, 0], 1, [0.5, 1, 1]])
+def test_classes_are_numbers_of_classes(classes):
+    with pytest.raises(InputError, match="must be 3 whole numbers from 0 to 3, got"):
+        grad_cam(tiny(size=32), np.zeros((3, 32, 32, 3), "float32"), classes)
 
 
 def test_other_networks_are_refused():

@@ -15,12 +15,16 @@ from PIL import Image
 
 from keras_resnet import Split, models
 from keras_resnet.archive import load_model, read_metadata
+from keras_resnet.config import TrainConfig, given_settings
+from keras_resnet.datasets import load_dataset
+from keras_resnet.datasets.photos import load_photos
+from keras_resnet.distribution.strategies import decide
 from keras_resnet.evaluation.report import find_best
 from keras_resnet.recipes import RECIPES
-from keras_resnet.training import callbacks, trainer
+from keras_resnet.training import callbacks, fine_tuning, trainer
 from keras_resnet.training.inputs import Batches
 from keras_resnet.training.trainer import train
-from keras_resnet.utils.errors import Interrupted
+from keras_resnet.utils.errors import InputError, Interrupted
 
 COLOURS = {"blue": (30, 60, 200), "red": (200, 60, 30)}
 COUNTS = {"train": {"blue": 30, "red": 6}, "val": {"blue": 5, "red": 5}, "test": {"red": 8}}
@@ -188,6 +192,63 @@ def interrupt_after(epochs):
             raise Interrupted("by the test")
 
     return on_epoch_end
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("stop", "epochs"), [(3, 4), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_a_run_resumed_to_fewer_epochs_keeps_its_phases(
+    photographs, tmp_path, tiny, checkpoint, stop, epochs, monkeypatch
+):
+    options = {"dataset": f"folder:{photographs}", "weights": checkpoint, "epochs": 8, **SMALL}
+    monkeypatch.setattr(callbacks.StopEarly, "on_epoch_end", interrupt_after(stop))
+    with pytest.raises(Interrupted):
+        train(tiny, run_dir=tmp_path / "run", **options)
+    monkeypatch.undo()
+    with mock.patch.dict(models.SPECS, tiny=models.Spec((1, 1), (8, 16))):
+        run = train(run_dir=tmp_path / "run", resume=True, epochs=epochs, verbose=False)
+    assert len(run.history) == epochs
+    recipe = json.loads((run.run_dir / "config.json").read_text())["recipe"]
+    assert (recipe["epochs"], recipe["head_epochs"]) == (epochs, 3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "freeze", "first"),
+    [(12, None, 2), (2, None, 0), (12, "logits", 0), (12, "stem", 2)],
+)
+def test_only_a_new_head_is_trained_first(photographs, tmp_path, tiny, classes, freeze, first):
+    write_tiny(tmp_path / "tiny.safetensors", classes)
+    settings = {"model": tiny, "dataset": f"folder:{photographs}", "freeze": freeze, "epochs": 4}
+    settings |= {"weights": tmp_path / "tiny.safetensors", "image_size": 32}
+    options = {"resume": False, "worker_timeout": 1, "verbose": False, "command": None}
+    begun = trainer.Trainer(
+        given_settings(settings), decide("none"), dataset=None, run_dir=tmp_path / "run", **options
+    )
+    with contextlib.ExitStack() as lock:
+        begun.open_run(lock)
+        begun.load_data()
+    assert [phase.head_only for phase in begun.phases] == ([True, False] if first else [False])
+    assert (begun.phases[0].start, begun.phases[-1].start, begun.phases[-1].stop) == (0, first, 4)
+
+
+def test_a_record_keeps_where_the_weights_are_from(checkpoint):
+    settings = TrainConfig(weights=str(checkpoint))
+    origin = {"name": "timm/resnet18.a1_in1k", "revision": None, "license": "apache-2.0"}
+    source = dataclasses.replace(fine_tuning.find_source(settings), recorded_origin=origin)
+    recorded = json.loads(json.dumps(fine_tuning.record(source)))
+    again = fine_tuning.find_source(settings, recorded, needed=False)
+    assert again.origin == origin and fine_tuning.record(again)["origin"] == origin
+    for wrong in (None, "timm", {"revision": 1}):
+        with pytest.raises(InputError, match="is damaged: its weights are"):
+            fine_tuning.find_source(settings, {**recorded, "origin": wrong}, needed=False)
+
+
+def test_data_that_cannot_be_trained_on_are_refused(photographs, tmp_path, tiny):
+    pictures = load_photos(photographs, ["a", "b"], image_size=32)
+    sizes = load_dataset(f"folder:{photographs}", image_size=(None, None))
+    for data, reason in ((pictures, "needs labels"), (sizes, "needs images of one size")):
+        with pytest.raises(InputError, match=reason):
+            train(tiny, data, "photos", run_dir=tmp_path / "run", epochs=1, **SMALL)
+    assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------

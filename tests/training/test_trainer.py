@@ -26,7 +26,7 @@ from keras_resnet import models
 from keras_resnet.archive import load_model, read_metadata
 from keras_resnet.evaluation.report import read_history
 from keras_resnet.recipes import RECIPES
-from keras_resnet.training import records, run_folder, trainer
+from keras_resnet.training import fine_tuning, records, run_folder, trainer
 from keras_resnet.training.inputs import Batches
 from keras_resnet.training.trainer import train
 from keras_resnet.utils.errors import InputError, Interrupted, TrainingError
@@ -559,6 +559,16 @@ def test_too_little_space_is_found_before_training(tmp_path, tiny, fashion, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"need \d+ MiB of disk space, and 1 MiB are free"):
         train(tiny, fashion, epochs=1, run_dir=tmp_path / "run", **SMALL)
+
+
+def test_the_space_is_that_of_all_layers_also_while_the_head_alone_is_trained():
+    network, sizes = keras_resnet.build_resnet(models.Spec((1,), (64,)), (28, 28, 1)), []
+    for head_only in (True, False):
+        fine_tuning.set_trainable(network, head_only=head_only)
+        network.compile("adam")
+        network.optimizer.build(network.trainable_variables)
+        sizes.append(trainer._bytes_on_disk(network))
+    assert sizes[0] == sizes[1]
 
 
 # ----------------------------------------------------------------------------------------------
