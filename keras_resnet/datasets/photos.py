@@ -7,7 +7,13 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.datasets.base import Dataset, Split
-from keras_resnet.datasets.images import ImageFiles, map_threads, open_upright, printable_path
+from keras_resnet.datasets.images import (
+    ImageFiles,
+    map_threads,
+    no_bomb_warnings,
+    open_upright,
+    printable_path,
+)
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import expand_user
 
@@ -41,7 +47,8 @@ def load_photos(paths, class_names, *, image_size=(None, None), channels=3):
     files = sorted({file for path in paths for file in _find(expand_user(path))})
     if not files:
         raise InputError(f"{_shown(paths)}: holds no photographs")
-    checksums = list(map_threads(_check, files))
+    with no_bomb_warnings():
+        checksums = list(map_threads(_check, files))
     split = Split(ImageFiles(files, image_size, channels), np.zeros(len(files), "int64"))
     whole = hashlib.sha256("".join(sorted(checksums)).encode())
     return Dataset(
@@ -60,13 +67,16 @@ def _shown(paths):
 
 def _find(path):
     """Returns the image files that a path stands for."""
-    if not path.is_dir():
+    # Functions of os.path return False where pathlib's raise, such as for a name too long.
+    if not os.path.isdir(path):
         return [path]
     suffixes = Image.registered_extensions()
     return [
         file
         for file in path.rglob("*")
-        if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and os.path.isfile(file)
     ]
 
 
