@@ -67,7 +67,7 @@ def _shown(paths):
 
 def _find(path):
     """Returns the image files that a path stands for."""
-    # Functions of os.path return False where pathlib's raise, such as for a name too long.
+    # Path.is_dir raises an error for a name that is too long.
     if not os.path.isdir(path):
         return [path]
     suffixes = Image.registered_extensions()

@@ -25,6 +25,7 @@ import keras_resnet
 from keras_resnet import InputError, Predictor, Spec, archive, from_pretrained
 from keras_resnet.config import TrainConfig
 from keras_resnet.evaluation.inference import load, load_data
+from keras_resnet.exporters.source import open_export_source
 from keras_resnet.models import SPECS, build_resnet18
 from keras_resnet.preprocessing import ImagePreprocessing
 from keras_resnet.recipes import RECIPES
@@ -210,6 +211,9 @@ def test_the_metadata_is_the_repositorys(hub, tmp_path, capfd):
     }
     archive.save_model(model, tmp_path / "saved.keras")
     assert load(tmp_path / "saved.keras").metadata == found
+    # The manifest of an export has them, too.
+    for given in (model, tmp_path / "saved.keras"):
+        assert open_export_source(given).record["origin"] == found["origin"]
 
 
 def test_what_was_downloaded_serves_offline(hub, monkeypatch):
@@ -245,6 +249,8 @@ def test_a_local_folder_of_a_repository_takes_precedence(hub, networks, tmp_path
     for given in (TINY, Path(TINY), str(tmp_path / TINY)):
         model = from_pretrained(given)
         check("folder", differences(model, networks[1][TINY]), 1e-5)
+        # Without the path, which belongs to this machine.
+        assert archive.get_metadata(model)["origin"]["name"] == "tiny"
     assert hub.requests == [] and load(TINY).class_names == NAMES
     with pytest.raises(InputError, match=r"^me/tiny: a local folder has no revisions, got 'v1'$"):
         from_pretrained(TINY, revision="v1")
@@ -789,6 +795,8 @@ def test_export_by_name(hub, fashion_folder, tmp_path, monkeypatch):
 
 
 def test_benchmark_names_the_export(hub):
+    done = run_main("benchmark", "x" * 300)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     done = run_main("benchmark", TINY)
     assert done.returncode == 2 and "first `keras-resnet export me/tiny`" in done.stderr
     assert hub.requests == []
