@@ -439,7 +439,7 @@ def _benchmark(args):
     from keras_resnet.evaluation.benchmark.run import benchmark
     from keras_resnet.weights.hub import parse_name
 
-    if not Path(args.folder).is_dir() and parse_name(args.folder):
+    if not os.path.isdir(args.folder) and parse_name(args.folder):
         raise InputError(
             f"{args.folder}: `benchmark` measures the files of an export: first `keras-resnet "
             f"export {args.folder}`"

@@ -165,7 +165,7 @@ class TrainConfig(DataConfig):
         "none",
         "none, imagenet (published PyTorch weights), inception (keras.applications' V2), caffe "
         "(keras.applications' ResNet50/101/152), 1/255, or 0-255 (the network scales); default: "
-        "that of the .keras file in --weights, else none",
+        "that of the .keras file or of the published network in --weights, else none",
         table="preprocessing.NORMALIZATIONS",
     )
     class_weights: str = _setting(

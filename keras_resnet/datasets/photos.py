@@ -7,7 +7,13 @@ import numpy as np
 from PIL import Image
 
 from keras_resnet.datasets.base import Dataset, Split
-from keras_resnet.datasets.images import ImageFiles, map_threads, open_upright, printable_path
+from keras_resnet.datasets.images import (
+    ImageFiles,
+    map_threads,
+    no_bomb_warnings,
+    open_upright,
+    printable_path,
+)
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import expand_user
 
@@ -41,7 +47,8 @@ def load_photos(paths, class_names, *, image_size=(None, None), channels=3):
     files = sorted({file for path in paths for file in _find(expand_user(path))})
     if not files:
         raise InputError(f"{_shown(paths)}: holds no photographs")
-    checksums = list(map_threads(_check, files))
+    with no_bomb_warnings():
+        checksums = list(map_threads(_check, files))
     split = Split(ImageFiles(files, image_size, channels), np.zeros(len(files), "int64"))
     whole = hashlib.sha256("".join(sorted(checksums)).encode())
     return Dataset(
@@ -67,7 +74,9 @@ def _find(path):
     return [
         file
         for file in path.rglob("*")
-        if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and os.path.isfile(file)
     ]
 
 

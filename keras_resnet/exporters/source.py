@@ -61,7 +61,8 @@ def open_export_source(model, normalize=None):
             weights.update(np.ascontiguousarray(weight))
         record = {"path": "", "sha256": weights.hexdigest(), "of": "the weights"}
         predictor = Predictor(normalized(KerasRuntime(model), normalize))
-        return ExportSource(predictor, {**record, "normalize": normalize})
+        record = {**record, "normalize": normalize, **_origin(predictor)}
+        return ExportSource(predictor, record)
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
             "a model is a run folder, a .keras file, a published name or a Keras model, got "
@@ -69,9 +70,9 @@ def open_export_source(model, normalize=None):
         )
     if repository := find_repository(model):
         predictor = Predictor(open_model(repository, normalize))
-        origin = predictor.metadata["origin"]
-        record = {"path": repository.name, "sha256": origin["sha256"], "normalize": normalize}
-        record["origin"] = origin
+        sha256 = predictor.metadata["origin"]["sha256"]
+        record = {"path": repository.name, "sha256": sha256, "normalize": normalize}
+        record |= _origin(predictor)
         return ExportSource(predictor, record, repository.folder("-export"))
     given, path = Path(model), resolve_model_path(model)
     if path.is_dir() or find_format(path) in EXPORTED:
@@ -79,9 +80,16 @@ def open_export_source(model, normalize=None):
     predictor = Predictor(open_model(path, normalize))
     size, sha256 = digest(path)
     record = {"path": str(path.resolve()), "sha256": sha256, "bytes": size, "normalize": normalize}
+    record |= _origin(predictor)
     if not given.is_dir():
         return ExportSource(predictor, record, path.with_name(f"{path.stem}-export"))
     return ExportSource(predictor, {**record, "run": _describe_run(given)}, given / "export")
+
+
+def _origin(predictor):
+    """Returns the source and licence of published weights in a model, as an entry of a record."""
+    origin = predictor.metadata.get("origin")
+    return {"origin": origin} if origin else {}
 
 
 def _describe_run(run_dir):

@@ -110,7 +110,7 @@ def adopt_normalization(settings, given, source):
     if source is None:
         return settings
     if "normalize" not in given:
-        settings = dataclasses.replace(settings, normalize=source.find_normalization() or "none")
+        settings = dataclasses.replace(settings, normalize=source.name_normalization() or "none")
     if "model" in given:
         source.check_spec(settings.model)
     elif source.configuration and source.configuration.model:

@@ -22,6 +22,8 @@ from keras_resnet.weights.hub import CARD, CONFIG, PREPROCESSOR
 
 _MAX_CLASSES = 100_000
 _MAX_NAME = 300
+# The characters of a README.md in which its header must lie.
+_MAX_HEADER = 2**16
 
 IMAGENET_CLASSES = "imagenet_classes.csv"
 _NUM_IMAGENET_CLASSES = 1000
@@ -302,7 +304,7 @@ def _timm_network(file, architecture):
 def _timm_preprocessing(file, cfg, channels, size, crop_pct):
     """Returns the arguments of `with_preprocessing` for timm's evaluation of images.
 
-    What the file leaves out has the values of timm's `resolve_data_config`.
+    Keys that the file lacks have the values of timm's `resolve_data_config`.
     """
     _, height, width = size
     file.require(height == width, "images must be square", size)
@@ -514,19 +516,26 @@ def _convnext_geometry(file):
     return {"image_size": size, "resize": "shorter_edge", "crop_pct": content["crop_pct"]}
 
 
-def _usual_geometry(file):
+def _usual_geometry(file, number_is_edge, crop_size):
     """Returns size, resizing and crop of the other image processors, such as BiT's and ViT's.
 
     They resize to `size`, an edge or a square, and then crop to `crop_size`.
+
+    Args:
+        file: The `_File`.
+        number_is_edge: Whether a `size` that is a number is the shorter edge, not a square.
+        crop_size: The processor's own `crop_size`; None for one that crops only if told to.
     """
     content = file.content
     size = content.get("size")
     file.require(size, "size must be stated", size)
-    edge = _edge(size) if isinstance(size, dict) else None
+    edge = _edge(size) if number_is_edge or isinstance(size, dict) else None
     resized = edge or _square(file, size, "size")
     cropped = resized
-    if content.get("do_center_crop"):
-        cropped = _square(file, content.get("crop_size") or size, "crop_size")
+    if content.get("do_center_crop", crop_size is not None):
+        crop_size = content.get("crop_size") or crop_size
+        file.require(crop_size, "crop_size must be stated", crop_size)
+        cropped = _square(file, crop_size, "crop_size")
     else:
         file.require(edge is None, "do_center_crop must be true where the edges may differ", size)
     file.require(cropped <= resized, f"crop_size must be at most {resized}", cropped)
@@ -540,7 +549,10 @@ def _usual_geometry(file):
 # Image processor -> a function of size, resizing and crop.
 _GEOMETRIES = {
     "ConvNext": _convnext_geometry,
-    **dict.fromkeys(("ViT", "DeiT", "Bit", "CLIP"), _usual_geometry),
+    "ViT": functools.partial(_usual_geometry, number_is_edge=False, crop_size=None),
+    "DeiT": functools.partial(_usual_geometry, number_is_edge=False, crop_size=224),
+    "Bit": functools.partial(_usual_geometry, number_is_edge=True, crop_size=224),
+    "CLIP": functools.partial(_usual_geometry, number_is_edge=True, crop_size=224),
 }
 
 
@@ -580,21 +592,30 @@ def _short(text):
 
 
 def _read_card(repository):
-    """Returns the licence and the data sets in the header of a repository's README.md."""
+    """Returns the licence and the data sets in the header of a repository's README.md.
+
+    The network can be used without them: a file that cannot be read is as none.
+    """
     card = {"license": None, "datasets": []}
-    text = repository.read(CARD) or ""
-    header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        text = repository.read(CARD) or ""
+    except InputError:
+        return card
+    lines = [line.rstrip() for line in text[:_MAX_HEADER].splitlines()]
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return card
     key = None
-    for line in header[1].splitlines() if header else ():
+    for line in lines[1 : lines.index("---", 1)]:
         # YAML; the headers that the libraries write use two forms of it: "key: value", and a
-        # list of "- value" under a key.
-        if match := re.fullmatch(r"(\w+):\s*(.*?)\s*", line):
-            key, value = match.groups()
+        # list of "- value" under a key. No regular expressions: their time can grow as a square.
+        name, colon, value = line.partition(":")
+        if colon and name.isidentifier():
+            key, value = name, value.strip()
             if key in ("license", "license_name") and value:
                 # "license: other" stands beside the name of an uncommon one.
                 card["license"] = _short(value.strip("\"'"))
             elif key == "datasets" and value:
                 card["datasets"] = [part.strip(" \"'") for part in value.strip("[]").split(",")]
-        elif key == "datasets" and (match := re.fullmatch(r"\s*-\s*(.*?)\s*", line)):
-            card["datasets"].append(match[1].strip("\"'"))
+        elif key == "datasets" and line.lstrip().startswith("-"):
+            card["datasets"].append(line.strip().removeprefix("-").strip(" \"'"))
     return card

@@ -7,6 +7,7 @@ from keras_resnet.models import SPECS, build_resnet, count_parameters
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
 from keras_resnet.utils.errors import InputError, check_count, look_up, one_line
 from keras_resnet.utils.files import expand_user
+from keras_resnet.weights.hub import split_pin
 from keras_resnet.weights.pretrained import add_preprocessing, choose_preprocessing, describe
 from keras_resnet.weights.sources import open_source
 
@@ -26,9 +27,10 @@ def _check_out(source, out):
         raise InputError(f"{path}: is a folder; name a file in it")
     if not os.path.isdir(path.parent):
         raise InputError(f"{path}: there is no folder {path.parent}; make it first")
-    named = isinstance(source, (str, os.PathLike)) and os.path.exists(source)
-    if named and os.path.exists(path) and os.path.samefile(path, source):
-        raise InputError(f"{path}: is the checkpoint itself; name another file for the model")
+    if isinstance(source, (str, os.PathLike)):
+        given = expand_user(split_pin(os.fspath(source))[0])
+        if os.path.exists(given) and os.path.exists(path) and os.path.samefile(path, given):
+            raise InputError(f"{path}: is the checkpoint itself; name another file for the model")
     return path
 
 

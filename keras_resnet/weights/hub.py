@@ -3,7 +3,8 @@
 A repository holds the weights, `model.safetensors`, and JSON files about the network and its
 preprocessing. Nothing else is read from it: no code, and no pickle. `huggingface_hub` downloads
 the files into its cache, which other libraries share; a local folder with the same files serves,
-too. The client compares the size of a download, not its content: the sha256 is compared here.
+too. The client compares the size of a download, not its content. The checksum is compared here, if
+the cache has it: the sha256 of weights, Git's sha1 of small files; not on a system without links.
 
     timm/resnet18.a1_in1k
     timm/resnet18.a1_in1k@491b427                    a revision: a branch, a tag or a commit
@@ -12,12 +13,14 @@ too. The client compares the size of a download, not its content: the sha256 is 
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 from pathlib import Path
 
+from keras_resnet.formats import FORMATS
 from keras_resnet.untrusted.common import check_regular_file, refusing
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils.errors import InputError, one_line
@@ -37,10 +40,10 @@ _NAME = re.compile(
     rf"(?P<scheme>{'|'.join(_SCHEMES)})?(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?"
 )
 _PIN = re.compile(r"(?P<rest>.*)#sha256=(?P<sha256>[0-9a-fA-F]{64})")
-# A word that ends so is a file that is missing.
+# A text with such an ending is the path of a file, which is missing.
 _SUFFIXES = (
-    *(".keras", ".h5", ".hdf5", ".tflite", ".onnx", ".safetensors"),
-    *(".pth", ".pt", ".ckpt", ".bin", ".tar", ".zip"),
+    *(suffix for row in FORMATS.values() for suffix in row.suffixes),
+    *(".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar", ".zip"),
 )
 
 
@@ -83,12 +86,7 @@ class Repository:
         path = self.paths.get(file)
         if path is None:
             return None
-        size = os.path.getsize(check_regular_file(path, file))
-        if size > MAX_BYTES:
-            raise InputError(
-                f"{self.name}: {file} must have at most {MAX_BYTES} bytes, got {size}: it is not "
-                "the file of a network"
-            )
+        _check_size(self.name, file, os.path.getsize(check_regular_file(path, file)))
         with refusing(f"{self.name}: {file}", "damaged"):
             return Path(path).read_bytes().decode("utf-8")
 
@@ -129,6 +127,14 @@ class Repository:
             raise InputError(f"{self.name}: {_NO_WEIGHTS}")
         check_pin(self.name, path, self.sha256)
         return path
+
+
+def _check_size(name, file, size):
+    if size > MAX_BYTES:
+        raise InputError(
+            f"{name}: {file} must have at most {MAX_BYTES} bytes, got {size}: it is not the file "
+            "of a network"
+        )
 
 
 _NO_WEIGHTS = (
@@ -311,7 +317,8 @@ def _download(name, file, label, needed=True):
         needed: Whether a repository without the file is refused; otherwise the result is None.
 
     Raises:
-        InputError: If it cannot be downloaded, or its content is not the one that the hub states.
+        InputError: If it cannot be downloaded, is too large, or its content is not the one that the
+            hub states.
     """
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
@@ -321,17 +328,27 @@ def _download(name, file, label, needed=True):
     )
     if not (needed or cached is None or isinstance(cached, str)):
         return None  # the cache knows that this commit has no such file
+    get = functools.partial(
+        hf_hub_download,
+        name.repository,
+        file,
+        revision=name.revision,
+        library_name="keras-resnet-edge",
+        tqdm_class=_bar_class(f"{name.repository} {file}"),
+        **settings,
+    )
     try:
-        if needed and cached is None and not settings["local_files_only"]:
-            _ask_once(name, file, settings["endpoint"])
-        path = hf_hub_download(
-            name.repository,
-            file,
-            revision=name.revision,
-            library_name="keras-resnet-edge",
-            tqdm_class=_bar_class(f"{name.repository} {file}"),
-            **settings,
-        )
+        if cached is None and not settings["local_files_only"]:
+            path, size = None, _ask_once(name, file, settings["endpoint"])
+        else:  # a branch can have another file by now
+            planned = get(dry_run=True)
+            path, size = planned.local_path, planned.file_size
+        if file == CARD and size > MAX_BYTES:
+            return None  # the network can be used without
+        if file != WEIGHTS:
+            _check_size(label, file, size)
+        if path is None or not os.path.exists(path):
+            path = get()
         _check_content(path, label, file)
     except InputError:
         raise
@@ -347,15 +364,18 @@ def _download(name, file, label, needed=True):
 
 
 def _ask_once(name, file, endpoint):
-    """Raises the client's error if the hub cannot be reached or refuses a file.
+    """Returns the size of a file of the hub, in bytes; 0 if the repository lacks it.
 
-    `hf_hub_download` asks for half a minute, also where the name is a mistyped path.
+    Raises the client's error if the hub cannot be reached or refuses. `hf_hub_download` asks for
+    half a minute, also where the name is a mistyped path.
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(name.repository, file, revision=name.revision, endpoint=endpoint)
     try:
-        get_hf_file_metadata(url, endpoint=endpoint)
+        return get_hf_file_metadata(url, endpoint=endpoint).size or 0
+    except errors.EntryNotFoundError:
+        return 0  # `hf_hub_download` notes it in the cache
     except errors.HfHubHTTPError:
         raise
     except Exception as error:  # of the HTTP library
@@ -390,7 +410,7 @@ def _check_content(path, label, file):
 
 
 def _explain(error, name, file, settings):
-    """Returns one line about an error of the client, and what to do."""
+    """Returns one line: the cause of an error of the client, and the remedy."""
     from huggingface_hub import constants, errors
 
     hub = settings["endpoint"] or constants.ENDPOINT

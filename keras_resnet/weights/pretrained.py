@@ -131,9 +131,6 @@ def describe(source, preprocessing=None, new_head=False):
         "license": stated.license,
         "origin": source.origin,
     }
-    if preprocessing:
-        as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocessing.items()}
-        metadata["preprocessing"] = as_json
     if not new_head:
         for key in ("class_names", "class_ids"):
             if names := getattr(stated, key):

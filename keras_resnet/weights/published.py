@@ -24,10 +24,10 @@ def published_networks(model=None):
 
     Returns:
         A list of dicts, at least one for each row of `SPECS`: "model" (the row), "variant", "name"
-        (what `from_pretrained` takes), "top1" (percent of ImageNet-1k's validation images, as the
-        publisher states it) at "pixels", the size that `from_pretrained` uses; "test_top1" at
-        "test_pixels", the size of `test_size=True`; "megabytes" (10⁶ bytes) and "license". What is
-        not known is None.
+        (the argument of `from_pretrained`), "top1" (percent of ImageNet-1k's validation images, as
+        the publisher states it) at "pixels", the size that `from_pretrained` uses; "test_top1" at
+        "test_pixels", the size of `test_size=True`; "megabytes" (10⁶ bytes) and "license". An
+        unknown value is None.
 
     Raises:
         InputError: If there is no such row.

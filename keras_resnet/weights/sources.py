@@ -108,7 +108,8 @@ class Source:
             return {"file": os.path.basename(self.path), "sha256": self.sha256}
         stated, name = self.configuration, self.repository.hub_name
         return {
-            "name": name.repository if name else self.path,
+            # A folder without its path, which other machines do not have.
+            "name": name.repository if name else os.path.basename(os.path.abspath(self.path)),
             "revision": name.revision if name else None,
             "sha256": self.sha256,
             "library": stated.library,
@@ -130,7 +131,7 @@ class Source:
                 f"{spec}"
             )
 
-    def find_normalization(self):
+    def name_normalization(self):
         """Returns the row of `NORMALIZATIONS` of the preprocessing; None without preprocessing.
 
         Raises:
@@ -202,17 +203,17 @@ def _check_agreement(stated, source):
     """Compares a configuration with the tensors beside it.
 
     The network is built as the configuration states: a large number in it must not fill the
-    memory.
+    memory. Therefore each block has a kernel in the file whose size grows as the block's does.
     """
     row, found, spec = LAYOUTS[source.checkpoint.layout], source.checkpoint, stated.spec
     tensors = find_network(source.tensors, found.layout).select(source.tensors)
-    last_conv, expansion = ("conv2", 1) if spec.block == "basic" else ("conv3", 4)
+    last_conv, size, expansion = ("conv2", 3, 1) if spec.block == "basic" else ("conv3", 1, 4)
 
-    def outputs(stage, block):
-        """Returns the channels of a block's output, or None where there is no such block."""
+    def last_kernel(stage, block):
+        """Returns the shape of a block's last kernel, or None where there is no such block."""
         path = f"stage{stage}_block{block}/{last_conv}/kernel"
         kernel = tensors.get(row.name(path))
-        return row.to_ours(path, kernel).shape[-1] if np.ndim(kernel) == 4 else None
+        return row.to_ours(path, kernel).shape if np.ndim(kernel) == 4 else None
 
     fits = stated.variant in (row.variant, *row.also)
     pairs = [
@@ -223,8 +224,15 @@ def _check_agreement(stated, source):
     ]
     stages = zip(spec.blocks, spec.filters, strict=True)
     for stage, (blocks, filters) in enumerate(stages, start=1):
-        pairs.append((f"width of stage {stage}", filters * expansion, outputs(stage, blocks)))
-        pairs.append((f"block {blocks + 1} of stage {stage}", None, outputs(stage, blocks + 1)))
+        kernel = (size, size, filters, filters * expansion)
+        for block in range(1, blocks + 2):
+            name = f"last kernel in block {block} of stage {stage}"
+            pairs.append((name, kernel if block <= blocks else None, last_kernel(stage, block)))
+    head = "logits/kernel"
+    if (kernel := tensors.get(row.name(head))) is not None:
+        pairs.append(
+            ("inputs of the head", spec.filters[-1] * expansion, row.to_ours(head, kernel).shape[0])
+        )
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise InputError(

@@ -1,5 +1,7 @@
 """Photographs without labels."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +19,8 @@ def folder(tmp_path):
         Image.new("RGB", size, "red").save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no photograph")
     (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "deep" / ".thumbnails").mkdir()
+    (tmp_path / "deep" / ".thumbnails" / "a.png").write_bytes(b"")
     return tmp_path
 
 
@@ -30,6 +34,14 @@ def test_a_folder_is_searched_and_each_image_keeps_its_size(folder):
     assert sizes(data) == [(4, 6, 3), (5, 5, 3), (9, 3, 3)]
     assert not data.is_labelled and data.class_names == NAMES
     assert data.source.startswith("3 photographs in ")
+
+
+def test_a_large_photograph_is_refused_without_a_warning(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=r"a\.jpg: cannot be read: 3×9 pixels$"):
+            load_photos(folder / "deep", NAMES)
 
 
 def test_files_and_folders_can_be_named_together_and_twice(folder):
@@ -54,6 +66,7 @@ def test_the_fingerprint_is_that_of_the_contents(folder):
     ("name", "content", "message"),
     [
         ("missing.png", None, "missing.png: no such image file"),
+        (f"{'x' * 300}.png", None, "cannot be read: .*name too long"),
         ("broken.png", b"no image", "broken.png: cannot be read: cannot identify image file"),
         ("empty", "folder", "empty: holds no photographs"),
     ],

@@ -227,6 +227,11 @@ ARGUMENTS = {
     "no folder": ({"out": "no/model.keras"}, "there is no folder .*; make it first"),
     "a folder": ({"out": "folder.keras"}, "folder.keras: is a folder"),
     "the source": ({"source": "in.keras", "out": "in.keras"}, "is the checkpoint itself"),
+    "the source, pinned": (
+        {"source": f"in.keras#sha256={'0' * 64}", "out": "in.keras"},
+        "is the checkpoint itself",
+    ),
+    "the source at home": ({"source": "~/in.keras", "out": "in.keras"}, "is the checkpoint itself"),
     "no path": ({"source": {}, "out": "in.keras"}, "named by its path, got dict"),
 }
 
@@ -235,6 +240,7 @@ ARGUMENTS = {
 def test_arguments_that_do_not_fit_are_refused(checkpoint, tmp_path, tiny, monkeypatch, case):
     changes, expected = ARGUMENTS[case]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "folder.keras").mkdir()
     (tmp_path / "in.keras").write_bytes(b"mine")
     before = sorted(tmp_path.rglob("*"))

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import pytest
 import references
+import safetensors.numpy
 import torch
 from conftest import check, run_main
 from PIL import Image
@@ -24,7 +25,9 @@ import keras_resnet
 from keras_resnet import InputError, Predictor, Spec, archive, from_pretrained
 from keras_resnet.config import TrainConfig
 from keras_resnet.evaluation.inference import load, load_data
+from keras_resnet.exporters.source import open_export_source
 from keras_resnet.models import SPECS, build_resnet18
+from keras_resnet.preprocessing import ImagePreprocessing
 from keras_resnet.recipes import RECIPES
 from keras_resnet.training.fine_tuning import adopt_form, adopt_normalization, find_source
 from keras_resnet.weights import convert, published_networks, save_torch_weights
@@ -194,8 +197,8 @@ def test_the_metadata_is_the_repositorys(hub, tmp_path, capfd):
     found = predictor.metadata
     assert found["class_ids"][0] == "n01440764" and found["license"] == "apache-2.0"
     assert (found["model"], found["takes_raw_images"]) == ("resnet18", True)
-    as_json = json.loads(json.dumps(TIMM_PREPROCESSING))
-    assert found["preprocessing"] == as_json
+    layer = model.get_layer("preprocessing")
+    assert {key: getattr(layer, key) for key in TIMM_PREPROCESSING} == TIMM_PREPROCESSING
     weights = hub.folder / TIMM / "model.safetensors"
     assert found["origin"] == {
         "name": TIMM,
@@ -208,6 +211,9 @@ def test_the_metadata_is_the_repositorys(hub, tmp_path, capfd):
     }
     archive.save_model(model, tmp_path / "saved.keras")
     assert load(tmp_path / "saved.keras").metadata == found
+    # The manifest of an export has them, too.
+    for given in (model, tmp_path / "saved.keras"):
+        assert open_export_source(given).record["origin"] == found["origin"]
 
 
 def test_what_was_downloaded_serves_offline(hub, monkeypatch):
@@ -243,6 +249,8 @@ def test_a_local_folder_of_a_repository_takes_precedence(hub, networks, tmp_path
     for given in (TINY, Path(TINY), str(tmp_path / TINY)):
         model = from_pretrained(given)
         check("folder", differences(model, networks[1][TINY]), 1e-5)
+        # Without the path, which belongs to this machine.
+        assert archive.get_metadata(model)["origin"]["name"] == "tiny"
     assert hub.requests == [] and load(TINY).class_names == NAMES
     with pytest.raises(InputError, match=r"^me/tiny: a local folder has no revisions, got 'v1'$"):
         from_pretrained(TINY, revision="v1")
@@ -256,7 +264,7 @@ def test_a_local_folder_of_a_repository_takes_precedence(hub, networks, tmp_path
 def test_other_sizes_and_classes(hub):
     model = from_pretrained(TIMM, test_size=True)
     assert model.get_layer("preprocessing").image_size == 288
-    assert archive.get_metadata(model)["preprocessing"]["crop_pct"] == 1.0
+    assert model.get_layer("preprocessing").crop_pct == 1.0
     model = from_pretrained(TINY, num_classes=3, image_size=48)
     assert (model.output_shape, model.get_layer("preprocessing").image_size) == ((None, 3), 48)
     assert "class_names" not in archive.get_metadata(model)
@@ -325,6 +333,32 @@ def test_no_network_and_no_hub(hub, monkeypatch):
     hub.status = 200
     with pytest.raises(InputError, match=r"does not answer as a hub does: check the network"):
         from_pretrained(TINY)
+
+
+def test_large_files_are_not_downloaded(hub, networks, monkeypatch, tmp_path):
+    """The hub sends a branch's newest files, also where an older one is in the cache."""
+    repositories = tmp_path / "repositories"
+    folder = repositories / TINY
+    shutil.copytree(networks[0] / TINY, folder)
+    monkeypatch.setattr(hub, "folder", repositories)
+    monkeypatch.setattr(client, "MAX_BYTES", 10_000)
+    large = json.dumps({"a": "b" * 10_000}).encode()
+    (folder / "README.md").write_bytes(large)
+    assert read_configuration(client.find_repository(TINY)).license is None
+    content = (folder / "preprocessor_config.json").read_bytes()
+    (folder / "preprocessor_config.json").write_bytes(large)
+    message = r"^me/tiny: {} must have at most 10000 bytes, got 10009: it is not the file"
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "other"))
+    with pytest.raises(InputError, match=message.format(r"preprocessor_config\.json")):
+        client.find_repository(TINY)
+    (folder / "preprocessor_config.json").write_bytes(content)
+    (folder / "config.json").write_bytes(large)
+    with pytest.raises(InputError, match=message.format(r"config\.json")):
+        client.find_repository(TINY)
+    got = {Path(path).name for method, path in hub.requests if method == "GET"}
+    assert got == {"config.json", "preprocessor_config.json"}
+    sizes = [path.stat().st_size for path in tmp_path.rglob("blobs/*")]
+    assert sizes and max(sizes) < 10_000
 
 
 FULL_DISK = """
@@ -452,6 +486,38 @@ def test_the_rules_of_image_processors(name, edit, tmp_path):
         assert found["antialias"] and found["rounding"] == "transformers"
 
 
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "Bit", "CLIP"])
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"size": 232},
+        {"size": 256, "crop_size": 200},
+        {"size": 232, "do_center_crop": False},
+        {"size": 232, "do_center_crop": None},
+        {"size": {"height": 256, "width": 256}},
+    ],
+)
+def test_the_defaults_of_image_processors(family, stated, edit, photograph):
+    """Old files state few keys, and sizes as numbers."""
+    transformers = references.import_transformers()
+    folder = edit(TINY)
+    kind = f"{family}ImageProcessor"
+    content = {"image_processor_type": kind, "resample": 3, **stated}
+    content |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    theirs = transformers.AutoImageProcessor.from_pretrained(folder)
+    theirs = theirs(photograph, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    if theirs.shape[0] != theirs.shape[1]:
+        with pytest.raises(InputError, match=r"do_center_crop must be true where the edges may"):
+            read(folder)
+        return
+    arguments = read(folder).preprocessing
+    layer = ImagePreprocessing(arguments.pop("image_size"), 3, **arguments)
+    ours = keras.ops.convert_to_numpy(layer(np.asarray(photograph)[None]))[0]
+    assert ours.shape == theirs.shape
+    assert abs(ours - theirs).mean() < 1e-3
+
+
 def test_scales_of_normalization(edit):
     changed = {"do_rescale": False, "image_mean": [51.0] * 3, "image_std": [102.0] * 3}
     found = read(edit(TINY, "preprocessor_config.json", **changed)).preprocessing
@@ -499,9 +565,9 @@ def test_other_networks_are_refused_before_their_weights_are_read(name, changes,
 
 
 DISAGREE = [
-    ({"depths": [1, 2]}, r"width of stage 2 must be 16, model\.safetensors has none"),
-    ({"depths": [1]} | {"hidden_sizes": [8]}, r"tensors: .*of no use"),
-    ({"hidden_sizes": [8, 65536]}, r"width of stage 2 must be 65536, model\.safetensors has 16"),
+    ({"depths": [1, 2]}, r"block 2 of stage 2 must be \(3, 3, 16, 16\), .* has none"),
+    ({"depths": [1], "hidden_sizes": [8]}, r"inputs of the head must be 8, .* has 16"),
+    ({"hidden_sizes": [8, 65536]}, r"must be \(3, 3, 65536, 65536\), .* has \(3, 3, 16, 16\)"),
     ({"num_channels": 1}, r"channels must be 1, model\.safetensors has 3"),
     ({"id2label": {"0": "a"}}, r"classes must be 1, model\.safetensors has 4"),
 ]
@@ -511,6 +577,43 @@ DISAGREE = [
 def test_a_configuration_that_its_tensors_contradict(changes, message, edit):
     with pytest.raises(InputError, match=message):
         from_pretrained(edit(TINY, weights=True, **changes))
+
+
+def test_a_small_file_states_no_large_network(edit):
+    folder = edit(TINY, weights=True, hidden_sizes=[8, 4096])
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (kernel,) = (n for n in tensors if "stages.1.layers.0.layer.1.convolution" in n)
+    tensors[kernel] = np.zeros((4096, 1, 1, 1), "float32")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"\(3, 3, 4096, 4096\), .* has \(1, 1, 1, 4096\)"):
+        open_source(folder)
+    folder = edit(TINY, weights=True)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (kernel,) = (name for name in tensors if "classifier" in name and "weight" in name)
+    tensors[kernel] = tensors[kernel][:, :1].copy()
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"inputs of the head must be 16, .* has 1"):
+        open_source(folder)
+
+
+CARDS = {
+    "empty": b"",
+    "no text": b"---\nlicense: mit\n---\n\xff",
+    "too large": b"---\nlicense: mit\n---\n" + b" " * client.MAX_BYTES,
+    "without an end": b"---\nlicense: mit\n",
+    # A regular expression would read these for hours.
+    "blank lines": b"---" + b"\n" * 2**21 + b"x",
+    "spaces": b"---\nlicense: x" + b" " * 2**20 + b"x\n---\n",
+    "list": b"---\ndatasets:\n- x" + b" " * 2**20 + b"x\n---\n",
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_a_network_can_be_used_without_its_card(case, edit):
+    folder = edit(TINY)
+    (folder / "README.md").write_bytes(CARDS[case])
+    found = read(folder)
+    assert (found.license, found.num_classes) == (None, 4)
 
 
 def test_damaged_files(edit, networks):
@@ -575,7 +678,7 @@ def test_builders_take_a_name(hub, networks):
     kernel = network.get_layer("stem_conv").get_weights()[0]
     theirs = networks[1][TIMM].conv1.weight.detach().numpy()
     np.testing.assert_array_equal(kernel, theirs.transpose(2, 3, 1, 0))
-    assert source.find_normalization() == "imagenet"
+    assert source.name_normalization() == "imagenet"
     backbone = build_resnet18((64, 64, 1), weights=TIMM, include_top=False, pooling="avg")
     np.testing.assert_allclose(
         backbone.get_layer("stem_conv").get_weights()[0], kernel.sum(2, keepdims=True), rtol=1e-6
@@ -692,8 +795,9 @@ def test_export_by_name(hub, fashion_folder, tmp_path, monkeypatch):
 
 
 def test_benchmark_names_the_export(hub):
-    done = run_main("benchmark", TINY)
-    assert done.returncode == 2 and "first `keras-resnet export me/tiny`" in done.stderr
+    for name in (TINY, f"me/{300 * 'x'}"):
+        done = run_main("benchmark", name)
+        assert done.returncode == 2 and f"first `keras-resnet export {name}`" in done.stderr
     assert hub.requests == []
 
 

@@ -37,7 +37,7 @@ def test_the_form_is_found_and_every_weight_loaded(spec, variant, stem, tmp_path
     found = source.checkpoint
     assert (found.variant, found.stem, found.channels) == (variant, stem, 3)
     assert (found.num_classes, found.num_tensors) == (5, len(network.weights))
-    assert source.find_normalization() is None
+    assert source.name_normalization() is None
     same, other = build(5), build(2)
     assert source.load_into(same).num_tensors == len(network.weights)
     for ours, theirs in zip(same.get_weights(), network.get_weights(), strict=True):
@@ -59,7 +59,7 @@ def test_the_normalization_is_that_of_the_preprocessing(name, channels, tmp_path
         [keras.Input((28, 28, 3), dtype="uint8"), model, keras.layers.Softmax()]
     )
     source = find_source(save(model, tmp_path / "own.keras"))
-    assert source.find_normalization() == name
+    assert source.name_normalization() == name
     assert source.checkpoint.channels == channels
 
 
@@ -67,7 +67,7 @@ def test_a_normalization_of_ones_own_must_be_replaced(tmp_path):
     model = with_preprocessing(build_resnet(BASIC, (8, 8, 1), 2), (28, 28, 1), mean=0.3)
     source = find_source(save(model, tmp_path / "own.keras"))
     with pytest.raises(InputError, match=r"own\.keras: its preprocessing must .*got mean 0\.3"):
-        source.find_normalization()
+        source.name_normalization()
 
 
 def test_another_head_stays_behind(tmp_path):
