@@ -297,9 +297,7 @@ def _load_by_name(predictor, training, dataset, options):
     """Loads a set, split as in training if it is the training set; returns it and all options."""
     trained_on = training.get("dataset")
     if dataset is None and not isinstance(trained_on, str):
-        raise InputError(
-            f"{predictor.name}: the file does not record its training set: name --dataset"
-        )
+        raise InputError(f"{predictor.name}: does not record a training set: name --dataset")
     image_size = predictor.image_shape[:2]
     given_size = check_image_size(options.get("image_size", image_size))
     if None not in image_size and given_size != image_size:

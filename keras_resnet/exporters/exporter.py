@@ -124,6 +124,11 @@ def export(
         raise InputError("`folder` must be given to export a Keras model object")
     folder = folders.check_target(folder or source.folder)
     if photos is None:
+        if dataset is None and "data" not in source.predictor.metadata:
+            raise InputError(
+                f"{source.predictor.name}: does not record a data set to verify the files on: give "
+                "photographs without labels, --photos FOLDER, or --dataset folder:…"
+            )
         data, split, options = load_data(source.predictor, dataset, **data_options)
     else:
         data, split, options = _load_photos(source.predictor, photos, dataset, data_options)
@@ -181,7 +186,7 @@ def export(
 def _load_photos(predictor, photos, dataset, data_options):
     """Returns the same as `load_data`, for photographs."""
     if dataset is not None:
-        raise InputError("either `dataset` or `photos` can be given, --dataset or --photos")
+        raise InputError("give `dataset` or `photos`, --dataset or --photos, not both")
     *size, channels = predictor.image_shape
     size = data_options.get("image_size") or size
     names = predictor.class_names

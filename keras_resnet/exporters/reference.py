@@ -63,7 +63,10 @@ def compute_reference(model, serving, split, is_labelled=True):
             of the kind that `serving` took them for.
     """
     if len(split) < max(BATCH_SIZES):
-        raise InputError(f"verification needs at least {max(BATCH_SIZES)} images, got {len(split)}")
+        raise InputError(
+            f"verification needs at least {max(BATCH_SIZES)} images, got {len(split)}: give more "
+            "with --photos or --dataset"
+        )
     kind = serving.source_kind
     outputs, own, twin = _predict(model, split), None, None
     if serving.twin is not model:

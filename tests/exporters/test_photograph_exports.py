@@ -232,9 +232,9 @@ def test_a_folder_of_classes_measures_the_accuracy(model, photos, tmp_path):
         (["--input-size", 20, 20], "--input-size must be the size .*, 24 24, got 20 20"),
         (["--input-size", 24, 24, "--no-preprocessing"], "either --input-size or --no-pre"),
         (["--precision", "integer"], "--precision integer needs .* --input-size 224 224"),
-        (["--dataset", "fashion_mnist"], "--dataset or --photos"),
+        (["--dataset", "fashion_mnist"], "--dataset or --photos, not both"),
         (["--photos", "missing.jpg"], "missing.jpg: no such image file"),
-        ([], "the file does not record its training set: name --dataset"),
+        ([], "does not record a data set .* --photos FOLDER, or --dataset"),
     ],
 )
 def test_bad_choices_are_one_line_and_status_2(model, photos, tmp_path, arguments, message):
