@@ -376,7 +376,8 @@ def _convert(args):
     found["parameters"] = f"{found['parameters']:,}"
     names = found["ignored"]
     found["ignored"] = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-    rows = [{"found": name.replace("_", " "), "": str(value)} for name, value in found.items()]
+    shown = {name: value for name, value in found.items() if value not in (None, "")}
+    rows = [{"found": name.replace("_", " "), "": str(value)} for name, value in shown.items()]
     print(format_table(rows, ["found", ""]))
 
 

@@ -1,5 +1,6 @@
 """Data sets: the type `Dataset`, and a table of the sources that it can be loaded from."""
 
+import os
 from typing import NamedTuple
 
 from keras_resnet.datasets.base import Dataset, Split
@@ -81,8 +82,9 @@ tfds:NAME, got 'imagenet'
     kind, colon, argument = name.partition(":")
     loader = LOADERS.get(kind + colon)
     if loader is None or bool(colon) != bool(argument):
+        hint = f"; for this folder: folder:{name}" if os.path.exists(name) else ""
         raise InputError(
-            f"a data set is named fashion_mnist, folder:PATH or tfds:NAME, got {name!r}"
+            f"a data set is named fashion_mnist, folder:PATH or tfds:NAME, got {name!r}{hint}"
         )
     given = {
         "data_dir": data_dir,

@@ -435,7 +435,7 @@ def _explain(error, name, file, settings):
         (
             errors.LocalEntryNotFoundError,
             "neither a file or folder here nor complete in the cache, and HF_HUB_OFFLINE forbids "
-            "to download it: download it once without"
+            "to download it: run this once without HF_HUB_OFFLINE"
             if settings["local_files_only"]
             else f"neither a file or folder here nor in the cache, and {hub} {unreachable}",
         ),
