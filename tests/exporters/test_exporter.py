@@ -469,7 +469,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, exported, traine
 def test_a_keras_model_needs_a_folder_and_data(small_model, tmp_path):
     with pytest.raises(InputError, match="`folder` must be given"):
         export(small_model)
-    with pytest.raises(InputError, match="name --dataset"):
+    with pytest.raises(InputError, match="or --dataset folder:"):
         export(small_model, tmp_path / "out")
 
 
