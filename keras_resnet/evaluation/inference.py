@@ -260,9 +260,9 @@ def evaluate_file(path, dataset=None, *, trust=False, normalize=None, **options)
 def load_data(predictor, dataset=None, **options):
     """Loads the images to evaluate a model on.
 
-    The training set is split as it was in training, and the held-out part is used. Of any other set
-    the test split is used, else the validation split, else the whole. If training images are among
-    the images, a note on standard error states their number.
+    The training set is split as it was in training, and the held-out part is used. Another set is
+    represented by its test split, else by its validation split, else by all its images. If training
+    images are among the images, a note on standard error states their number.
 
     Args:
         predictor: A `Predictor`.

@@ -129,7 +129,7 @@ def test_the_background_is_known_of_grey_sets_alone():
 def test_best_checkpoint_is_the_best_epoch(trained_run):
     accuracies = [row["val_accuracy"] for row in read_history(trained_run / "history.csv")]
     metadata = read_metadata(trained_run / "checkpoints" / "best.keras")
-    # Of the best, the one with the lowest loss.
+    # The lowest loss decides among equal accuracies.
     assert accuracies[len(metadata["history"]) - 1] == max(accuracies)
     assert len(read_metadata(trained_run / "checkpoints" / "last.keras")["history"]) == 3
 
