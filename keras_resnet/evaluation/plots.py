@@ -301,10 +301,7 @@ def plot_heat_maps(evaluation, split, heat_maps, path, *, rows=6):
     predicted, true = evaluation.predictions[order], evaluation.labels[order]
     maps = [heat_maps(images, classes) for classes in (predicted, true)]
     grid = _Grid(len(order), 3, cell=1.7, below=0.42, above=0.62)
-    grid.heading(
-        "Parts of the image that speak for the predicted and for the true class (Grad-CAM)",
-        "brighter: more",
-    )
+    grid.heading("Heat maps of the predicted and of the true class (Grad-CAM)", "brighter: more")
     for row, image in enumerate(images):
         wrong = predicted[row] != true[row]
         names = [shorten(evaluation.class_names[each[row]], 17) for each in (predicted, true)]
