@@ -177,7 +177,11 @@ _BENCHMARK_OPTIONS = {
 }
 
 _PREDICT_OPTIONS = {
-    "images": {"metavar": "IMAGE", "nargs": "+", "help": "an image file"},
+    "images": {
+        "metavar": "IMAGE",
+        "nargs": "+",
+        "help": "an image file, or a folder that is searched for images",
+    },
     "--top": {
         "type": positive(int),
         "default": 3,

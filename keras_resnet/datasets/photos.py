@@ -44,7 +44,7 @@ def load_photos(paths, class_names, *, image_size=(None, None), channels=3):
         (1, False, (None, None, 3))
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    files = sorted({file for path in paths for file in _find(expand_user(path))})
+    files = sorted({file for path in paths for file in find_images(expand_user(path))})
     if not files:
         raise InputError(f"{_shown(paths)}: holds no photographs")
     with no_bomb_warnings():
@@ -65,19 +65,24 @@ def _shown(paths):
     return " ".join(printable_path(path) for path in paths[:3]) + (" …" if len(paths) > 3 else "")
 
 
-def _find(path):
-    """Returns the image files that a path stands for."""
+def find_images(path):
+    """Returns the image files that a path stands for: itself, or those in a folder, a sorted list.
+
+    Args:
+        path: A `Path`. Hidden files of a folder are left out, and those without the suffix of an
+            image format.
+    """
     # Path.is_dir raises an error for a name that is too long.
     if not os.path.isdir(path):
         return [path]
     suffixes = Image.registered_extensions()
-    return [
+    return sorted(
         file
         for file in path.rglob("*")
         if file.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
         and os.path.isfile(file)
-    ]
+    )
 
 
 def _check(file):

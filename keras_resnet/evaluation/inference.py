@@ -16,6 +16,7 @@ from keras_resnet.datasets.images import (
     printable_path,
     split_marks,
 )
+from keras_resnet.datasets.photos import find_images
 from keras_resnet.evaluation.metrics import SUM_TOLERANCE, evaluate
 from keras_resnet.runtimes import Runtime, open_runtime
 from keras_resnet.runtimes.base import BINARY_LOGIT, BINARY_SIGMOID, LOGITS, SIGMOID, SOFTMAX
@@ -422,8 +423,9 @@ def predict_files(
 
     Args:
         path: See `load`.
-        images: Paths of images: any size, colour or grey, any format that Pillow reads. Each is
-            resized to the model's input and converted to grey or colour.
+        images: Paths of images, and of folders that are searched for images: any size, colour or
+            grey, any format that Pillow reads. Each is resized to the model's input and converted
+            to grey or colour.
         top: Number of labels for each image, the most probable first.
         invert: "yes", "no", or "auto": light and dark are swapped if the image's border is light,
             the model takes grey images, and its training images were light on dark.
@@ -441,7 +443,7 @@ def predict_files(
     """
     predictor = load(path, trust=trust, normalize=normalize)
     rows = []
-    for image in images:
+    for image in _list_images(images):
         try:
             rows.append(_predict_file(predictor, image, top, invert))
         except ImageError as error:
@@ -451,12 +453,20 @@ def predict_files(
     return rows
 
 
+def _list_images(paths):
+    """Yields the images' paths as they were given; a folder's images in its place."""
+    for path in paths:
+        yield from (find_images(Path(path)) if os.path.isdir(path) else []) or [path]
+
+
 def _predict_file(predictor, path, top, invert):
     shown = printable_path(path)
     try:
         pixels = decode_image(path, predictor.image_shape[:2], predictor.image_shape[2])[None]
     except FileNotFoundError:
         raise ImageError(f"{shown}: no such image file") from None
+    except IsADirectoryError:
+        raise ImageError(f"{shown}: the folder holds no images") from None
     except Exception as error:  # Pillow raises many kinds on a damaged file
         raise ImageError(f"{shown}: cannot be read: {one_line(error)}") from error
     is_inverted = invert == "yes"

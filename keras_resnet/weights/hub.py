@@ -185,6 +185,9 @@ def find_repository(given, *, revision=None, sha256=None):
     sha256 = check_sha256(sha256 or pin)
     path = expand_user(text)
     if os.path.exists(path):
+        # Its weights by their own path are those of the repository, with its preprocessing.
+        if path.name == WEIGHTS and os.path.isfile(path):
+            path = path.parent
         if not is_repository(path):
             return None
         if revision is not None:

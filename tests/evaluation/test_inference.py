@@ -153,6 +153,20 @@ def save_any_size(path, size=(None, None), **metadata):
     return path
 
 
+def test_a_folder_of_images_is_predicted_file_by_file(photographs, tmp_path):
+    model = save_any_size(tmp_path / "model.keras")
+    (photographs / "cat" / "notes.txt").write_text("no image")
+    one = photographs / "dog" / "3.png"
+    rows = predict_files(model, [photographs / "cat", one])
+    assert [row["image"] for row in rows] == [
+        *map(str, sorted((photographs / "cat").glob("*.png"))),
+        str(one),
+    ]
+    (tmp_path / "empty").mkdir()
+    done = run_main("predict", model, tmp_path / "empty")
+    assert done.returncode == 2 and "empty: the folder holds no images" in done.stderr
+
+
 @pytest.fixture
 def trained_on(photographs, tmp_path):
     """A model trained on 32 of the photographs; 8 were held out."""
@@ -282,7 +296,9 @@ def test_unreadable_files_among_others(form, photographs, tmp_path):
     good = [photographs / "cat" / "0.png", photographs / "dog" / "1.png"]
     (tmp_path / "page.png").write_text("<html>404</html>")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.gif")  # too small for the network
-    bad = [tmp_path / "page.png", tmp_path / "none.png", tmp_path, tmp_path / "dot.gif"]
+    (tmp_path / "nothing").mkdir()
+    names = ("page.png", "none.png", "nothing", "dot.gif")
+    bad = [tmp_path / name for name in names]
     done = run_main("predict", model, good[0], *bad, good[1], *form)
     assert done.returncode == 2
     for line, path in zip(done.stderr.splitlines(), bad, strict=True):

@@ -627,7 +627,18 @@ def test_damaged_files(edit, networks):
     with pytest.raises(InputError, match=r"has no model\.safetensors, the only weights"):
         from_pretrained(folder)
     with pytest.raises(InputError, match=r"weights alone do not state their network"):
-        from_pretrained(networks[0] / TINY / "model.safetensors")
+        alone = folder.parent / "alone" / "model.safetensors"
+        alone.parent.mkdir()
+        shutil.copy(networks[0] / TINY / "model.safetensors", alone)
+        from_pretrained(alone)
+
+
+def test_weights_beside_their_configuration_are_the_repository(networks):
+    """By their path alone they would be fine-tuned on images of another normalization."""
+    folder = networks[0] / TINY
+    whole, file = open_source(folder), open_source(folder / "model.safetensors")
+    assert file.normalization == whole.normalization is not None
+    assert file.configuration == whole.configuration
 
 
 def odd(value, dice):
