@@ -10,6 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from keras_resnet.datasets.base import Dataset, Split, hold_out
 from keras_resnet.datasets.images import (
@@ -65,12 +66,14 @@ class _Listing(NamedTuple):
         splits: Split -> {file: class name}; "train" is always there.
         names: File -> its name in the fingerprint, as bytes.
         remarks: Sentences about folders that are not used.
+        is_named: Whether each file was named, in a CSV, and not found in a class folder.
     """
 
     class_names: list
     splits: dict
     names: dict
     remarks: list
+    is_named: bool = False
 
 
 def load_folder(
@@ -93,8 +96,9 @@ def load_folder(
       one of `FILE_COLUMNS` and one of `LABEL_COLUMNS`; without one the first two are taken.
 
     The sorted names of the sub-folders, or of the labels, are the classes. Hidden files and folders
-    are ignored, links are followed. Every file of a class that is not hidden must be an image. All
-    files are decoded once to check them; later they are decoded when a batch needs them.
+    are ignored, links are followed. Files of a class folder that are no images by suffix and by
+    content, such as notes.txt, are left out with a remark; all others must be images. All files are
+    decoded once to check them; later they are decoded when a batch needs them.
 
     Args:
         path: The folder, or a CSV.
@@ -126,6 +130,13 @@ def load_folder(
     is_trained_on = validation_split is not None
     listing = _list_files(root, is_trained_on)
     checked, bad = _check_files([file for files in listing.splits.values() for file in files])
+    others = [] if listing.is_named else [file for file in bad if _is_other_file(file, bad[file])]
+    if others:
+        listing.remarks.append(
+            f"{len(others)} files that are no images by suffix and content are not used, such as "
+            f"{printable_path(os.path.relpath(others[0], root))}"
+        )
+        bad = {file: error for file, error in bad.items() if file not in others}
     if bad and not skip_bad:
         raise InputError(
             f"{printable_path(root)}: there are {_list_bad_files(root, bad)}; remove them, or skip "
@@ -352,7 +363,7 @@ def _list_csvs(root, paths, remarks):
                 f"{printable_path(paths[split])}: the labels must be among those of "
                 f"{paths['train'].name}, found also {', '.join(unknown[:_MOST_LISTED])}"
             )
-    return _Listing(class_names, splits, names, remarks)
+    return _Listing(class_names, splits, names, remarks, is_named=True)
 
 
 def _read_csv(path):
@@ -444,8 +455,13 @@ def _list_bad_files(root, bad):
 
 def _reason(error):
     # Pillow's message names the buffer in memory and not the file.
-    unknown = type(error).__name__ == "UnidentifiedImageError"
-    return "not an image" if unknown else one_line(error)
+    return "not an image" if isinstance(error, UnidentifiedImageError) else one_line(error)
+
+
+def _is_other_file(file, error):
+    """Returns whether a file that cannot be read has the suffix and the content of no image."""
+    suffixes = ("", *Image.registered_extensions())
+    return file.suffix.lower() not in suffixes and isinstance(error, UnidentifiedImageError)
 
 
 def _check_counts(root, listing, checked, is_trained_on):

@@ -4,7 +4,7 @@ import hashlib
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from keras_resnet.datasets.base import Dataset, Split
 from keras_resnet.datasets.images import (
@@ -93,5 +93,8 @@ def _check(file):
     except FileNotFoundError:
         raise InputError(f"{printable_path(file)}: no such image file") from None
     except Exception as error:  # see `open_upright`
-        raise InputError(f"{printable_path(file)}: cannot be read: {one_line(error)}") from error
+        # Pillow's message names the buffer in memory and not the file.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image" if unknown else f"cannot be read: {one_line(error)}"
+        raise InputError(f"{printable_path(file)}: {reason}") from error
     return hashlib.sha256(content).hexdigest()

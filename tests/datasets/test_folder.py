@@ -128,9 +128,8 @@ def spoil(folder):
     Image.effect_noise((90, 90), 50).save(folder / "bag" / "cut.jpg")
     whole = (folder / "bag" / "cut.jpg").read_bytes()
     (folder / "bag" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "bag" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
-    (folder / "bag" / "notes.txt").write_text("not an image")
     (folder / "bag" / "empty.png").touch()
+    (folder / "bag" / "0001").write_text("cut short")
     # Between Pillow's limit, where it only warns, and twice the limit, where it refuses.
     (folder / "coat" / "large.png").write_bytes(png_header(10_000, 10_000))
     (folder / "coat" / "bomb.png").write_bytes(png_header(60_000, 60_000))
@@ -139,9 +138,8 @@ def spoil(folder):
     os.mkfifo(folder / "coat" / "pipe.png")
     return {
         "bag/cut.jpg": "runcated",
-        "bag/Thumbs.db": "not an image",
-        "bag/notes.txt": "not an image",
         "bag/empty.png": "not an image",
+        "bag/0001": "not an image",
         "coat/large.png": "10000×10000 pixels",
         "coat/bomb.png": "3600000000 pixels",
         "coat/link.png": "not a regular file",
@@ -161,6 +159,24 @@ def test_unreadable_files_are_all_named(folder):
         assert reason in message.partition(name)[2].partition(")")[0]
 
 
+def test_files_that_are_no_images_by_suffix_and_content_are_left_out(folder):
+    clean = load(folder)
+    (folder / "bag" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (folder / "coat" / "notes.txt").write_text("about the images")
+    dataset = load(folder)
+    (remark,) = set(dataset.remarks) - set(clean.remarks)
+    assert remark.startswith("2 files that are no images") and "bag/Thumbs.db" in remark
+    assert dataset.fingerprint == clean.fingerprint and dataset.source == clean.source
+    # An image by its content counts, whatever its suffix.
+    first = next((folder / "bag").glob("*.png"))
+    first.rename(first.with_suffix(".txt"))
+    assert sum(map(len, load(folder).splits.values())) == 30
+    # In a CSV each file was meant.
+    (folder / "list.csv").write_text("file,label\nbag/Thumbs.db,a\ncoat/notes.txt,b\n")
+    with pytest.raises(InputError, match="2 files that cannot be read"):
+        load(folder / "list.csv")
+
+
 def test_unreadable_files_can_be_skipped(folder):
     clean = load(folder)
     spoiled = spoil(folder)
@@ -173,11 +189,11 @@ def test_unreadable_files_can_be_skipped(folder):
 
 def test_ten_unreadable_files_are_listed(folder):
     for i in range(13):
-        (folder / "bag" / f"note{i:02}.txt").write_text("no")
+        (folder / "bag" / f"note{i:02}.png").write_text("no")
     message = error_of(folder)
     assert "13 files that cannot be read" in message
-    assert "note09.txt" in message
-    assert "note10.txt" not in message
+    assert "note09.png" in message
+    assert "note10.png" not in message
     assert "and 3 more" in message
 
 
@@ -409,9 +425,9 @@ def test_a_name_that_is_too_long(tmp_path, name):
 
 
 def test_names_that_are_not_utf8(folder):
-    name = os.fsdecode(b"caf\xe9.txt")
+    name = os.fsdecode(b"caf\xe9.png")
     (folder / "bag" / name).write_text("no")
-    assert "caf\ufffd.txt" in error_of(folder)
+    assert "caf\ufffd.png" in error_of(folder)
     (folder / os.fsdecode(b"caf\xe9")).mkdir()
     assert "must be printable UTF-8" in error_of(folder)
 
