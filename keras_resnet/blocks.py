@@ -10,10 +10,8 @@ import keras
 from keras import ops
 
 from keras_resnet import PACKAGE
+from keras_resnet.normalization import BATCH_NORM, batch_norm
 from keras_resnet.utils.errors import InputError, check_count, check_share
-
-# PyTorch's BatchNorm2d defaults: eps=1e-5, and momentum=0.1, which is 0.9 for Keras.
-BATCH_NORM = {"epsilon": 1e-5, "momentum": 0.9}
 
 # PyTorch's default for Conv2d and Linear, kaiming_uniform(a=sqrt(5)): uniform, var 1 / (3 fan_in).
 TORCH_UNIFORM = {
@@ -97,15 +95,6 @@ class PaddedConv2D(keras.layers.Conv2D):
         for fixed in ("padding", "data_format"):
             del config[fixed]
         return config
-
-
-def batch_norm(**kwargs):
-    """Returns a BatchNormalization with PyTorch's constants, over the last axis.
-
-    Args:
-        **kwargs: Arguments of `keras.layers.BatchNormalization`.
-    """
-    return keras.layers.BatchNormalization(**{**BATCH_NORM, **kwargs})
 
 
 def has_bias(use_bias, normalized):
@@ -243,11 +232,76 @@ class EdgePadding2D(keras.layers.Layer):
         return ops.concatenate([x[:, :, :1], x, x[:, :, -1:]], axis=2)
 
 
+@keras.saving.register_keras_serializable(PACKAGE)
+class PaddedShortcut(keras.layers.Layer):
+    """The shortcut without parameters: it skips pixels, and adds channels that are zero.
+
+    Half of the new channels come before those of the input, half of them after, as in most
+    published networks for CIFAR; the paper does not say.
+
+    Args:
+        filters: Number of output channels.
+        strides: Every how many pixels one is kept, along both axes.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Input shape:
+        (batch, height, width, channels), at most `filters` channels.
+
+    Output shape:
+        (batch, ceil(height / strides), ceil(width / strides), filters).
+
+    Raises:
+        InputError: On building, if the input has more than `filters` channels.
+
+    Source:
+        He et al., Deep Residual Learning for Image Recognition, 2016, section 3.3, option A, and
+        section 4.2.
+
+    Example:
+        >>> tuple(PaddedShortcut(32, strides=2)(keras.random.normal((4, 7, 6, 16))).shape)
+        (4, 4, 3, 32)
+    """
+
+    def __init__(self, filters, strides=1, **kwargs):
+        super().__init__(**kwargs)
+        check_count("filters", filters)
+        check_count("strides", strides)
+        self.filters = filters
+        self.strides = strides
+
+    def build(self, input_shape):
+        """Checks the channels of `input_shape`."""
+        if input_shape[-1] > self.filters:
+            raise InputError(
+                f"{self.name}: a shortcut without parameters keeps all channels, at most "
+                f"`filters` {self.filters}, got {input_shape[-1]}"
+            )
+
+    def compute_output_shape(self, input_shape):
+        """Returns the output's shape for an input of `input_shape`; `None` is an unknown size."""
+        sizes = (None if size is None else -(-size // self.strides) for size in input_shape[1:3])
+        return (input_shape[0], *sizes, self.filters)
+
+    def call(self, inputs):
+        """Returns the pixels that are kept, with all channels."""
+        added = self.filters - inputs.shape[-1]
+        before = added // 2
+        kept = inputs[:, :: self.strides, :: self.strides] if self.strides > 1 else inputs
+        if not added:
+            return kept
+        return ops.pad(kept, ((0, 0), (0, 0), (0, 0), (before, added - before)))
+
+    def get_config(self):
+        """Returns the arguments that make this layer again."""
+        return {**super().get_config(), "filters": self.filters, "strides": self.strides}
+
+
 class _Residual(_Composite):
     """``relu(branch(x) + shortcut(x))``, where a path is a list of layers, each fed by the last.
 
     A subclass makes its layers in `__init__` and lists them in `branch` and `shortcut`.
     Both paths must give the same shape: the addition would otherwise broadcast silently.
+    Without `use_shortcut` the result is ``relu(branch(x))``.
 
     With pre-activation there is no ReLU after the sum. `entry` comes first, and its output is the
     input of the branch, and of a shortcut that `shortcut_projects`. An identity shortcut starts at
@@ -257,6 +311,7 @@ class _Residual(_Composite):
     mismatch_advice = ""
     pre_activation = False
     shortcut_projects = False
+    use_shortcut = True
 
     @property
     def entry(self):
@@ -275,7 +330,7 @@ class _Residual(_Composite):
         self._walk_shape(self.entry, input_shape, build=True)
         branch = self._walk_shape(self.branch, input_shape, build=True)
         shortcut = self._walk_shape(self.shortcut, input_shape, build=True)
-        if not self._shapes_agree(branch, shortcut):
+        if self.use_shortcut and not self._shapes_agree(branch, shortcut):
             raise InputError(
                 f"{self.name}: the branch gives shape {branch} and the shortcut {shortcut}, "
                 f"which cannot be added; {self.mismatch_advice}"
@@ -309,9 +364,9 @@ class _Residual(_Composite):
         `training` reaches the layers of both paths through Keras's call context.
         """
         entered = _walk(self.entry, inputs)
-        branch = _walk(self.branch, entered)
-        shortcut = _walk(self.shortcut, entered if self.shortcut_projects else inputs)
-        total = branch + shortcut
+        total = _walk(self.branch, entered)
+        if self.use_shortcut:
+            total = total + _walk(self.shortcut, entered if self.shortcut_projects else inputs)
         return total if self.pre_activation else ops.relu(total)
 
 
@@ -327,13 +382,15 @@ _ORDER = {False: ("conv", "bn", "relu"), True: ("bn", "relu", "conv")}
 # Layers that reduce the shortcut's size, instead of the stride of its 1×1 convolution.
 SHORTCUT_POOLS = {
     # He et al. 2019 (Bag of Tricks), figure 2 (c): no pixel is dropped.
-    "average": lambda strides, **kwargs: keras.layers.AveragePooling2D(
+    "average": lambda filters, strides, **kwargs: keras.layers.AveragePooling2D(
         2, strides, padding="same", data_format="channels_last", **kwargs
     ),
     # Every second pixel as it is: the identity of a block that halves the size.
-    "subsample": lambda strides, **kwargs: keras.layers.MaxPooling2D(
+    "subsample": lambda filters, strides, **kwargs: keras.layers.MaxPooling2D(
         1, strides, data_format="channels_last", **kwargs
     ),
+    # It also makes the new channels, so that no shortcut needs a 1×1 convolution.
+    "pad": PaddedShortcut,
 }
 
 
@@ -354,6 +411,7 @@ class _ConvResidual(_Residual):
         use_bias=True,
         shortcut_norm=False,
         shortcut_pool=None,
+        use_shortcut=True,
         zero_init_residual=False,
         stride_on_1x1=False,
         groups=1,
@@ -371,6 +429,7 @@ class _ConvResidual(_Residual):
         self.use_bias = use_bias
         self.shortcut_norm = shortcut_norm
         self.shortcut_pool = shortcut_pool
+        self.use_shortcut = use_shortcut
         self.zero_init_residual = zero_init_residual
         self.stride_on_1x1 = stride_on_1x1
         self.groups = groups
@@ -394,6 +453,11 @@ class _ConvResidual(_Residual):
             raise InputError(
                 f"`shortcut_pool` must be None or one of {', '.join(SHORTCUT_POOLS)}, "
                 f"got {self.shortcut_pool!r}"
+            )
+        if self.use_1x1conv and (self.shortcut_pool == "pad" or not self.use_shortcut):
+            raise InputError(
+                "`use_1x1conv` must be False where `shortcut_pool` is 'pad' or `use_shortcut` is "
+                "False, got True"
             )
         check_share("stochastic_depth", self.stochastic_depth)
         if self.filters * self.width_per_group < 64:
@@ -431,13 +495,15 @@ class _ConvResidual(_Residual):
 
     def _make_shortcut(self):
         self.shortcut_reduce = self.shortcut_conv = self.shortcut_bn = None
-        strides = self.strides
-        if self.shortcut_pool and strides > 1:
+        strides, channels = self.strides, self.filters * self.expansion
+        if not self.use_shortcut:
+            return
+        if self.shortcut_pool == "pad" or (self.shortcut_pool and strides > 1):
             pool = SHORTCUT_POOLS[self.shortcut_pool]
-            self.shortcut_reduce = pool(strides, name="shortcut_reduce", **self._inherited)
+            named = {"name": "shortcut_reduce", **self._inherited}
+            self.shortcut_reduce = pool(channels, strides, **named)
             strides = 1
         if self.use_1x1conv:
-            channels = self.filters * self.expansion
             self.shortcut_conv = self._conv(
                 "shortcut_conv", channels, 1, strides, normalized=self.shortcut_norm
             )
@@ -516,8 +582,8 @@ class _ConvResidual(_Residual):
         """Returns the arguments that make this layer again."""
         names = (
             *("filters", "strides", "use_1x1conv", "use_bias", "shortcut_norm", "shortcut_pool"),
-            *("zero_init_residual", "stride_on_1x1", "groups", "width_per_group", "se_reduction"),
-            *("stochastic_depth", "norm_epsilon"),
+            *("use_shortcut", "zero_init_residual", "stride_on_1x1", "groups", "width_per_group"),
+            *("se_reduction", "stochastic_depth", "norm_epsilon"),
         )
         return {
             **super().get_config(),
@@ -547,7 +613,10 @@ class ResidualBlock(_ConvResidual):
         shortcut_norm: Whether a BatchNormalization follows the 1×1 convolution.
         shortcut_pool: The operation that reduces the shortcut where `strides` is not 1: None, the
             stride of the 1×1; "average", a 2×2 average pooling before it (ResNet-D); "subsample",
-            every second pixel, with or without a 1×1.
+            every second pixel, with or without a 1×1; "pad", every second pixel, and zeros for
+            the new channels, without a 1×1; see `PaddedShortcut`.
+        use_shortcut: Whether there is a shortcut. Without one the layer is a plain stack of
+            convolutions, for comparisons.
         zero_init_residual: Whether the branch starts at zero, so that the block starts as the
             identity followed by ReLU (Goyal et al. 2017, section 5.1): the last normalisation's
             gamma; pre-activated, the last convolution's kernel.

@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 
+from keras_resnet.recipes import RECIPES
 from keras_resnet.utils.errors import InputError, look_up
 
 LARGEST = {int: 1_000_000, float: sys.float_info.max}
@@ -113,13 +114,14 @@ class DataConfig:
 class TrainConfig(DataConfig):
     """The settings of a training run; the fields of `DataConfig` are among them.
 
-    A setting that is None has the recipe's or the checkpoint's value; a recipe that is None becomes
-    that of `DEFAULT_RECIPES`.
+    A setting that is None has the recipe's or the checkpoint's value. A recipe that is None becomes
+    that of `DEFAULT_RECIPES`, and a model that is None the recipe's.
     """
 
-    model: str = _setting(
-        "resnet18",
-        "resnet18 … resnet152, resnext50_32x4d, …: a row of models.SPECS (default: resnet18)",
+    model: str | None = _setting(
+        None,
+        "resnet18 … resnet152, resnext50_32x4d, …: a row of models.SPECS (default: the recipe's, "
+        "mostly resnet18)",
         table="models.SPECS",
     )
     recipe: str | None = _setting(
@@ -146,7 +148,9 @@ class TrainConfig(DataConfig):
         None, "learning rate, instead of the recipe's", parse=positive(float), metavar="RATE"
     )
     variant: str | None = _setting(
-        None, "d2l, torchvision, v1, v2, keras_v1 or keras_v2", table="models.VARIANTS"
+        None,
+        "d2l, torchvision, v1, cifar, plain, v2, keras_v1 or keras_v2",
+        table="models.VARIANTS",
     )
     stem: str | None = _setting(None, "imagenet, small or deep", table="models.STEMS")
     weights: str | None = _setting(
@@ -192,6 +196,8 @@ class TrainConfig(DataConfig):
         if self.recipe is None:
             kind = str(self.dataset).partition(":")[0]
             self._set("recipe", DEFAULT_RECIPES.get(kind, "quick"))
+        if self.model is None:
+            self._set("model", look_up(RECIPES, self.recipe, "recipe").model)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise InputError(f"`seed` must be a whole number in 0 … 2³¹ − 1, got {self.seed!r}")
         if self.weights is not None and not isinstance(self.weights, (str, os.PathLike)):

@@ -11,7 +11,6 @@ import re
 import keras
 
 from keras_resnet.blocks import (
-    BATCH_NORM,
     TORCH_UNIFORM,
     BottleneckBlock,
     DenseResidualBlock,
@@ -20,9 +19,9 @@ from keras_resnet.blocks import (
     PreActBottleneckBlock,
     PreActResidualBlock,
     ResidualBlock,
-    batch_norm,
     has_bias,
 )
+from keras_resnet.normalization import BATCH_NORM, batch_norm
 from keras_resnet.utils.errors import InputError, check_count, check_share, look_up
 
 # name -> the block without and with pre-activation.
@@ -94,6 +93,10 @@ SPECS = {
     "resnet34d": Spec((3, 4, 6, 3), **_D),
     "resnet50d": _bottlenecks(3, 4, 6, 3, **_D),
     "resnet101d": _bottlenecks(3, 4, 23, 3, **_D),
+    # He et al. 2016a, section 4.2; meant for variant "cifar". 6n + 2 layers.
+    **{f"resnet{6 * n + 2}": Spec((n, n, n), (16, 32, 64), stem="small") for n in (3, 5, 7, 9, 18)},
+    # For small grey images in minutes: the maps shrink from 28×28 to 2×2 while the filters grow.
+    "resnet12_narrow": Spec((1, 1, 1, 1, 1), (16, 32, 64, 128, 256), stem="small"),
     # Hu et al. 2018, table 1.
     "seresnet50": _bottlenecks(3, 4, 6, 3, se_reduction=16),
     # Xie et al. 2017, table 1.
@@ -122,6 +125,7 @@ class Variant:
         halving_block: Which block of a stage halves height and width: 0, the first, of every
             stage but the first; -1, the last, of every stage but the last.
         pool_padding: The padding of the stem's pooling: "zeros" or "edge"; see `EdgePadding2D`.
+        use_shortcut: See `ResidualBlock`.
     """
 
     use_bias: bool | str
@@ -133,11 +137,15 @@ class Variant:
     pre_activation: bool = False
     halving_block: int = 0
     pool_padding: str = "zeros"
+    use_shortcut: bool = True
 
     @property
     def block_args(self):
         """The arguments of every block of the network."""
-        names = ("use_bias", "shortcut_norm", "kernel_initializer", "norm_epsilon", "stride_on_1x1")
+        names = (
+            *("use_bias", "shortcut_norm", "use_shortcut", "kernel_initializer", "norm_epsilon"),
+            "stride_on_1x1",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -155,6 +163,10 @@ VARIANTS = {
     "torchvision": Variant(False, True, _HE_NORMAL),
     # He et al. 2016a.
     "v1": Variant(False, True, _HE_NORMAL, stride_on_1x1=True),
+    # He et al. 2016a, section 4.2: the networks for CIFAR-10, without parameters on the shortcut.
+    "cifar": Variant(False, True, _HE_NORMAL, shortcut_pool="pad"),
+    # The networks without shortcuts that He et al. 2016a compare with.
+    "plain": Variant(False, True, _HE_NORMAL, use_shortcut=False),
     # He et al. 2016b.
     "v2": Variant(False, False, _HE_NORMAL, pre_activation=True, pool_padding="edge"),
     # The forms of keras.applications: ResNet50 …, and ResNet50V2 …. The only difference is the
@@ -319,14 +331,17 @@ def residual_stage(
             f"`stochastic_depth` needs one number per block, got {len(rates)} for {num_blocks} "
             "blocks"
         )
-    subsamples = block_args.get("shortcut_pool") == "subsample"
+    pool = block_args.get("shortcut_pool")
+    # The changes of shape for which the shortcut has a 1×1 convolution.
+    projects_width = block_args.get("use_shortcut", True) and pool != "pad"
+    projects_size = projects_width and pool != "subsample"
     for index, rate in enumerate(rates):
         halve = index == halving_block % num_blocks and not first_stage
         widen = x.shape[-1] != filters * block.expansion
         x = block(
             filters,
             strides=2 if halve else 1,
-            use_1x1conv=widen or (halve and not subsamples),
+            use_1x1conv=(widen and projects_width) or (halve and projects_size),
             stochastic_depth=rate,
             name=f"{name}_block{index + 1}",
             **block_args,
@@ -421,8 +436,8 @@ def build_resnet(
         variant: The form of the network, a row of `VARIANTS`: "d2l" (Dive into Deep Learning:
             biases, a bare 1×1 shortcut; the default, or that of `weights`), "torchvision" (no
             biases, BatchNorm on the shortcut), "v1" (as "torchvision", a bottleneck's stride on its
-            first 1×1), "v2" (pre-activation), or "keras_v1" and "keras_v2" (those of
-            keras.applications).
+            first 1×1), "cifar" (as "torchvision", shortcuts without parameters), "plain" (none),
+            "v2" (pre-activation), or "keras_v1" and "keras_v2" (those of keras.applications).
         stem: A row of `STEMS`: "imagenet" (7×7 at stride 2, max pooling), "small" (3×3 at
             stride 1, no pooling) or "deep" (three 3×3, max pooling); by default the spec's own, or
             that of `weights`.

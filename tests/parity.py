@@ -89,6 +89,11 @@ NETWORKS = (
         for suffix, variant in (("", "keras_v1"), ("V2", "keras_v2"))
         for depth in (50, 101, 152)
     ),
+    *(
+        Network("paper", name, name.replace("plain", "resnet"), variant)
+        for name in references.SOURCES["paper"]
+        for variant in ("plain" if "plain" in name else "cifar",)
+    ),
 )
 
 

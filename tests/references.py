@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import torch
 from torch import nn
+from torch_reference import CifarResNet
 
 # What torchvision's import describes to PyTorch, so that they must exist. A wheel built for CUDA
 # cannot load its own on a PyTorch without CUDA. No network here calls them.
@@ -51,6 +52,8 @@ SOURCES = {
         *("ResNet50", "ResNet101", "ResNet152"),
         *("ResNet50V2", "ResNet101V2", "ResNet152V2"),
     ),
+    # Written in PyTorch for the tests, from the paper: no library has these networks.
+    "paper": ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "plain20", "plain56"),
 }
 
 # Where `randomize` draws from, by Keras's names. Any bias too: some libraries start it at 0.
@@ -150,11 +153,18 @@ def keras_applications_model(name, num_classes=1000, input_shape=(None, None, 3)
     return keras.models.clone_model(model, input_tensors=keras.Input(input_shape))
 
 
+def paper_model(name, num_classes=1000):
+    """Returns a network of He et al. 2016a, section 4.2: "resnet20" …, or "plain20" …."""
+    kind, depth = re.fullmatch(r"(resnet|plain)(\d+)", name).groups()
+    return CifarResNet(int(depth), num_classes, use_shortcut=kind == "resnet")
+
+
 FACTORIES = {
     "torchvision": torchvision_model,
     "timm": timm_model,
     "huggingface": huggingface_model,
     "keras.applications": keras_applications_model,
+    "paper": paper_model,
 }
 
 

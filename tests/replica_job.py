@@ -277,6 +277,39 @@ def frozen_statistics(strategy):
     return {"before": before, "after": np.asarray(layer.moving_mean)}
 
 
+def normalize(strategy):
+    """The statistics and the gradients of one BatchNormalization, ours and Keras's own."""
+    import keras
+    import tensorflow as tf
+
+    from keras_resnet.normalization import BatchNormalization
+
+    images, found = tf.constant(read_split(16).images, "float32"), {}
+    for name, layer_class in (("ours", BatchNormalization), ("keras", BatchNormalization.__base__)):
+        with strategy.scope():
+            layer = layer_class(name=name)
+            layer.build(images.shape)
+        optimizer = keras.optimizers.SGD(0.1)
+
+        def step(layer=layer, optimizer=optimizer):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            own = images * tf.cast(replica + 1, "float32")
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(layer(own, training=True) * images)
+            variables = layer.trainable_variables
+            gradients = tape.gradient(loss, [v.value for v in variables])
+            optimizer.apply(gradients, variables)
+
+        with strategy.scope():
+            optimizer.build(layer.trainable_variables)
+        tf.function(lambda step=step: strategy.run(step))()
+        found |= {
+            f"{name}/{variable.name}": np.stack(local_values(variable))
+            for variable in layer.weights
+        }
+    return found
+
+
 def train_twice(strategy, folder):
     """Two runs of `keras_resnet.train` in one process, of different networks."""
     import dataclasses
@@ -322,7 +355,7 @@ TASKS = {
     function.__name__: function
     for function in (
         *(train_epoch, train_without_average, plain_arrays, with_callbacks),
-        *(refusal, random_numbers, frozen_statistics, train_twice),
+        *(refusal, random_numbers, frozen_statistics, train_twice, normalize),
     )
 }
 

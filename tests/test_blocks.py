@@ -18,6 +18,7 @@ from keras_resnet.blocks import (
     DenseResidualBlock,
     EdgePadding2D,
     PaddedConv2D,
+    PaddedShortcut,
     PreActBottleneckBlock,
     PreActResidualBlock,
     ResidualBlock,
@@ -60,6 +61,10 @@ def policy():
         (BottleneckBlock(8, groups=2, width_per_group=32), (4, 6, 6, 32), (4, 6, 6, 32)),
         (PreActResidualBlock(6, 2, True), (4, 7, 6, 3), (4, 4, 3, 6)),
         (PreActBottleneckBlock(4, 2, shortcut_pool="subsample"), (4, 7, 6, 16), (4, 4, 3, 16)),
+        (ResidualBlock(7, 2, shortcut_pool="pad"), (4, 7, 6, 4), (4, 4, 3, 7)),
+        (BottleneckBlock(4, shortcut_pool="pad"), (4, 7, 6, 3), (4, 7, 6, 16)),
+        (ResidualBlock(2, 2, use_shortcut=False), (4, 7, 6, 4), (4, 4, 3, 2)),
+        (PaddedShortcut(5, 3), (4, 7, 6, 5), (4, 3, 2, 5)),
         (SqueezeExcitation(), (4, 7, 6, 16), (4, 7, 6, 16)),
         (EdgePadding2D(), (4, 7, 6, 16), (4, 9, 8, 16)),
     ],
@@ -315,6 +320,32 @@ def test_a_pooled_shortcut_is_what_others_compute(pool, reduce, size):
     assert ResidualBlock(3, 2, True, shortcut_pool=pool).shortcut_conv.strides == (1, 1)
 
 
+@pytest.mark.parametrize(("channels", "before"), [(3, 0), (4, 0), (5, 1), (8, 2)])
+def test_a_shortcut_without_parameters_adds_channels_of_zeros(channels, before):
+    x = normal(2, 5, 6, 3)
+    shortcut = PaddedShortcut(channels, 2)(x).numpy()
+    assert shortcut.shape == (2, 3, 3, channels)
+    np.testing.assert_array_equal(shortcut[..., before : before + 3], x[:, ::2, ::2])
+    assert np.count_nonzero(shortcut) == 2 * 3 * 3 * 3
+    block = ResidualBlock(channels, 2, shortcut_pool="pad", zero_init_residual=True)
+    np.testing.assert_array_equal(block(x), np.maximum(shortcut, 0))
+
+
+def test_a_shortcut_without_parameters_drops_no_channel():
+    with pytest.raises(InputError, match="at most `filters` 2, got 3"):
+        ResidualBlock(2, shortcut_pool="pad")(normal(2, 5, 6, 3))
+
+
+def test_a_block_without_a_shortcut_is_its_branch():
+    plain, x = ResidualBlock(3, use_shortcut=False), normal(2, 5, 6, 3)
+    found = plain(x)
+    branch = x
+    for layer in plain.branch:
+        branch = layer(branch)
+    assert plain.shortcut == []
+    np.testing.assert_array_equal(found, np.maximum(branch, 0))
+
+
 def test_grouped_convolution_is_that_of_pytorch():
     conv = random_weights(PaddedConv2D(8, 3, 2, groups=4), (2, 7, 7, 12))
     x = normal(2, 7, 7, 12)
@@ -414,6 +445,9 @@ EVERY_ARGUMENT = [
     ),
     SqueezeExcitation(4, name="se", dtype="float64"),
     EdgePadding2D(name="edge"),
+    PaddedShortcut(4, 2, name="shortcut"),
+    ResidualBlock(4, 2, shortcut_pool="pad", name="pad"),
+    ResidualBlock(4, 2, use_shortcut=False, name="plain"),
     DenseResidualBlock(3, use_bias=False, name="dense", dtype="float64", trainable=False),
     PaddedConv2D(4, 5, strides=3, use_bias=False, activation="relu", name="conv"),
 ]
@@ -443,6 +477,7 @@ def test_config_holds_every_argument():
         "use_bias": False,
         "shortcut_norm": True,
         "shortcut_pool": None,
+        "use_shortcut": True,
         "zero_init_residual": True,
         "stride_on_1x1": False,
         "groups": 1,
@@ -560,6 +595,8 @@ def test_bad_units_are_an_error(value):
         (BottleneckBlock, {"groups": 0}, "`groups` must be a whole number"),
         (BottleneckBlock, {"use_bias": "some"}, "`use_bias` must be True, False or .*'some'"),
         (BottleneckBlock, {"shortcut_pool": "max"}, "`shortcut_pool` must be None or .*'max'"),
+        (BottleneckBlock, {"shortcut_pool": "pad", "use_1x1conv": True}, "must be False where"),
+        (ResidualBlock, {"use_shortcut": False, "use_1x1conv": True}, "must be False .*got True"),
         (BottleneckBlock, {"stochastic_depth": 1.0}, "`stochastic_depth` must be .*got 1.0"),
         (BottleneckBlock, {"stochastic_depth": -0.1}, "`stochastic_depth` must be .*got -0.1"),
         (BottleneckBlock, {"width_per_group": 1}, "must be at least 64, .*got 4 and 1"),

@@ -126,6 +126,15 @@ COUNTS = {
     "wide_resnet101_2": 126_886_696,
 }
 
+# He et al. 2016a, table 6, in millions: 0.27, 0.46, 0.66, 0.85, 1.7.
+CIFAR_COUNTS = {
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+    "resnet110": 1_727_962,
+}
+
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if "101" in n else ()) for n in COUNTS]
@@ -133,6 +142,33 @@ COUNTS = {
 def test_parameter_count_of_the_relatives(name):
     model = build_resnet(name, (64, 64, 3), 1000, variant="torchvision")
     assert count_parameters(model) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", CIFAR_COUNTS)
+def test_parameter_count_of_the_networks_for_cifar(name):
+    model = build_resnet(name, (32, 32, 3), variant="cifar")
+    assert count_parameters(model) == CIFAR_COUNTS[name]
+    assert [row["output_shape"] for row in summarize_shapes(model, (1, 32, 32, 3))] == [
+        *((1, 32, 32, 16), (1, 32, 32, 16), (1, 16, 16, 32), (1, 8, 8, 64), (1, 64), (1, 10)),
+    ]
+    # Convolutions and the last Dense layer: its depth.
+    depth = sum(path.endswith("/kernel") for path in (v.path for v in model.weights))
+    assert depth == int(name.removeprefix("resnet"))
+
+
+def test_the_plain_network_has_the_same_parameters():
+    plain, residual = (
+        build_resnet("resnet20", (32, 32, 3), variant=variant) for variant in ("plain", "cifar")
+    )
+    assert [v.path for v in plain.weights] == [v.path for v in residual.weights]
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    plain.set_weights(residual.get_weights())
+    assert np.abs(plain(images) - residual(images)).max() > 1e-3
+    # Without weights in the branches, nothing reaches the logits but the head's bias.
+    for variable in plain.weights:
+        if variable.path.endswith("gamma") and "block" in variable.path:
+            variable.assign(np.zeros(variable.shape))
+    np.testing.assert_array_equal(plain(images)[0], plain(images)[1])
 
 
 def test_parameter_count_is_what_pytorch_counts():

@@ -58,6 +58,55 @@ class ResNet18(nn.Sequential):
         self.add_module("logits", nn.Linear(width, num_classes))
 
 
+class CifarBlock(nn.Module):
+    """Two 3×3 convolutions, with a shortcut that has no parameters, or with none."""
+
+    def __init__(self, in_channels, channels, strides, use_shortcut):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, strides, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
+        self.strides, self.added = strides, channels - in_channels
+        self.use_shortcut = use_shortcut
+
+    def forward(self, x):
+        branch = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        if not self.use_shortcut:
+            return self.relu2(branch)
+        shortcut = x[:, :, :: self.strides, :: self.strides]
+        before = self.added // 2
+        zeros = (0, 0, 0, 0, before, self.added - before)
+        return self.relu2(branch + nn.functional.pad(shortcut, zeros))
+
+
+class CifarResNet(nn.Module):
+    """The networks of He et al. 2016a, section 4.2, under the names of pytorch_resnet_cifar10."""
+
+    def __init__(self, depth, num_classes=10, channels=3, use_shortcut=True):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        width, stages = 16, []
+        for stage, filters in enumerate((16, 32, 64)):
+            blocks = []
+            for block in range((depth - 2) // 6):
+                strides = 2 if stage and not block else 1
+                blocks.append(CifarBlock(width, filters, strides, use_shortcut))
+                width = filters
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
 class DenseResidual(nn.Module):
     """The d2l block of two Linear layers, each drawn like any other."""
 

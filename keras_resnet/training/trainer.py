@@ -47,8 +47,17 @@ LEAST_PATIENCE = 5
 LEAST_HEAT_MAP = 4
 """The height of the last feature map below which a heat map shows nothing."""
 
+
+def _adamw(rate):
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.05)
+    # A decay of these would work against the normalization, and not against overfitting.
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
 OPTIMIZERS = {
     "adam": lambda rate: keras.optimizers.Adam(rate),
+    "adamw": _adamw,
     "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4),
 }
 
@@ -126,7 +135,7 @@ def train(
     interrupted or killed is resumed from its last finished epoch.
 
     Args:
-        model: A row of `SPECS`; "resnet18" by default.
+        model: A row of `SPECS`; by default that of the recipe, "resnet18" in most.
         dataset: A data set's name, see `load_dataset`, or a `Dataset`; Fashion-MNIST by default.
         recipe: A row of `RECIPES`; by default "photos" for "folder:", otherwise "quick".
         run_dir: The run folder; runs/MODEL-RECIPE-TIME by default.

@@ -246,6 +246,15 @@ LAYOUTS = {
         dense_as_conv=("logits",),
         marker=r"stem\.conv1?\.weight",
     ),
+    # Before the next row: without a 1×1 convolution on a shortcut, all names are of both.
+    "pytorch_resnet_cifar10": dataclasses.replace(
+        _TORCHVISION,
+        description="ResNet-20 … 110 as pytorch_resnet_cifar10 (akamaster) has them",
+        variant="cifar",
+        names={"stem_conv": "conv1", "stem_bn": "bn1", "logits": "linear"},
+        dense_as_conv=(),
+        also=("plain",),
+    ),
     "pytorch_cifar": dataclasses.replace(
         _TORCHVISION,
         description="ResNets for CIFAR as pytorch-cifar (kuangliu) has them",
@@ -457,11 +466,16 @@ def _choose_body(names, rows):
                 body.names.add(name)
                 body.marked |= bool(re.fullmatch(row.marker, match[0]))
                 body.num_in_blocks += match["block"] is not None
-    # Layouts share names, so that one network gives several bodies. The sort is stable: the first
-    # row of the table wins where two fit equally.
-    networks = []
+    # Layouts share names, so that one network gives several bodies. The name of the head decides
+    # between equal ones, then the order of the table.
+    known, networks = set(names), []
     marked = [body for body in bodies.values() if body.marked]
-    for body in sorted(marked, key=lambda b: (not b.num_in_blocks, -len(b.names), len(b.prefix))):
+
+    def order(body):
+        head = body.prefix + rows[body.layout].name(HEAD[0])
+        return not body.num_in_blocks, -len(body.names), len(body.prefix), head not in known
+
+    for body in sorted(marked, key=order):
         if not networks or (body.num_in_blocks and not any(body.names & n.names for n in networks)):
             networks.append(body)
     averaged = [body for body in networks if AVERAGED.search(body.prefix)]

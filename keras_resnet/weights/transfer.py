@@ -295,7 +295,9 @@ def _layers(model):
 
 
 def _is_of(block, variant):
-    always = ("use_bias", "norm_epsilon", "pre_activation")
+    if (block.shortcut_pool == "pad") != (variant.shortcut_pool == "pad"):
+        return False
+    always = ("use_bias", "norm_epsilon", "pre_activation", "use_shortcut")
     asked = {name: getattr(variant, name) for name in always}
     if block.use_1x1conv:
         asked["shortcut_norm"] = variant.shortcut_norm

@@ -50,10 +50,14 @@ STEPS_PER_EXECUTION = {
 
 
 EXTRA = {
-    "multiworker-2": {"not_averaged": ("train_without_average", {})},
+    "multiworker-2": {
+        "not_averaged": ("train_without_average", {}),
+        "normalize": ("normalize", {}),
+    },
     "multiworker-3": {"frozen": ("frozen_statistics", {})},
     "mirrored-2": {
         "twice": ("train_twice", {}),
+        "normalize": ("normalize", {}),
         "unweighed": ("train_epoch", EQUIVALENCE["float64"][1] | {"weighed": False}),
     },
 }
@@ -62,8 +66,8 @@ EXTRA = {
 # Tasks of a setting in `make test`. The others are slow, and a job of their own.
 FAST = {
     "none": ("float64", "random"),
-    "mirrored-2": ("float64", "random"),
-    "multiworker-2": ("float64", "random"),
+    "mirrored-2": ("float64", "random", "normalize"),
+    "multiworker-2": ("float64", "random", "normalize"),
 }
 
 
@@ -223,6 +227,18 @@ def test_each_replica_draws_its_own_random_numbers(done, setting):
     assert len(drawn) == 2 and not np.array_equal(drawn[0], drawn[1])
     (alone,) = done("none", "random")
     np.testing.assert_array_equal(alone["drawn"][0], drawn[0])
+
+
+@pytest.mark.parametrize("setting", PAIRS)
+def test_the_fused_normalization_updates_what_kerass_layer_does(done, setting):
+    statistics = []
+    for found in done(setting, "normalize"):
+        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+            values = found[f"ours/{name}"]
+            np.testing.assert_allclose(values, found[f"keras/{name}"], rtol=1e-5, atol=1e-6)
+        statistics += list(found["ours/moving_mean"])
+    # Each replica's own images: the second's are twice as bright.
+    assert len(statistics) == 2 and statistics[1] > 1.5 * statistics[0]
 
 
 # ----------------------------------------------------------------------------------------------

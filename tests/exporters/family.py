@@ -21,7 +21,7 @@ REPEATED = ("resnet18", "resnet50", "wide_resnet50_2")
 SOME_SLOW = [
     pytest.param(kind, marks=pytest.mark.slow if kind in REPEATED else ()) for kind in KINDS
 ]
-VARIANTS = ("d2l", "torchvision", "v1", "v2", "keras_v1", "keras_v2")
+VARIANTS = ("d2l", "torchvision", "v1", "cifar", "plain", "v2", "keras_v1", "keras_v2")
 SMALL = {"blocks": (1, 2), "filters": (16, 32)}
 
 

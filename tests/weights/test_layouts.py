@@ -13,7 +13,7 @@ from references import (
     timm_model,
     torchvision_model,
 )
-from torch_reference import ResNet18
+from torch_reference import CifarResNet, ResNet18
 
 from keras_resnet.models import Spec, build_resnet
 from keras_resnet.utils.errors import InputError
@@ -102,6 +102,7 @@ REAL = [
     ("torchvision", lambda: torchvision_model("resnext50_32x4d"), "resnext50_32x4d", "imagenet"),
     ("torchvision", lambda: timm_model("seresnet50"), "seresnet50", "imagenet"),
     ("pytorch_cifar", Cifar, "resnet18", "small"),
+    ("pytorch_resnet_cifar10", lambda: CifarResNet(20, 1000), "resnet20", "small"),
     ("torchvision_sequential", children, "resnet18", "imagenet"),
     ("timm_d", lambda: timm_model("resnet50d"), "resnet50d", "deep"),
     ("timm_v2", lambda: timm_model("resnetv2_18"), "resnet18", "imagenet"),
