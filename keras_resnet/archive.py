@@ -7,19 +7,59 @@ keeps it.
 
 import contextlib
 import json
+import os
 import sys
 import zipfile
+from pathlib import Path
 
 import keras
 
 from keras_resnet import PACKAGE
 from keras_resnet.untrusted import checksums, keras_files
 from keras_resnet.untrusted.common import refusing
+from keras_resnet.untrusted.manifest import MANIFEST
 from keras_resnet.utils.errors import InputError, one_line
-from keras_resnet.utils.files import replacing
+from keras_resnet.utils.files import expand_user, replacing
+
+TRAINED = {"fashion_mnist": Path(__file__).parent / "trained" / "fashion_mnist.keras"}
+"""The models that are a part of this package. `benchmarks/trained_model.py` makes them."""
 
 METADATA = checksums.METADATA
 _ATTRIBUTE = "keras_resnet_metadata"
+
+
+def find_model(path):
+    """Returns the path of a model: `path` itself, the model in a run folder, or a row of `TRAINED`.
+
+    Args:
+        path: A model file, a SavedModel folder, a run folder, or a row of `TRAINED`. Files and
+            folders take precedence over rows.
+
+    Returns:
+        A `Path`; it need not exist.
+
+    Raises:
+        InputError: If the run folder has no finished model.
+
+    Example:
+        >>> find_model("fashion_mnist").name, find_model("model.tflite").name
+        ('fashion_mnist.keras', 'model.tflite')
+    """
+    given, path = os.fspath(path), expand_user(path)
+    if given in TRAINED and not os.path.exists(path):
+        return TRAINED[given]
+    if not os.path.isdir(path) or (path / "saved_model.pb").is_file():
+        return path
+    model = path / "model.keras"
+    if model.is_file():
+        return model
+    last = path / "checkpoints" / "last.keras"
+    hint = "it is neither a run folder nor a SavedModel"
+    if last.is_file():
+        hint = f"the run has not finished; name {last}, or finish it with train --resume"
+    elif (path / MANIFEST).is_file():
+        hint = "it is an export; name one of its files, such as model-float32.tflite"
+    raise InputError(f"{path}: no model.keras there: {hint}")
 
 
 @contextlib.contextmanager

@@ -104,8 +104,8 @@ _NAME = ", such as timm/resnet18.a1_in1k; see `models`"
 _MODEL_ARGUMENT = {
     "model": {
         "metavar": "RUN_OR_MODEL",
-        "help": "a run folder, a .keras, .tflite or .onnx file, a SavedModel's folder, or a "
-        f"published network's name{_NAME}",
+        "help": "a run folder, a .keras, .tflite or .onnx file, a SavedModel's folder, a "
+        f"published network's name{_NAME}; or fashion_mnist, which is installed",
     },
     "--trust": {
         "action": "store_true",
@@ -118,7 +118,7 @@ _MODEL_ARGUMENT = {
 _EXPORT_OPTIONS = {
     "model": {
         "metavar": "RUN_OR_MODEL",
-        "help": f"a run folder, a .keras file, or a published network's name{_NAME}",
+        "help": f"a run folder, a .keras file, a published network's name{_NAME}; or fashion_mnist",
     },
     "--to": {"nargs": "+", "choices": tuple(EXPORTED), "help": "formats (default: all)"},
     "--precision": {

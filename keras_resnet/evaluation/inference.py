@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_resnet import config
+from keras_resnet.archive import find_model
 from keras_resnet.datasets import Dataset, Split, load_dataset
 from keras_resnet.datasets.images import (
     ImageFiles,
@@ -154,34 +155,13 @@ def to_probabilities(outputs, kind, name):
     return (numbers / sums).astype("float32")
 
 
-def resolve_model_path(path):
-    """Returns the path of a model: `path` itself, or the model in a run folder.
-
-    Args:
-        path: A model file, a SavedModel folder, or a run folder.
-
-    Raises:
-        InputError: The run folder has no finished model.
-    """
-    path = Path(path)
-    if not path.is_dir() or (path / "saved_model.pb").is_file():
-        return path
-    model = path / "model.keras"
-    if model.is_file():
-        return model
-    last = path / "checkpoints" / "last.keras"
-    hint = "it is neither a run folder nor a SavedModel"
-    if last.is_file():
-        hint = f"the run has not finished; name {last}, or finish it with train --resume"
-    raise InputError(f"{path}: no model.keras there: {hint}")
-
-
 def load(path, *, trust=False, normalize=None, threads=None, prober=None):
     """Loads a model of any format for inference; runs no code from a file that is not trusted.
 
     Args:
-        path: A .keras, .tflite or .onnx file, a SavedModel folder, the folder of a finished run, or
-            a published network's name or folder, such as "timm/resnet18.a1_in1k".
+        path: A .keras, .tflite or .onnx file, a SavedModel folder, the folder of a finished run, a
+            published network's name or folder, such as "timm/resnet18.a1_in1k"; or a row of
+            `archive.TRAINED`: "fashion_mnist".
         trust: Whether to load a SavedModel, which is code, and to load .tflite and .onnx files
             without trying them in another process first.
         normalize: The normalisation of the floats that the model takes, a row of
@@ -226,7 +206,7 @@ def open_model(model, normalize=None, **options):
     """
     repository = find_repository(model)
     if repository is None:
-        runtime = open_runtime(resolve_model_path(model), **options)
+        runtime = open_runtime(find_model(model), **options)
         return normalized(resized(runtime), normalize)
     runtime = KerasRuntime(from_pretrained(repository), path=repository.name)
     return normalized(runtime, normalize)

@@ -9,7 +9,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_resnet.evaluation.inference import Predictor, open_model, resolve_model_path
+from keras_resnet.archive import TRAINED, find_model
+from keras_resnet.evaluation.inference import Predictor, open_model
 from keras_resnet.formats import EXPORTED, find_format
 from keras_resnet.runtimes.keras_file import KerasRuntime
 from keras_resnet.runtimes.normalized import normalized
@@ -46,7 +47,8 @@ def open_export_source(model, normalize=None):
     """Opens the model that is to be exported.
 
     Args:
-        model: A run folder, a .keras file, a published network's name or folder, or a Keras model.
+        model: A run folder, a .keras file, a published network's name or folder, a row of
+            `archive.TRAINED`, or a Keras model.
         normalize: See `export`.
 
     Returns:
@@ -74,13 +76,15 @@ def open_export_source(model, normalize=None):
         record = {"path": repository.name, "sha256": sha256, "normalize": normalize}
         record |= _origin(predictor)
         return ExportSource(predictor, record, repository.folder("-export"))
-    given, path = Path(model), resolve_model_path(model)
+    given, path = Path(model), find_model(model)
     if path.is_dir() or find_format(path) in EXPORTED:
         raise InputError(f"{path}: an export is made of a run folder or a .keras file")
     predictor = Predictor(open_model(path, normalize))
     size, sha256 = digest(path)
     record = {"path": str(path.resolve()), "sha256": sha256, "bytes": size, "normalize": normalize}
     record |= _origin(predictor)
+    if path in TRAINED.values():
+        return ExportSource(predictor, record, Path(f"{path.stem}-export"))
     if not given.is_dir():
         return ExportSource(predictor, record, path.with_name(f"{path.stem}-export"))
     return ExportSource(predictor, {**record, "run": _describe_run(given)}, given / "export")

@@ -13,7 +13,6 @@ from keras_resnet.preprocessing import NORMALIZATIONS, ImagePreprocessing, find_
 from keras_resnet.untrusted.common import check_regular_file
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils.errors import InputError
-from keras_resnet.utils.files import expand_user
 from keras_resnet.weights.applications import read_keras_applications
 from keras_resnet.weights.checkpoint import read_checkpoint, to_tensors
 from keras_resnet.weights.configuration import Configuration, read_configuration
@@ -157,8 +156,9 @@ def open_source(path, layout=None, *, revision=None, sha256=None):
     Args:
         path: A safetensors file or one of `torch.save`, whatever its name ends in; a `.h5` or
             `.keras` file of keras.applications; a `.keras` file with a network of `build_resnet`,
-            with or without preprocessing; the name or the folder of a repository of timm or
-            transformers, such as "timm/resnet18.a1_in1k" (see `hub`); or a `Repository`.
+            with or without preprocessing; a finished run's folder; a row of `archive.TRAINED`; the
+            name or the folder of a repository of timm or transformers, such as
+            "timm/resnet18.a1_in1k" (see `hub`); or a `Repository`.
         layout: The name of a row of `LAYOUTS`, instead of recognising it.
         revision: See `hub.find_repository`.
         sha256: The checksum (hex) that the weights must have.
@@ -174,7 +174,7 @@ def open_source(path, layout=None, *, revision=None, sha256=None):
     if repository := find_repository(path, revision=revision, sha256=sha256):
         return _open_repository(repository, layout)
     path, pin = split_pin(os.fspath(path))
-    path = str(expand_user(path))
+    path = str(archive.find_model(path))
     if sha256 or pin:
         check_regular_file(path, "checkpoint")
         check_pin(path, path, check_sha256(sha256 or pin))

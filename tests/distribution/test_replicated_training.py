@@ -156,7 +156,9 @@ def check_curve(done, setting, policy):
     (one,) = done("none", policy)
     assert len(one["curve"]) == 10 and one["curve"][-1] < one["curve"][0]
     for found in done(setting, policy):
-        np.testing.assert_allclose(found["curve"], one["curve"], rtol=1e-3)
+        # Within an epoch Keras reports the mean over the replicas of their shards' means: an image
+        # of a shard of 21 counts for 3 % more than one of a shard of 22.
+        np.testing.assert_allclose(found["curve"], one["curve"], rtol=5e-3)
         # Over the whole epoch each image counts once, also on shards of different sizes.
         for name, values in part(one, "history").items():
             np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)

@@ -1,0 +1,82 @@
+"""The trained models that are a part of the package."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_main
+from PIL import Image
+
+import keras_resnet
+from keras_resnet import archive
+from keras_resnet.untrusted.manifest import digest
+from keras_resnet.weights.sources import open_source
+
+NAME, PATH = "fashion_mnist", archive.TRAINED["fashion_mnist"]
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads(PATH.with_suffix(".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def test_images(idx_folder):
+    return keras_resnet.load_dataset("fashion_mnist").splits["test"]
+
+
+def test_the_file_is_that_of_its_record(record):
+    assert digest(PATH) == (record["bytes"], record["sha256"])
+    assert record["bytes"] <= 1_000_000
+
+
+@pytest.mark.thorough
+def test_its_accuracy_is_that_of_its_record(record, test_images):
+    predictor = keras_resnet.load(NAME)
+    found = keras_resnet.evaluate(predictor, test_images, predictor.class_names)
+    # Another processor may round a few images to another class.
+    assert abs(found.accuracy - record["accuracy"]) < 0.001
+    assert record["accuracy"] > 0.92
+    assert abs(record["accuracy"] - record["accuracy_of_the_run"]) < 0.001
+
+
+@pytest.fixture
+def boots(test_images, tmp_path):
+    """A folder of ankle boots."""
+    (tmp_path / "boots").mkdir()
+    for index in np.flatnonzero(test_images.labels == 9)[:8]:
+        pixels = Image.fromarray(test_images.images[index, :, :, 0])
+        pixels.save(tmp_path / "boots" / f"{index}.png")
+    return tmp_path / "boots"
+
+
+def test_predict_answers_by_name(boots):
+    path = min(boots.iterdir())
+    done = run_main("predict", NAME, path)
+    assert done.returncode == 0, done.stderr
+    assert "Ankle boot" in done.stdout
+
+
+def test_it_is_a_checkpoint_to_start_from():
+    source = open_source(NAME)
+    assert source.checkpoint.num_classes == 10 and source.checkpoint.channels == 1
+
+
+def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert archive.find_model(NAME) == PATH
+    (tmp_path / NAME).write_bytes(b"")
+    assert archive.find_model(NAME) != PATH
+
+
+def test_an_export_by_name_is_written_to_the_current_folder(boots, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_main("export", NAME, "--to", "onnx", "--photos", boots)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"{NAME}-export" / "manifest.json").is_file()
+    refused = run_main("predict", f"{NAME}-export", "x.png")
+    assert refused.returncode == 2 and "it is an export; name one of its files" in refused.stderr
+
+
+def test_a_run_folder_is_a_checkpoint_to_start_from(trained_run):
+    assert open_source(trained_run).sha256 == open_source(trained_run / "model.keras").sha256
