@@ -96,6 +96,7 @@ SPECS = {
     # He et al. 2016a, section 4.2; meant for variant "cifar". 6n + 2 layers.
     **{f"resnet{6 * n + 2}": Spec((n, n, n), (16, 32, 64), stem="small") for n in (3, 5, 7, 9, 18)},
     # For small grey images in minutes: the maps shrink from 28×28 to 2×2 while the filters grow.
+    "resnet10_narrow": Spec((1, 1, 1, 1), (16, 32, 64, 128), stem="small"),
     "resnet12_narrow": Spec((1, 1, 1, 1, 1), (16, 32, 64, 128, 256), stem="small"),
     # Hu et al. 2018, table 1.
     "seresnet50": _bottlenecks(3, 4, 6, 3, se_reduction=16),

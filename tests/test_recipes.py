@@ -4,10 +4,11 @@ import dataclasses
 import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from keras_resnet import models, preprocessing, resampling
-from keras_resnet.config import PRECISIONS
+from keras_resnet.config import PRECISIONS, TrainConfig
 from keras_resnet.datasets.images import RESIZES
 from keras_resnet.recipes import (
     FINE_TUNING,
@@ -16,6 +17,7 @@ from keras_resnet.recipes import (
     RECIPES,
     choose_epochs,
     find_recipe,
+    override,
     scale_batch,
     settle,
     stored_size,
@@ -139,3 +141,26 @@ def test_auto_is_bfloat16_where_the_processor_has_it():
     capable = "avx512_bf16" in flags or "amx_bf16" in flags
     assert precision == ("bfloat16" if capable else "float32")
     assert ("BF16" if capable else "does not list") in reason
+
+
+def test_a_recipe_names_its_network_which_a_setting_overrides():
+    assert TrainConfig(recipe="fast").model == "resnet12_narrow"
+    assert TrainConfig(recipe="fast", model="resnet34").model == "resnet34"
+    assert TrainConfig().model == TrainConfig(dataset="folder:photos").model == "resnet18"
+    assert override(RECIPES["fast"], TrainConfig(model="resnet34")).model == "resnet34"
+    with pytest.raises(InputError, match="`recipe` must be one of quick, fast"):
+        TrainConfig(recipe="slow")
+
+
+def test_adamw_decays_kernels_alone():
+    model = models.build_resnet(models.Spec((1,), (4,)), (8, 8, 1), stem="small")
+    optimizer = trainer.OPTIMIZERS["adamw"](0.1)
+    optimizer.build(model.trainable_variables)
+    decayed = {v.path for v in model.trainable_variables if optimizer._use_weight_decay(v)}
+    assert decayed == {v.path for v in model.trainable_variables if v.path.endswith("kernel")}
+    before = {v.path: np.asarray(v) for v in model.trainable_variables}
+    zeros = [np.zeros(v.shape, "float32") for v in model.trainable_variables]
+    optimizer.apply(zeros, model.trainable_variables)
+    for variable in model.trainable_variables:
+        factor = 1 - 0.1 * 0.05 if variable.path in decayed else 1
+        np.testing.assert_allclose(variable, factor * before[variable.path], rtol=1e-5)
