@@ -57,7 +57,7 @@ def commit():
 
 
 def hold_out(dataset):
-    """Returns the data set with `HELD_OUT` training images, of all classes alike, as test set."""
+    """Returns the data set with `HELD_OUT` training images, chosen at random, as test set."""
     train_split = dataset.splits["train"]
     order = np.random.default_rng(0).permutation(len(train_split))
     chosen, rest = np.sort(order[:HELD_OUT]), np.sort(order[HELD_OUT:])

@@ -59,6 +59,8 @@ def find_model(path):
         hint = f"the run has not finished; name {last}, or finish it with train --resume"
     elif (path / MANIFEST).is_file():
         hint = "it is an export; name one of its files, such as model-float32.tflite"
+    if given in TRAINED:
+        hint += "; it hides the installed model of that name"
     raise InputError(f"{path}: no model.keras there: {hint}")
 
 

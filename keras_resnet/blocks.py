@@ -271,7 +271,7 @@ class PaddedShortcut(keras.layers.Layer):
 
     def build(self, input_shape):
         """Checks the channels of `input_shape`."""
-        if input_shape[-1] > self.filters:
+        if input_shape[-1] is None or input_shape[-1] > self.filters:
             raise InputError(
                 f"{self.name}: a shortcut without parameters keeps all channels, at most "
                 f"`filters` {self.filters}, got {input_shape[-1]}"
@@ -498,6 +498,7 @@ class _ConvResidual(_Residual):
         strides, channels = self.strides, self.filters * self.expansion
         if not self.use_shortcut:
             return
+        # With "pad" always: only `build` knows whether the number of channels changes.
         if self.shortcut_pool == "pad" or (self.shortcut_pool and strides > 1):
             pool = SHORTCUT_POOLS[self.shortcut_pool]
             named = {"name": "shortcut_reduce", **self._inherited}

@@ -95,7 +95,7 @@ SPECS = {
     "resnet101d": _bottlenecks(3, 4, 23, 3, **_D),
     # He et al. 2016a, section 4.2; meant for variant "cifar". 6n + 2 layers.
     **{f"resnet{6 * n + 2}": Spec((n, n, n), (16, 32, 64), stem="small") for n in (3, 5, 7, 9, 18)},
-    # For small grey images in minutes: the maps shrink from 28×28 to 2×2 while the filters grow.
+    # For small grey images in minutes: few filters where the maps are large.
     "resnet10_narrow": Spec((1, 1, 1, 1), (16, 32, 64, 128), stem="small"),
     "resnet12_narrow": Spec((1, 1, 1, 1, 1), (16, 32, 64, 128, 256), stem="small"),
     # Hu et al. 2018, table 1.
@@ -120,7 +120,7 @@ class Variant:
         kernel_initializer: The initializer of convolution kernels; also for the stem.
         norm_epsilon: The `epsilon` of every BatchNormalization.
         stride_on_1x1: See `ResidualBlock`.
-        shortcut_pool: See `ResidualBlock`; that of the spec takes precedence.
+        shortcut_pool: See `ResidualBlock`; that of the spec takes precedence, but not over "pad".
         pre_activation: Whether normalisation and ReLU come before each convolution. If so, the
             stem has none, and one more of each follows the last stage.
         halving_block: Which block of a stage halves height and width: 0, the first, of every
@@ -356,7 +356,8 @@ def _stages(x, spec, variant, stochastic_depth, **block_args):
     # Huang et al. 2016, equation 4: from zero at the input to the full rate at the last block.
     rates = [stochastic_depth * (block + 1) / total for block in range(total)]
     block_args = {**variant.block_args, **spec.block_args, **block_args}
-    block_args["shortcut_pool"] = spec.shortcut_pool or variant.shortcut_pool
+    pools = (spec.shortcut_pool, variant.shortcut_pool)
+    block_args["shortcut_pool"] = "pad" if "pad" in pools else pools[0] or pools[1]
     unhalved = 0 if variant.halving_block == 0 else len(spec.blocks) - 1
     for index, (num_blocks, filters) in enumerate(zip(spec.blocks, spec.filters, strict=True)):
         x = residual_stage(

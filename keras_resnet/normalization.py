@@ -21,6 +21,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     inference, in a frozen layer, on other backends, in float64, with a mask, with `synchronized` or
     `renorm`, or without `scale` or `center`.
 
+    A file names `keras.layers.BatchNormalization`. In a loaded network, a layer inside a residual
+    block is of this class again, one beside the blocks (``stem_bn``, ``final_bn``) of Keras's.
+
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, algorithm 1.
     """
@@ -63,7 +66,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             and self.scale
             and self.center
             and not self.synchronized
-            and not self.renorm
+            and not getattr(self, "renorm", False)  # Keras 3.14 and newer
         )
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from keras_resnet.datasets.base import Dataset, Split, hold_out
 from keras_resnet.datasets.images import (
@@ -48,6 +48,13 @@ LABEL_COLUMNS = ("label", "class", "category", "target")
 
 # macOS adds this folder to ZIP archives.
 _IGNORED = ("__MACOSX",)
+
+# Files that people and systems leave beside images. Other files may be images that Pillow does not
+# read, such as IMG_1.HEIC: they are errors.
+BESIDE_IMAGES = (
+    *(".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".html", ".log"),
+    *(".db", ".ini"),
+)
 
 
 class _Checked(NamedTuple):
@@ -96,9 +103,9 @@ def load_folder(
       one of `FILE_COLUMNS` and one of `LABEL_COLUMNS`; without one the first two are taken.
 
     The sorted names of the sub-folders, or of the labels, are the classes. Hidden files and folders
-    are ignored, links are followed. Files of a class folder that are no images by suffix and by
-    content, such as notes.txt, are left out with a remark; all others must be images. All files are
-    decoded once to check them; later they are decoded when a batch needs them.
+    are ignored, links are followed. Files of a class folder with a suffix in `BESIDE_IMAGES`, such
+    as notes.txt, are left out with a remark unless they are images; all others must be images. All
+    files are decoded once to check them; later they are decoded when a batch needs them.
 
     Args:
         path: The folder, or a CSV.
@@ -130,13 +137,13 @@ def load_folder(
     is_trained_on = validation_split is not None
     listing = _list_files(root, is_trained_on)
     checked, bad = _check_files([file for files in listing.splits.values() for file in files])
-    others = [] if listing.is_named else [file for file in bad if _is_other_file(file, bad[file])]
-    if others:
+    if not listing.is_named and (others := [f for f in bad if _is_other_file(f, bad[f])]):
+        for file in others:
+            del bad[file]
         listing.remarks.append(
-            f"{len(others)} files that are no images by suffix and content are not used, such as "
+            f"{len(others)} files beside the images are not used, such as "
             f"{printable_path(os.path.relpath(others[0], root))}"
         )
-        bad = {file: error for file, error in bad.items() if file not in others}
     if bad and not skip_bad:
         raise InputError(
             f"{printable_path(root)}: there are {_list_bad_files(root, bad)}; remove them, or skip "
@@ -459,9 +466,8 @@ def _reason(error):
 
 
 def _is_other_file(file, error):
-    """Returns whether a file that cannot be read has the suffix and the content of no image."""
-    suffixes = ("", *Image.registered_extensions())
-    return file.suffix.lower() not in suffixes and isinstance(error, UnidentifiedImageError)
+    """Returns whether a file that cannot be read is no image and need not be one."""
+    return file.suffix.lower() in BESIDE_IMAGES and isinstance(error, UnidentifiedImageError)
 
 
 def _check_counts(root, listing, checked, is_trained_on):

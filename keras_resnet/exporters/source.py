@@ -18,6 +18,7 @@ from keras_resnet.training.run_folder import CONFIG
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils import environment
 from keras_resnet.utils.errors import InputError
+from keras_resnet.utils.files import expand_user
 from keras_resnet.weights.hub import find_repository
 
 
@@ -76,7 +77,7 @@ def open_export_source(model, normalize=None):
         record = {"path": repository.name, "sha256": sha256, "normalize": normalize}
         record |= _origin(predictor)
         return ExportSource(predictor, record, repository.folder("-export"))
-    given, path = Path(model), find_model(model)
+    given, path = expand_user(model), find_model(model)
     if path.is_dir() or find_format(path) in EXPORTED:
         raise InputError(f"{path}: an export is made of a run folder or a .keras file")
     predictor = Predictor(open_model(path, normalize))

@@ -469,7 +469,8 @@ class Trainer:
         now = json.loads(json.dumps(dataclasses.asdict(recipe)))
         known = self.record.get("recipe", now)
         changed = [name for name in now if known.get(name) != now[name]]
-        if set(changed) - {"description"}:
+        # The model is a setting, which has been compared; earlier runs have it there alone.
+        if set(changed) - {"description", "model"}:
             raise InputError(
                 f"{self.run_dir}: the recipe has changed since the run was started "
                 f"({', '.join(changed)}): start a new run"

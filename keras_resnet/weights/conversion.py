@@ -7,7 +7,7 @@ from keras_resnet.models import SPECS, build_resnet, count_parameters
 from keras_resnet.preprocessing import NORMALIZATIONS, find_normalization, with_preprocessing
 from keras_resnet.utils.errors import InputError, check_count, look_up, one_line
 from keras_resnet.utils.files import expand_user
-from keras_resnet.weights.hub import split_pin
+from keras_resnet.weights.hub import is_repository, split_pin
 from keras_resnet.weights.pretrained import add_preprocessing, choose_preprocessing, describe
 from keras_resnet.weights.sources import open_source
 
@@ -28,7 +28,8 @@ def _check_out(source, out):
     if not os.path.isdir(path.parent):
         raise InputError(f"{path}: there is no folder {path.parent}; make it first")
     if isinstance(source, (str, os.PathLike)):
-        given = expand_user(split_pin(os.fspath(source))[0])
+        text = split_pin(os.fspath(source))[0]
+        given = expand_user(text) if is_repository(text) else archive.find_model(text)
         if os.path.exists(given) and os.path.exists(path) and os.path.samefile(path, given):
             raise InputError(f"{path}: is the checkpoint itself; name another file for the model")
     return path

@@ -159,13 +159,18 @@ def test_unreadable_files_are_all_named(folder):
         assert reason in message.partition(name)[2].partition(")")[0]
 
 
-def test_files_that_are_no_images_by_suffix_and_content_are_left_out(folder):
+def test_photographs_that_pillow_does_not_read_stop_the_run(folder):
+    (folder / "bag" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    assert "bag/IMG_1.HEIC (not an image)" in error_of(folder)
+
+
+def test_files_beside_the_images_are_left_out(folder):
     clean = load(folder)
     (folder / "bag" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
     (folder / "coat" / "notes.txt").write_text("about the images")
     dataset = load(folder)
     (remark,) = set(dataset.remarks) - set(clean.remarks)
-    assert remark.startswith("2 files that are no images") and "bag/Thumbs.db" in remark
+    assert remark.startswith("2 files beside the images are not used") and "bag/Thumbs.db" in remark
     assert dataset.fingerprint == clean.fingerprint and dataset.source == clean.source
     # An image by its content counts, whatever its suffix.
     first = next((folder / "bag").glob("*.png"))
