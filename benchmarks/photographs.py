@@ -148,7 +148,8 @@ TARGETS = {
 MODEL = RECIPES["fast"].model
 WAYS = {
     "scratch": ("--model", MODEL, "--stem", "small"),
-    "fine-tuned": ("--model", MODEL, "--weights", "WEIGHTS"),
+    # The rate of the other way: that of the recipe is for networks of ImageNet.
+    "fine-tuned": ("--model", MODEL, "--weights", "WEIGHTS", "--learning-rate", "1e-3"),
 }
 
 

@@ -152,7 +152,7 @@ FILES = {
     ),
     "text.pt": (lambda c, path: path.write_text("no weights"), "neither a safetensors file"),
     "other.onnx": (lambda c, path: path.write_text("x"), "neither a safetensors file"),
-    "folder.safetensors": (lambda c, path: path.mkdir(), "is a folder"),
+    "folder.safetensors": (lambda c, path: path.mkdir(), "no model.keras there"),
     "missing.safetensors": (lambda c, path: None, "no such checkpoint file"),
     "missing.h5": (lambda c, path: None, "no such checkpoint file"),
     "text.h5": (lambda c, path: path.write_text("x"), "cannot be read as weights"),
