@@ -28,7 +28,6 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as the command line does
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np

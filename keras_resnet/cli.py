@@ -9,7 +9,6 @@ import collections
 import contextlib
 import json
 import os
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -585,10 +584,6 @@ def _import_keras():
     Most are written by C++ before its log is set up; no option turns them off (TensorFlow 2.21).
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # On x86 processors without AVX512-VNNI TensorFlow leaves oneDNN off unless this is set before
-    # its import, and training takes two to four times as long.
-    if platform.machine() in ("x86_64", "AMD64"):
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     try:
         with suppress_stderr():
             import keras

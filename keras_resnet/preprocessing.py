@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_resnet import PACKAGE, resampling
-from keras_resnet.utils.errors import InputError, check_count, check_share, look_up
+from keras_resnet.utils.errors import InputError, check_count, look_up
 from keras_resnet.utils.geometry import resized_length
 
 # ITU-R BT.601 luma, which Pillow's convert("L") uses too.
@@ -402,66 +402,6 @@ def _grey(x):
     return ops.sum(x * ops.cast(ops.array(LUMA), x.dtype), axis=-1, keepdims=True)
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
-class RandomShift(keras.layers.Layer):
-    """Shifts each image by whole pixels at random, in training; the pixels that enter are zero.
-
-    The same as a random crop of an image with a border of zeros. The pixels must be finite. On a
-    GPU that multiplies in TensorFloat-32 they are rounded to 10 bits.
-
-    Args:
-        factor: The largest shift, a share of height and of width, at least 0 and below 1.
-        **kwargs: Arguments of `keras.layers.Layer`.
-
-    Input shape:
-        (batch, height, width, channels), floats; height and width must be known.
-
-    Output shape:
-        That of the input.
-
-    Source:
-        He et al., Deep Residual Learning for Image Recognition, 2016, section 4.2.
-
-    Example:
-        >>> images = ops.ones((1, 8, 8, 1))
-        >>> shifted = RandomShift(0.25)(images, training=True)
-        >>> bool(ops.sum(shifted) >= 36), bool(ops.all(RandomShift()(images) == images))
-        (True, True)
-    """
-
-    def __init__(self, factor=0.1, **kwargs):
-        super().__init__(**kwargs)
-        check_share("factor", factor)
-        self.factor = factor
-        self.seeds = keras.random.SeedGenerator()
-
-    def compute_output_shape(self, input_shape):
-        """Returns `input_shape`."""
-        return input_shape
-
-    def call(self, images, training=False):
-        """Returns `images`, shifted at random if `training`."""
-        if not training:
-            return images
-        _, height, width, channels = images.shape
-        # Products with zeros and ones choose rows and columns: gathers are slow on processors.
-        rows = self._choose(ops.shape(images)[0], height, images.dtype)
-        columns = self._choose(ops.shape(images)[0], width, images.dtype)
-        x = ops.matmul(rows, ops.reshape(images, (-1, height, width * channels)))
-        return ops.matmul(columns[:, None], ops.reshape(x, (-1, height, width, channels)))
-
-    def _choose(self, count, size, dtype):
-        """Returns (count, size, size): a one in each row, at the place that a pixel comes from."""
-        most = min(round(self.factor * size), size - 1)
-        shift = keras.random.randint((count, 1, 1), -most, most + 1, "int32", self.seeds)
-        places = ops.arange(size)
-        return ops.cast(places == places[:, None] + shift, dtype)
-
-    def get_config(self):
-        """Returns the arguments that make this layer again."""
-        return {**super().get_config(), "factor": self.factor}
-
-
 # These change raw images, before the preprocessing; the others change its result.
 RAW_AUGMENTATIONS = ("crop", "colour")
 
@@ -471,7 +411,9 @@ AUGMENTATIONS = {
     "crop": RandomResizedCrop,
     "colour": lambda *_: ColourJitter(),
     "flip": lambda *_: keras.layers.RandomFlip("horizontal", data_format="channels_last"),
-    "shift": lambda *_: RandomShift(),
+    "shift": lambda *_: keras.layers.RandomTranslation(
+        0.1, 0.1, fill_mode="constant", data_format="channels_last"
+    ),
     "erase": lambda *_: keras.layers.RandomErasing(
         scale=(0.02, 0.25), fill_value=0.0, value_range=(0, 1), data_format="channels_last"
     ),

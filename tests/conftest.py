@@ -4,7 +4,6 @@ import os
 
 # Tests run in several processes, one for each core: more threads would wait for each other. Set
 # before TensorFlow and PyTorch are imported, and inherited by the processes that tests start.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as the command line does
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")

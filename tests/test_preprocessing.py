@@ -19,7 +19,6 @@ from keras_resnet.preprocessing import (
     ColourJitter,
     ImagePreprocessing,
     RandomResizedCrop,
-    RandomShift,
     find_normalization,
     with_preprocessing,
 )
@@ -334,41 +333,13 @@ def test_augmentations_run_one_after_another():
     layer = Augmentation(["flip", "shift", "erase"])
     assert [type(step).__name__ for step in layer.steps] == [
         "RandomFlip",
-        "RandomShift",
+        "RandomTranslation",
         "RandomErasing",
     ]
     images = np.full((64, 10, 10, 1), 0.5, "float32")
     result = ops.convert_to_numpy(layer(images, training=True))
     assert set(np.unique(result)) >= {0.0, 0.5}  # shifted in or erased; kept
     np.testing.assert_array_equal(Augmentation()(images, training=True), images)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_shift_moves_whole_pixels_and_fills_with_zeros(dtype):
-    images = np.random.default_rng(0).uniform(0.5, 1, (64, 8, 10, 2)).astype("float32")
-    images = ops.cast(images, dtype)
-    layer = RandomShift(0.2, dtype=dtype)
-    shifted = ops.convert_to_numpy(ops.cast(layer(images, training=True), "float32"))
-    images = ops.convert_to_numpy(ops.cast(images, "float32"))
-    found = set()
-    for before, after in zip(images, shifted, strict=True):
-        filled = after.any(axis=-1)
-        top, left = ((~filled).all(axis=1).argmin(), (~filled).all(axis=0).argmin())
-        bottom, right = ((~filled[::-1]).all(axis=1).argmin(), (~filled[:, ::-1]).all(0).argmin())
-        down, across = top - bottom, left - right
-        found |= {("down", int(down)), ("across", int(across))}
-        expected = np.zeros_like(before)
-        expected[max(down, 0) : 8 + min(down, 0), max(across, 0) : 10 + min(across, 0)] = before[
-            max(-down, 0) : 8 - max(down, 0), max(-across, 0) : 10 - max(across, 0)
-        ]
-        np.testing.assert_array_equal(after, expected)
-    assert found == {(axis, shift) for axis in ("down", "across") for shift in range(-2, 3)}
-    np.testing.assert_array_equal(layer(images.astype("float32")).shape, images.shape)
-
-
-def test_a_shift_is_below_the_whole_image():
-    with pytest.raises(InputError, match="`factor` must be at least 0 and below 1, got 1"):
-        RandomShift(1)
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])

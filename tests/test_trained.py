@@ -9,6 +9,7 @@ from PIL import Image
 
 import keras_resnet
 from keras_resnet import archive
+from keras_resnet.exporters.source import open_export_source
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.weights.sources import open_source
 
@@ -76,6 +77,20 @@ def test_an_export_by_name_is_written_to_the_current_folder(boots, tmp_path, mon
     assert (tmp_path / f"{NAME}-export" / "manifest.json").is_file()
     refused = run_main("predict", f"{NAME}-export", "x.png")
     assert refused.returncode == 2 and "it is an export; name one of its files" in refused.stderr
+
+
+def test_a_run_folder_is_not_overwritten_by_its_conversion(trained_run):
+    before = digest(trained_run / "model.keras")
+    out = trained_run / "model.keras"
+    done = run_main("convert", trained_run, "--model", "tiny", "--out", out)
+    assert done.returncode == 2 and "is the checkpoint itself" in done.stderr
+    assert digest(out) == before
+
+
+def test_a_run_at_home_is_exported_into_its_folder(trained_run, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained_run.parent))
+    source = open_export_source(f"~/{trained_run.name}")
+    assert source.folder == trained_run / "export" and source.record["run"]["model"] == "tiny"
 
 
 def test_a_run_folder_is_a_checkpoint_to_start_from(trained_run):

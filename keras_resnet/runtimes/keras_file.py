@@ -8,7 +8,7 @@ import keras
 
 from keras_resnet import archive
 from keras_resnet.blocks import PaddedConv2D
-from keras_resnet.preprocessing import Augmentation, RandomShift
+from keras_resnet.preprocessing import Augmentation
 from keras_resnet.runtimes import base
 from keras_resnet.runtimes.base import Runtime, Tensor, count
 from keras_resnet.utils.errors import InputError
@@ -191,7 +191,6 @@ def _role(operation, tensor, before):
 # Layers that keep the scale of pixel values.
 _SCALE_KEPT = (
     Augmentation,
-    RandomShift,
     keras.layers.InputLayer,
     keras.layers.Identity,
     keras.layers.Dropout,

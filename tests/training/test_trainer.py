@@ -801,6 +801,14 @@ def test_resume_refuses_a_recipe_that_was_edited(copied, monkeypatch):
         train(**copied)
 
 
+def test_runs_whose_recipe_did_not_name_the_network_are_resumed(copied):
+    path = copied["run_dir"] / "config.json"
+    record = json.loads(path.read_text())
+    del record["recipe"]["model"]
+    path.write_text(json.dumps(record))
+    assert len(train(**copied).history) == record["recipe"]["epochs"]
+
+
 def test_resume_refuses_other_data(copied):
     other = dataclasses.replace(copied["dataset"], fingerprint="0" * 64)
     with pytest.raises(InputError, match="the data are not those"):
