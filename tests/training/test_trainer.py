@@ -168,7 +168,7 @@ def test_schedules_and_optimizers_are_rows(tmp_path, tiny, fashion, monkeypatch)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("optimizer", "adamw"),
+        ("optimizer", "adamax"),
         ("schedule", "step"),
         ("augmentation", "mixup"),
         ("variant", "v3"),
