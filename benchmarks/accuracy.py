@@ -45,14 +45,17 @@ def processor():
     return f"{(names or ['unknown'])[0]}, {os.cpu_count()} cores"
 
 
+def git(*words):
+    """Returns the output of a git command in this checkout."""
+    folder = Path(__file__).parent
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def commit():
     """Returns the commit of the checkout, with "+" if files have changed since."""
-    folder = Path(__file__).parent
-    run = lambda *words: subprocess.run(  # noqa: E731
-        ["git", *words], cwd=folder, capture_output=True, text=True
-    ).stdout.strip()
-    changed = run("status", "--porcelain", "--untracked-files=no", "--", "../keras_resnet")
-    return run("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../keras_resnet")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def hold_out(dataset):

@@ -4,8 +4,8 @@
         [--precision bfloat16 float32] [--image-size 96] [--batch-size 128] [--rounds 5] [--steps 4]
 
 Each contender trains on random images in a process of its own, with Adam and the crossentropy. The
-machine's speed drifts, so they take turns (A B A B …): the ratio to the first contender is the
-median of the ratios within the rounds. The other columns are the time from the compiled model to
+machine's speed drifts, so they take turns (A B A B …): "first/it" is the speed of the first
+contender over that of this one, the median of the ratios within the rounds. The other columns are the time from the compiled model to
 the end of the first step, and the largest resident memory of the process.
 
     ours            the compiled step of Keras on TensorFlow
@@ -17,6 +17,7 @@ the end of the first step, and the largest resident memory of the process.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -89,11 +90,14 @@ def ours_fit(args):
     model = keras_model(args, lambda: with_preprocessing(build_ours(args), size))
     images, labels = make_data(args)
 
-    def steps(count):
+    @functools.cache
+    def batches_of(count):
         split = Split(np.tile(images, (count, 1, 1, 1)), np.tile(labels, count))
-        batches = Batches(split, args.batch_size)
-        callbacks = [Shuffle(batches, 0)]
-        model.fit(batches, verbose=0, shuffle=False, callbacks=callbacks)
+        return Batches(split, args.batch_size)
+
+    def steps(count):
+        batches = batches_of(count)
+        model.fit(batches, verbose=0, shuffle=False, callbacks=[Shuffle(batches, 0)])
 
     return steps
 
@@ -211,7 +215,7 @@ def compare(args, precision):
         speed = statistics.median(images / taken[number] for taken in rounds)
         ratio = statistics.median(taken[number] / taken[0] for taken in rounds)
         print(
-            f"{precision:9} {contender.name:16} {speed:6.0f} images/s  ours/it {ratio:5.2f}  "
+            f"{precision:9} {contender.name:16} {speed:6.0f} images/s  first/it {ratio:5.2f}  "
             f"first step {first_steps[number]:5.1f} s  {contender.peak / 2**30:4.1f} GiB",
             flush=True,
         )

@@ -120,16 +120,19 @@ def build(
 
 
 class Curve:
-    """The running mean of the loss after each step."""
+    """The running mean of the loss after each step, as reported and as each replica has it."""
 
     def __new__(cls):
-        """Returns a callback with `losses`."""
+        """Returns a callback with `losses`, and `sums`: total and count of each local replica."""
         import keras
 
-        callback = keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda step, logs: callback.losses.append(float(logs["loss"]))
-        )
-        callback.losses = []
+        def record(step, logs):
+            callback.losses.append(float(logs["loss"]))
+            total, count = callback.model.metrics[0].variables
+            callback.sums.append([local_values(total), local_values(count)])
+
+        callback = keras.callbacks.LambdaCallback(on_train_batch_end=record)
+        callback.losses, callback.sums = [], []
         return callback
 
 
@@ -171,7 +174,8 @@ def train_epoch(strategy, sync=True, epochs=1, class_weights=None, **options):
     for variable in model.weights:
         first, *others = local_values(variable)
         assert all(np.array_equal(first, other) for other in others), variable.path
-    found |= {"curve": np.array(curve.losses), "keras": np.array(keras.__version__)}
+    found |= {"curve": np.array(curve.losses), "sums": np.array(curve.sums)}
+    found |= {"keras": np.array(keras.__version__)}
     return found | {f"history/{name}": np.array(values) for name, values in history.items()}
 
 

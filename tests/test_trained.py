@@ -22,7 +22,7 @@ def record():
 
 
 @pytest.fixture(scope="module")
-def test_images(idx_folder):
+def fashion_images(idx_folder):
     return keras_resnet.load_dataset("fashion_mnist").splits["test"]
 
 
@@ -32,9 +32,9 @@ def test_the_file_is_that_of_its_record(record):
 
 
 @pytest.mark.thorough
-def test_its_accuracy_is_that_of_its_record(record, test_images):
+def test_its_accuracy_is_that_of_its_record(record, fashion_images):
     predictor = keras_resnet.load(NAME)
-    found = keras_resnet.evaluate(predictor, test_images, predictor.class_names)
+    found = keras_resnet.evaluate(predictor, fashion_images, predictor.class_names)
     # Another processor may round a few images to another class.
     assert abs(found.accuracy - record["accuracy"]) < 0.001
     assert record["accuracy"] > 0.92
@@ -42,11 +42,11 @@ def test_its_accuracy_is_that_of_its_record(record, test_images):
 
 
 @pytest.fixture
-def boots(test_images, tmp_path):
+def boots(fashion_images, tmp_path):
     """A folder of ankle boots."""
     (tmp_path / "boots").mkdir()
-    for index in np.flatnonzero(test_images.labels == 9)[:8]:
-        pixels = Image.fromarray(test_images.images[index, :, :, 0])
+    for index in np.flatnonzero(fashion_images.labels == 9)[:8]:
+        pixels = Image.fromarray(fashion_images.images[index, :, :, 0])
         pixels.save(tmp_path / "boots" / f"{index}.png")
     return tmp_path / "boots"
 
