@@ -5,8 +5,9 @@
 
 Each contender trains on random images in a process of its own, with Adam and the crossentropy. The
 machine's speed drifts, so they take turns (A B A B …): "first/it" is the speed of the first
-contender over that of this one, the median of the ratios within the rounds. The other columns are the time from the compiled model to
-the end of the first step, and the largest resident memory of the process.
+contender over that of this one, the median of the ratios within the rounds. The other columns are
+the time from the compiled model to the end of the first step, and the largest resident memory of
+the process.
 
     ours            the compiled step of Keras on TensorFlow
     ours, fit       `model.fit` with our input pipeline and callbacks, over epochs of --steps steps

@@ -288,7 +288,8 @@ def normalize(strategy):
 
     from keras_resnet.normalization import BatchNormalization
 
-    images, found = tf.constant(read_split(16).images, "float32"), {}
+    # Few pixels: float32 sums of thousands round differently in the two operators.
+    images, found = tf.constant(read_split(16).images[:, ::4, ::4], "float32"), {}
     for name, layer_class in (("ours", BatchNormalization), ("keras", BatchNormalization.__base__)):
         with strategy.scope():
             layer = layer_class(name=name)
@@ -373,6 +374,8 @@ def main(job_path, folder):
     worker = folder / str(task["index"])
     worker.mkdir()
     strategy = start_strategy(job)
+    # Without a policy, Keras takes the floatx of the first task for all.
+    keras.config.set_dtype_policy("float32")
     for name, (task, options) in job["tasks"].items():
         if task in ("with_callbacks", "train_twice"):
             options = {"folder": folder}

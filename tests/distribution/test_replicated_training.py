@@ -182,7 +182,7 @@ def test_all_workers_have_the_same_bits(done, setting, task):
     chief, *others = done(setting, task)
     assert others
     for other in others:
-        for name in chief.files:
+        for name in set(chief.files) - {"sums"}:  # each worker has its own
             np.testing.assert_array_equal(chief[name], other[name], err_msg=f"{task}: {name}")
 
 
