@@ -45,6 +45,11 @@ def run(job, folder, workers=1):
     return [folder / str(worker) for worker in range(workers)]
 
 
+def shared_names(found):
+    """Returns the names of the results that are the same on every worker."""
+    return [name for name in found.files if not name.startswith("own/")]
+
+
 def start_strategy(job):
     """Returns the strategy of a job; mirrored ones have logical processors for replicas."""
     import tensorflow as tf
@@ -174,7 +179,7 @@ def train_epoch(strategy, sync=True, epochs=1, class_weights=None, **options):
     for variable in model.weights:
         first, *others = local_values(variable)
         assert all(np.array_equal(first, other) for other in others), variable.path
-    found |= {"curve": np.array(curve.losses), "sums": np.array(curve.sums)}
+    found |= {"curve": np.array(curve.losses), "own/sums": np.array(curve.sums)}
     found |= {"keras": np.array(keras.__version__)}
     return found | {f"history/{name}": np.array(values) for name, values in history.items()}
 

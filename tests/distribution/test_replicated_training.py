@@ -156,7 +156,7 @@ def check_curve(done, setting, policy):
     (one,) = done("none", policy)
     assert len(one["curve"]) == 10 and one["curve"][-1] < one["curve"][0]
     workers = done(setting, policy)
-    totals, counts = np.concatenate([found["sums"] for found in workers], axis=2).swapaxes(0, 1)
+    totals, counts = np.concatenate([found["own/sums"] for found in workers], axis=2).swapaxes(0, 1)
     bound = {"float32": 1e-5, "float64": 1e-6}[policy]
     np.testing.assert_allclose(totals.sum(1) / counts.sum(1), one["curve"], rtol=bound)
     for found in workers:
@@ -182,7 +182,7 @@ def test_all_workers_have_the_same_bits(done, setting, task):
     chief, *others = done(setting, task)
     assert others
     for other in others:
-        for name in set(chief.files) - {"sums"}:  # each worker has its own
+        for name in replica_job.shared_names(chief):
             np.testing.assert_array_equal(chief[name], other[name], err_msg=f"{task}: {name}")
 
 
