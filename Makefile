@@ -2,6 +2,7 @@
 # make test: from an empty machine to a tested checkout.
 # make test-fast: the tests between two commits, without those marked as thorough or slow.
 # make test-all: all tests, those marked as slow too.
+# make docs: the guide and the API as web pages, in build/docs.
 # All leave `. .venv/bin/activate` usable; run again, they install nothing.
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
@@ -17,7 +18,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 IDX := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
 
-.PHONY: demo test test-fast test-all data lint format clean
+.PHONY: demo test test-fast test-all docs data lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed data
@@ -34,6 +35,9 @@ test-fast: lint data
 # A test at a time goes to the process that is idle: some files hold half an hour of slow tests.
 test-all: $(VENV)/installed-test-all lint data
 	$(PYTEST) --dist worksteal -m ""
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict --quiet
 
 # Fashion-MNIST: what is there already, else Debian's package where it may be installed.
 data:
@@ -72,6 +76,10 @@ $(VENV)/installed: setup.cfg constraints.txt | $(VENV)/python
 
 $(VENV)/installed-test: setup.cfg constraints.txt | $(VENV)/python
 	$(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: setup.cfg constraints.txt | $(VENV)/python
+	$(PIP) --editable '.[docs]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-test-all: setup.cfg constraints.txt | $(VENV)/python

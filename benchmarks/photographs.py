@@ -2,13 +2,21 @@
 
     pip install scikit-image scikit-learn   # for their photographs; nothing else of them is used
     python benchmarks/photographs.py prove
-    python benchmarks/photographs.py transfer [--seeds 3] [--target clothes photographs]
+    python benchmarks/photographs.py tfds
+    python benchmarks/photographs.py story [--weights timm/resnet18.a1_in1k]
+    python benchmarks/photographs.py transfer [--seeds 3] [--target digits clothes photographs]
     python benchmarks/photographs.py folder DIR
 
 `prove` writes a folder of 84 crops of seven photographs, twelve for each, trains with nothing but
-`--dataset folder:…`, and measures on 280 other crops. `transfer` compares fine-tuning with training
-from scratch at 20 images a class, on two targets:
+`--dataset folder:…`, and measures on 280 other crops. `tfds` does the same with a data set of
+TensorFlow Datasets in the form of CIFAR: crops of 32×32 pixels, 100 for each photograph, trained by
+the recipe "photos". `story` runs the three commands at the top of the README with the folder of
+`prove` and prints their times; `--weights` may be a local repository, and the times are the same
+with random weights. `transfer` compares fine-tuning with training from scratch at 20 images a
+class, on three targets:
 
+- digits: scikit-learn's handwritten digits, from weights trained on all ten classes of
+  Fashion-MNIST; 1,597 test images;
 - clothes: five classes of Fashion-MNIST, from weights trained on the other five;
 - photographs: crops as above, from weights trained on all ten classes of Fashion-MNIST.
 
@@ -85,6 +93,58 @@ def write_clothes(folder, count, test_count):
     return folder
 
 
+def write_digits(folder, count):
+    """Writes `count` training images of each digit, all others as test images; 28×28 pixels."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for label in range(10):
+        for split in ("train", "test"):
+            (folder / split / str(label)).mkdir(parents=True)
+        for place, index in enumerate(np.flatnonzero(digits.target == label)):
+            pixels = Image.fromarray((digits.images[index] * 255 / 16).astype("uint8"))
+            split = "train" if place < count else "test"
+            path = folder / split / str(label) / f"{index}.png"
+            pixels.resize((28, 28), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def write_tfds(root, folders):
+    """Writes a data set "crops" of TensorFlow Datasets, images of 32×32 pixels.
+
+    Args:
+        root: The folder of prepared data sets.
+        folders: Split -> folder of classes.
+    """
+    import tensorflow_datasets as tfds
+
+    names = list(PHOTOGRAPHS)
+    splits = {}
+    for split, folder in folders.items():
+        paths = [path for name in names for path in sorted((folder / name).iterdir())]
+        splits[split] = [
+            (
+                place,
+                {
+                    "image": np.array(Image.open(path).resize((32, 32), Image.Resampling.BICUBIC)),
+                    "label": names.index(path.parent.name),
+                },
+            )
+            for place, path in enumerate(paths)
+        ]
+    features = {
+        "image": tfds.features.Image(shape=(32, 32, 3)),
+        "label": tfds.features.ClassLabel(names=names),
+    }
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="crops",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets=splits,
+        data_dir=root,
+    )
+
+
 def pretrain(folder, classes):
     """Trains on classes of Fashion-MNIST by the recipe "fast"; returns the model's file."""
     from keras_resnet import Split, load_dataset, train
@@ -112,7 +172,7 @@ def run_command(*words):
     return done.stdout, time.perf_counter() - start
 
 
-def prove(folder, _=None):
+def prove(folder):
     """Trains with the defaults on twelve crops a class; returns the accuracy on forty others."""
     train, fresh = write_crops(folder / "photos", 12, 0), write_crops(folder / "fresh", 40, 1)
     output, seconds = run_command(
@@ -129,7 +189,37 @@ def prove(folder, _=None):
     return accuracy
 
 
+def prove_tfds(folder):
+    """Trains on a set of TensorFlow Datasets; returns the accuracy on its test images."""
+    splits = {
+        split: write_crops(folder / split, count, seed)
+        for split, count, seed in (("train", 100, 0), ("test", 40, 1))
+    }
+    write_tfds(folder / "prepared", splits)
+    words = ("--dataset", "tfds:crops", "--data-dir", folder / "prepared", "--recipe", "photos")
+    output, seconds = run_command("train", *words, "--run-dir", folder / "run")
+    print(output)
+    report = json.loads((folder / "run" / "report.json").read_text())
+    print(f"{seconds:.0f} s; {report['accuracy']:.1%} of {report['num_images']} test images")
+    return report["accuracy"]
+
+
+def story(folder, weights):
+    """Fine-tunes a published network, exports it and classifies a photograph; returns None."""
+    photos, fresh = write_crops(folder / "photos", 12, 0), write_crops(folder / "fresh", 1, 1)
+    run = folder / "run"
+    for words in (
+        ("train", "--weights", weights, "--dataset", f"folder:{photos}", "--run-dir", run),
+        ("export", run, "--to", "tflite"),
+        ("predict", run / "export" / "model-int8.tflite", fresh / "cat" / "0.jpg"),
+    ):
+        output, seconds = run_command(*words)
+        print(output)
+        print(f"keras-resnet {words[0]}: {seconds:.0f} s", flush=True)
+
+
 TARGETS = {
+    "digits": (lambda folder: write_digits(folder, 20), list(range(10))),
     "clothes": (
         lambda folder: write_clothes(folder, 20, 200),
         [label for label in range(10) if label not in NEW_CLASSES],
@@ -180,8 +270,9 @@ def transfer(folder, args):
 def main():
     """Runs a sub-command in a temporary folder, or in --keep; status 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("prove", "transfer", "folder"))
+    parser.add_argument("what", choices=("prove", "tfds", "story", "transfer", "folder"))
     parser.add_argument("dir", nargs="?", type=Path, help="for `folder`: where to write")
+    parser.add_argument("--weights", default="timm/resnet18.a1_in1k", help="for `story`")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--target", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
     parser.add_argument("--keep", type=Path, help="a new folder that keeps data and runs")
@@ -191,7 +282,13 @@ def main():
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
-        holds = prove(folder, args) >= 0.95 if args.what == "prove" else transfer(folder, args)
+        if args.what == "story":
+            story(folder, args.weights)
+            return 0
+        if args.what == "transfer":
+            holds = transfer(folder, args)
+        else:
+            holds = {"prove": prove, "tfds": prove_tfds}[args.what](folder) >= 0.95
     return 0 if holds else 1
 
 

@@ -468,7 +468,9 @@ def _summary(args):
     print(format_table([*rows, {**total, "output_shape": ""}], columns))
 
 
-Command = collections.namedtuple("Command", "run help description options epilog")
+Command = collections.namedtuple(
+    "Command", "run help description options examples epilog", defaults=[""]
+)
 
 _COMMANDS = {
     "train": Command(
@@ -476,6 +478,12 @@ _COMMANDS = {
         "train a network and write a run folder",
         "Train a network with model.fit and write a run folder.",
         _TRAIN_OPTIONS,
+        [
+            "train",
+            "train --recipe d2l --run-dir runs/d2l",
+            "train --dataset folder:photos --weights timm/resnet18.a1_in1k",
+            "train --resume --run-dir runs/d2l",
+        ],
         "\n".join(["recipes:", *(f"  {name}: {row.description}" for name, row in RECIPES.items())]),
     ),
     "launch": Command(
@@ -485,7 +493,10 @@ _COMMANDS = {
         " or\n`launch -n 2 -- python my_train.py`. Restarts add `--resume auto` to the options of "
         "`train`.",
         _LAUNCH_OPTIONS,
-        None,
+        [
+            "launch -n 2 -- train --recipe quick",
+            "launch -n 2 --restarts 3 -- python my_train.py",
+        ],
     ),
     "evaluate": Command(
         _evaluate,
@@ -493,7 +504,10 @@ _COMMANDS = {
         "Evaluate a trained model on the held-out part of its training set, or on another data "
         "set: its test\nsplit, or the whole set if it has none.",
         {**_MODEL_ARGUMENT, **_EVALUATION_OPTIONS, **_JSON_OPTION},
-        None,
+        [
+            "evaluate runs/demo",
+            "evaluate runs/demo/export/model-int8.tflite --dataset fashion_mnist",
+        ],
     ),
     "predict": Command(
         _predict,
@@ -501,14 +515,20 @@ _COMMANDS = {
         "Classify images of any size, in colour or grey. Files that cannot be read are reported on "
         "standard\nerror, the others are classified, and the exit status is 2.",
         {**_MODEL_ARGUMENT, **_PREDICT_OPTIONS, **_JSON_OPTION},
-        None,
+        [
+            "predict fashion_mnist shoe.jpg",
+            "predict runs/photos photos/cat --top 3 --json",
+        ],
     ),
     "convert": Command(
         _convert,
         "convert a published checkpoint to a .keras file",
         "Convert a checkpoint to a .keras file and print the network and the layout found in it.",
         {**_CONVERT_OPTIONS, **_JSON_OPTION},
-        None,
+        [
+            "convert timm/resnet18.a1_in1k --out resnet18.keras",
+            "convert resnet50.pth --model resnet50 --normalize imagenet --out resnet50.keras",
+        ],
     ),
     "models": Command(
         _models,
@@ -517,7 +537,10 @@ _COMMANDS = {
         "\n`evaluate`, `convert` and `train --weights` take. The accuracies are their publishers': "
         "top-1 of\nImageNet-1k's validation images, of the size behind it. – is not known.",
         {**_MODELS_OPTIONS, **_JSON_OPTION},
-        None,
+        [
+            "models",
+            "models resnet50",
+        ],
     ),
     "export": Command(
         _export,
@@ -525,6 +548,11 @@ _COMMANDS = {
         "Export a model to SavedModel, TFLite and ONNX. Each file is run by its own runtime and "
         "compared\nwith the Keras model on all test images; if one file fails, nothing is written.",
         {**_EXPORT_OPTIONS, **_JSON_OPTION},
+        [
+            "export runs/demo",
+            "export runs/photos --to tflite --precision int8 --input-size 224 224",
+            "export timm/resnet18.a1_in1k --photos holiday/",
+        ],
         "\n".join(
             [
                 "precisions:",
@@ -537,7 +565,10 @@ _COMMANDS = {
         "verify an export folder again",
         "Verify an export folder on any machine: checksums first, then each file's predictions.",
         {**_VERIFY_OPTIONS, **_JSON_OPTION},
-        None,
+        [
+            "verify runs/demo/export",
+            "verify runs/demo/export --dataset fashion_mnist --trust",
+        ],
     ),
     "benchmark": Command(
         _benchmark,
@@ -545,14 +576,20 @@ _COMMANDS = {
         "Measure latency, throughput, load time, memory and size of each file of an export folder, "
         "of\nthe Keras model and, where PyTorch is installed, of the same network in PyTorch.",
         {**_BENCHMARK_OPTIONS, **_JSON_OPTION},
-        None,
+        [
+            "benchmark runs/demo/export",
+            "benchmark runs/demo/export --trust --rounds 9",
+        ],
     ),
     "summary": Command(
         _summary,
         "print a network's modules, shapes and parameters",
         "Print each module of a network with its output shape and number of parameters.",
         _SUMMARY_OPTIONS,
-        None,
+        [
+            "summary resnet18 --input-shape 224 224 1",
+            "summary resnext50_32x4d --variant torchvision --num-classes 1000",
+        ],
     ),
 }
 
@@ -565,11 +602,12 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
+        examples = ["examples:", *(f"  keras-resnet {each}" for each in command.examples)]
         subparser = commands.add_parser(
             name,
             help=command.help,
             description=command.description,
-            epilog=command.epilog,
+            epilog="\n".join([*examples, "", command.epilog]),
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

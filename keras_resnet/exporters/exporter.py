@@ -100,7 +100,7 @@ def export(
         **data_options: Options of `load_dataset`.
 
     Returns:
-        The manifest, a dict: see README.
+        The manifest, a dict: see docs/export.md.
 
     Raises:
         InputError: If an argument breaks a rule, or a format cannot hold the network.

@@ -1,6 +1,6 @@
 """Networks trained under every strategy: the same network, and Keras's features there.
 
-`TABLE` is the table of the README: each of its cells is a test here.
+`TABLE` is the table of docs/cluster.md: each of its cells is a test here.
 """
 
 from pathlib import Path
@@ -248,7 +248,7 @@ def test_the_fused_normalization_updates_what_kerass_layer_does(done, setting):
 
 
 # ----------------------------------------------------------------------------------------------
-# The README's table of features
+# The guide's table of features
 # ----------------------------------------------------------------------------------------------
 
 
@@ -330,7 +330,7 @@ def learning_rate_schedules(done, setting):
         np.testing.assert_allclose(found["history/loss"], one["history/loss"], rtol=1e-3)
 
 
-# row of the README's table -> entries for mirrored and multiworker, the test, and its task.
+# row of the guide's table -> entries for mirrored and multiworker, the test, and its task.
 TABLE = {
     "`fit`, of arrays or `Shards`": ("yes", "yes", fit_of_arrays, "arrays"),
     "`evaluate`": ("yes", "yes", evaluate, "arrays"),
@@ -357,8 +357,8 @@ def test_each_cell_of_the_table(done, setting, row):
     TABLE[row][2](done, setting)
 
 
-def test_the_readme_has_this_table():
-    readme = Path(keras_resnet.__file__).parents[1] / "README.md"
-    lines = readme.read_text(encoding="utf-8").splitlines()
+def test_the_guide_has_this_table():
+    guide = Path(keras_resnet.__file__).parents[1] / "docs" / "cluster.md"
+    lines = guide.read_text(encoding="utf-8").splitlines()
     for row, (mirrored, multiworker, *_) in TABLE.items():
         assert f"| {row} | yes | {mirrored} | {multiworker} |" in lines

@@ -141,9 +141,9 @@ images, labels = np.zeros((16, 28, 28, 1), "float32"), np.arange(16) % 10
 
 
 @pytest.mark.slow
-def test_the_script_in_the_readme_runs(tmp_path):
-    readme = Path(keras_resnet.__file__).parents[1] / "README.md"
-    blocks = re.findall("```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_script_in_the_guide_runs(tmp_path):
+    guide = Path(keras_resnet.__file__).parents[1] / "docs" / "cluster.md"
+    blocks = re.findall("```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
     (script,) = [block for block in blocks if "choose_strategy" in block]
     done = subprocess.run(
         [sys.executable, "-c", FEW_IMAGES + script],
