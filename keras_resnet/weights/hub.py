@@ -26,6 +26,7 @@ from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import expand_user
 from keras_resnet.utils.tables import printable
+from keras_resnet.weights.published import did_you_mean
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -197,6 +198,9 @@ def find_repository(given, *, revision=None, sha256=None):
         return Repository(str(path), paths, sha256=sha256)
     name = parse_name(text)
     if name is None:
+        is_file = text.lower().endswith(_SUFFIXES) or "/" in text
+        if meant := "" if is_file else did_you_mean(text):
+            raise InputError(f"{text}: no such file or folder{meant}")
         return None
     folder = name.repository.partition("/")[0]
     if os.path.isdir(folder) and not text.startswith(_SCHEMES):
@@ -432,13 +436,13 @@ def _explain(error, name, file, settings):
         (
             errors.RepositoryNotFoundError,
             f"neither a file or folder here nor a repository of {hub}; a private one needs "
-            "HF_TOKEN; `keras-resnet models` lists names",
+            f"HF_TOKEN; `keras-resnet models` lists names{did_you_mean(name.repository)}",
         ),
         (errors.RevisionNotFoundError, f"the repository has no revision {name.revision}"),
         (
             errors.LocalEntryNotFoundError,
             "neither a file or folder here nor complete in the cache, and HF_HUB_OFFLINE forbids "
-            "to download it: run this once without HF_HUB_OFFLINE"
+            f"to download it: run this once without HF_HUB_OFFLINE{did_you_mean(name.repository)}"
             if settings["local_files_only"]
             else f"neither a file or folder here nor in the cache, and {hub} {unreachable}",
         ),

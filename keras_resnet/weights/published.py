@@ -1,6 +1,7 @@
 """The networks that are known to be published, as data: `published.csv`."""
 
 import csv
+import difflib
 import importlib.resources
 
 from keras_resnet.models import SPECS
@@ -51,3 +52,23 @@ def published_networks(model=None):
         if row["model"] in found:
             found[row["model"]].append({**unknown, **known})
     return [row for name, rows in found.items() for row in rows or [{**unknown, "model": name}]]
+
+
+def did_you_mean(text):
+    """Returns "; did you mean NAME?" for a text that resembles a published name, otherwise "".
+
+    Args:
+        text: What was given, with or without an owner.
+
+    Example:
+        >>> did_you_mean("resnet18.a1in1k")
+        '; did you mean timm/resnet18.a1_in1k?'
+        >>> did_you_mean("runs/dmeo")
+        ''
+    """
+    names = [row["name"] for row in published_networks() if row["name"]]
+    compared = {(name if "/" in text else name.partition("/")[2]): name for name in names}
+    if text in names:
+        return ""
+    close = difflib.get_close_matches(text, compared, n=1, cutoff=0.85)
+    return f"; did you mean {compared[close[0]]}?" if close else ""

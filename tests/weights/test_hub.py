@@ -839,6 +839,22 @@ def test_the_published_networks():
     assert run_main("models", "resnet19").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("predict {} photo.png", "resnet18.a1_in1k"),  # no owner
+        ("train --weights {}", "resnet18.a1in1k"),
+        ("export {}", "timm/resnet18.a1in1k"),
+    ],
+)
+def test_a_name_that_resembles_a_published_one(command, given, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = run_main(*command.format(given).split())
+    assert done.returncode == 2
+    assert done.stderr.endswith("; did you mean timm/resnet18.a1_in1k?\n")
+
+
 def test_the_configurations_that_timm_publishes(edit):
     timm, folder = references.import_timm(), edit(TIMM)
     for row in NAMED:
