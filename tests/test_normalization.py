@@ -10,12 +10,7 @@ from keras_resnet.normalization import BatchNormalization
 
 # Policy -> the largest relative difference of outputs and gradients. The fused operator sums in
 # another order, and a result in half precision then rounds to the number beside it.
-BOUNDS = {
-    "float32": 1e-5,
-    "mixed_bfloat16": 1e-2,
-    "mixed_float16": 2e-3,
-    "float64": 1e-12,
-}
+BOUNDS = {"float32": 0, "mixed_bfloat16": 1e-2, "mixed_float16": 2e-3, "float64": 0}
 SHAPES = ((16, 12, 12, 24), (8, 5, 3, 3), (8, 1, 1, 64), (1, 4, 4, 3), (1, 1, 1, 3))
 """(batch, height, width, channels); the last one has a variance of zero."""
 
@@ -76,10 +71,10 @@ def test_a_training_step_equals_that_of_kerass_layer(policy, shape):
 
 
 def test_moving_variance_is_the_biased_one():
-    layer, images = make(BatchNormalization), normal(2, 2, 1, 3).astype("float32")
+    layer, images = make(BatchNormalization, "mixed_float16"), normal(2, 2, 1, 3).astype("float16")
     before = layer.moving_variance.numpy()
     layer(images, training=True)
-    expected = 0.9 * before + 0.1 * images.var(axis=(0, 1, 2))
+    expected = 0.9 * before + 0.1 * images.astype("float32").var(axis=(0, 1, 2))
     np.testing.assert_allclose(layer.moving_variance.numpy(), expected, rtol=1e-6)
 
 
@@ -87,14 +82,16 @@ def test_large_means_lose_no_more_than_in_kerass_layer():
     """Grey values without normalization: the variance is a small difference of large sums."""
     images = normal(8, 16, 16, 3) + 255
     ours, theirs = (
-        step(make(each), images) for each in (BatchNormalization, keras.layers.BatchNormalization)
+        step(make(each, "mixed_float16"), images)
+        for each in (BatchNormalization, keras.layers.BatchNormalization)
     )
-    assert np.abs(ours[0] - theirs[0]).max() < 1e-3
+    # Half precision has steps of 2e-3 there.
+    assert np.abs(ours[0] - theirs[0]).max() < 4e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_training_runs_the_fused_operator(dtype):
-    layer = make(BatchNormalization, dtype if dtype == "float32" else f"mixed_{dtype}")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_in_half_precision_runs_the_fused_operator(dtype):
+    layer = make(BatchNormalization, f"mixed_{dtype}")
     found = operators(layer, (8, 4, 4, 3), dtype=dtype)
     assert "FusedBatchNormV3" in found and "Mean" not in found
     assert "FusedBatchNormV3" in operators(layer, (None, None, None, 3), dtype=dtype)
@@ -110,6 +107,7 @@ def test_training_runs_the_fused_operator(dtype):
         ({"scale": False}, {}),
         ({"center": False}, {}),
         pytest.param({"renorm": True}, {}, marks=NEEDS_RENORM),
+        ({"policy": "float32"}, {"dtype": "float32"}),
         ({"policy": "float64"}, {"dtype": "float64"}),
     ],
     ids=str,
@@ -117,11 +115,12 @@ def test_training_runs_the_fused_operator(dtype):
 def test_other_cases_run_kerass_own_code(options, arguments):
     results = []
     for layer_class in (BatchNormalization, keras.layers.BatchNormalization):
-        layer = make(layer_class, **options)
-        found = operators(layer, (3, 3, 3, 3), **arguments)
+        layer = make(layer_class, **{"policy": "mixed_bfloat16", **options})
+        found = operators(layer, (3, 3, 3, 3), **{"dtype": "bfloat16", **arguments})
         assert "FusedBatchNormV3" not in found
         training = arguments.get("training", True)
-        results.append(np.asarray(layer(normal(3, 3, 3, 3), training=training)))
+        output = layer(normal(3, 3, 3, 3), training=training)
+        results.append(np.asarray(tf.cast(output, "float64")))
     np.testing.assert_array_equal(*results)
 
 
@@ -136,7 +135,8 @@ def test_masks_and_other_ranks_are_those_of_kerass_layer():
 
 def test_keras_before_renorm(monkeypatch):
     """Keras 3.10 to 3.13 have no such attribute."""
-    layer, images = make(BatchNormalization), normal(2, 3, 3, 3).astype("float32")
+    layer = make(BatchNormalization, "mixed_float16")
+    images = normal(2, 3, 3, 3).astype("float16")
     before = layer(images, training=True)
     if hasattr(layer, "renorm"):
         del layer.renorm
@@ -144,9 +144,9 @@ def test_keras_before_renorm(monkeypatch):
 
 
 def test_compiled_by_xla_it_updates_the_same_statistics():
-    images, results = normal(4, 6, 6, 3).astype("float32"), []
+    images, results = normal(4, 6, 6, 3).astype("float16"), []
     for compiled in (True, False):
-        layer = make(BatchNormalization)
+        layer = make(BatchNormalization, "mixed_float16")
         tf.function(lambda x, own=layer: own(x, training=True), jit_compile=compiled)(images)
         results.append([np.asarray(variable) for variable in layer.weights])
     np.testing.assert_allclose(*results, rtol=1e-5)

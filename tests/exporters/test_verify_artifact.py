@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from keras_resnet.exporters.formats import BATCH_SIZES
 from keras_resnet.exporters.graph import Contract
 from keras_resnet.exporters.reference import Reference, describe_chance
 from keras_resnet.exporters.verify_folder import FORCED, verify
-from keras_resnet.normalization import BatchNormalization
 from keras_resnet.runtimes import Runtime, Tensor
 
 pytestmark = pytest.mark.thorough
@@ -30,9 +28,7 @@ FILES = {
 
 
 def training_mode(serving, image):
-    # By Keras's operators: TFLite cannot convert the fused one in training mode.
-    with mock.patch.object(BatchNormalization, "_can_fuse", lambda *_: False):
-        scores = serving.model(tf.cast(image, serving.model.inputs[0].dtype), training=True)
+    scores = serving.model(tf.cast(image, serving.model.inputs[0].dtype), training=True)
     return {"probabilities": tf.nn.softmax(scores)}
 
 
