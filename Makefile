@@ -2,6 +2,7 @@
 # make test: from an empty machine to a tested checkout.
 # make test-fast: the tests between two commits, without those marked as thorough or slow.
 # make test-all: all tests, those marked as slow too.
+# make notebooks: runs the notebooks and keeps their outputs.
 # make docs: the guide and the API as web pages, in build/docs.
 # All leave `. .venv/bin/activate` usable; run again, they install nothing.
 
@@ -18,7 +19,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 IDX := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
 
-.PHONY: demo test test-fast test-all docs data lint format clean
+.PHONY: demo test test-fast test-all notebooks docs data lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed data
@@ -35,6 +36,9 @@ test-fast: lint data
 # A test at a time goes to the process that is idle: some files hold half an hour of slow tests.
 test-all: $(VENV)/installed-test-all lint data
 	$(PYTEST) --dist worksteal -m ""
+
+notebooks: $(VENV)/installed-test-all data
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet

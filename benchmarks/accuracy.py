@@ -17,9 +17,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,28 +32,6 @@ from keras_resnet.datasets import Split
 
 LEDGER = Path(__file__).parent / "accuracy.jsonl"
 HELD_OUT = 5_000
-
-
-def processor():
-    """Returns the name of the processor and the number of its cores."""
-    names = [platform.processor()]
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{(names or ['unknown'])[0]}, {os.cpu_count()} cores"
-
-
-def git(*words):
-    """Returns the output of a git command in this checkout."""
-    folder = Path(__file__).parent
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def commit():
-    """Returns the commit of the checkout, with "+" if files have changed since."""
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../keras_resnet")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def hold_out(dataset):
@@ -91,8 +67,8 @@ def run(recipe, seed, dataset, changes):
         "accuracy": done.report["accuracy"],
         "seconds": round(done.report["wall_seconds"], 1),
         "precision": config["precision"],
-        "machine": processor(),
-        "commit": commit(),
+        "machine": "{processor}, {cores} cores".format(**config["machine"]),
+        "commit": config["git_commit"],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -109,6 +85,8 @@ def parse_change(text):
 
 def print_table():
     """Prints the mean accuracy and time of each configuration in the ledger."""
+    if not LEDGER.exists():
+        sys.exit(f"{LEDGER}: nothing was measured yet")
     groups = collections.defaultdict(list)
     for line in LEDGER.read_text().splitlines():
         row = json.loads(line)

@@ -205,7 +205,7 @@ def prove_tfds(folder):
 
 
 def story(folder, weights):
-    """Fine-tunes a published network, exports it and classifies a photograph; returns None."""
+    """Fine-tunes a published network, exports it and classifies a photograph."""
     photos, fresh = write_crops(folder / "photos", 12, 0), write_crops(folder / "fresh", 1, 1)
     run = folder / "run"
     for words in (

@@ -5,8 +5,8 @@
 
 Contenders are those of `training_speed.py`; TensorFlow and PyTorch both compute convolutions by
 oneDNN, which logs the time of each operator where `ONEDNN_VERBOSE` is set. "not oneDNN" is the rest
-of the step: all other operators, the optimizer, and Python. The log slows the step by little; the
-column "ms" is the mean of the steps.
+of the step: all other operators, the optimizer, and Python. The column "ms" is the mean of the
+steps; the last column is the number of calls in a step.
 """
 
 import argparse
@@ -42,9 +42,10 @@ def parse(line):
     return f"{operator}, {KINDS.get(propagation, propagation)}", float(fields[-1])
 
 
-def profile(args, contender):
+def profile(args, contender, precision):
     """Prints the table of a contender, the slowest operators first."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", contender]
+    command += ["--precision", precision]
     environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     _, _, measured = done.stdout.partition(BEGIN)
@@ -55,7 +56,7 @@ def profile(args, contender):
         times[operator] += ms / args.steps
         counts[operator] += 1
     times["not oneDNN"] = total - times.total()
-    print(f"{contender}, {args.precision}: {total:.0f} ms a step")
+    print(f"{contender}, {precision}: {total:.0f} ms a step")
     for operator, ms in times.most_common():
         print(f"  {operator:40} {ms:8.1f} ms {ms / total:6.1%}  {counts[operator] // args.steps:4}")
 
@@ -64,21 +65,16 @@ def main():
     """Profiles each contender, or is one of them."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    names = tuple(training_speed.CONTENDERS)
-    parser.add_argument("--contenders", nargs="+", choices=names, default=["ours", "torch"])
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--variant", default="d2l", help="of our network, and of PyTorch's")
-    parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--image-size", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=128)
+    training_speed.add_options(parser)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
+        (args.precision,) = args.precision
         work(args)
         return
-    for contender in args.contenders:
-        profile(args, contender)
+    for precision in args.precision:
+        for contender in args.contenders:
+            profile(args, contender, precision)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,7 @@ CONTENDERS = {
 def work(args):
     """Makes the steps that the parent process asks for; answers each time with a line of JSON."""
     steps = CONTENDERS[args.worker](args)
+    print("ready", flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
         steps(int(line))
@@ -192,14 +193,19 @@ class Contender:
             stdout=subprocess.PIPE,
             text=True,
         )
+        # Others that still import would slow its first step.
+        self._read()
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} failed with status {self.process.wait()}; its error is above")
+        return line
 
     def run(self, steps):
         """Makes training steps; returns the seconds."""
         print(steps, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.name} failed with status {self.process.wait()}; its error is above")
-        found = json.loads(line)
+        found = json.loads(self._read())
         self.peak = found["peak"]
         return found["seconds"]
 
@@ -224,19 +230,25 @@ def compare(args, precision):
         contender.process.wait()
 
 
+def add_options(parser):
+    """Adds the options that say which training steps are made."""
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "torch"])
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--variant", default="d2l", help="of our network, and of PyTorch's")
+    precisions = ("bfloat16", "float32")
+    parser.add_argument("--precision", nargs="+", choices=precisions, default=list(precisions))
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+
+
 def main():
     """Compares the contenders, or is one of them."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "torch"])
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--variant", default="d2l", help="of our network, and of PyTorch's")
-    parser.add_argument("--precision", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--image-size", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=128)
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         (args.precision,) = args.precision

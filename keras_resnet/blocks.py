@@ -241,7 +241,7 @@ class PaddedShortcut(keras.layers.Layer):
 
     Args:
         filters: Number of output channels.
-        strides: Every how many pixels one is kept, along both axes.
+        strides: The step in pixels, along both axes.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -460,6 +460,12 @@ class _ConvResidual(_Residual):
                 "False, got True"
             )
         check_share("stochastic_depth", self.stochastic_depth)
+        for name in ("stochastic_depth", "zero_init_residual"):
+            if not self.use_shortcut and (value := getattr(self, name)):
+                # The block would give zeros, and nothing before it would be trained.
+                raise InputError(
+                    f"`{name}` needs a shortcut: with `use_shortcut` False, got {value}"
+                )
         if self.filters * self.width_per_group < 64:
             raise InputError(
                 "`filters` times `width_per_group` must be at least 64, for a channel in the "

@@ -597,6 +597,8 @@ def test_bad_units_are_an_error(value):
         (BottleneckBlock, {"shortcut_pool": "max"}, "`shortcut_pool` must be None or .*'max'"),
         (BottleneckBlock, {"shortcut_pool": "pad", "use_1x1conv": True}, "must be False where"),
         (ResidualBlock, {"use_shortcut": False, "use_1x1conv": True}, "must be False .*got True"),
+        (ResidualBlock, {"use_shortcut": False, "stochastic_depth": 0.1}, "needs a shortcut.*0.1"),
+        (ResidualBlock, {"use_shortcut": False, "zero_init_residual": True}, "needs a shortcut"),
         (BottleneckBlock, {"stochastic_depth": 1.0}, "`stochastic_depth` must be .*got 1.0"),
         (BottleneckBlock, {"stochastic_depth": -0.1}, "`stochastic_depth` must be .*got -0.1"),
         (BottleneckBlock, {"width_per_group": 1}, "must be at least 64, .*got 4 and 1"),

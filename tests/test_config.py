@@ -75,7 +75,7 @@ def test_settings_are_documented():
         ({"freeze": "stem"}, "`freeze` needs `weights`, --freeze needs --weights"),
         ({"weights": "a.pth", "freeze": [1]}, "`freeze` must be a list of names"),
         ({"model": "resnet17"}, "`model` must be one of resnet18"),
-        ({"recipe": "slow"}, "`recipe` must be one of quick, "),
+        ({"recipe": "slow"}, "`recipe` must be one of quick, fast, d2l"),
         ({"precision": "int8"}, "`precision` must be one of auto, float32"),
         ({"class_weights": "heavy"}, "`class_weights` must be one of none, balanced, got 'heavy'"),
         ({"normalize": "zca"}, "`normalize` must be one of none"),

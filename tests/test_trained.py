@@ -43,12 +43,14 @@ def test_its_accuracy_is_that_of_its_record(record, fashion_images):
 
 @pytest.fixture
 def boots(fashion_images, tmp_path):
-    """A folder of ankle boots."""
-    (tmp_path / "boots").mkdir()
-    for index in np.flatnonzero(fashion_images.labels == 9)[:8]:
-        pixels = Image.fromarray(fashion_images.images[index, :, :, 0])
-        pixels.save(tmp_path / "boots" / f"{index}.png")
-    return tmp_path / "boots"
+    """A folder of ankle boots, beside one of bags."""
+    folder = tmp_path / "clothes"
+    for label, name in ((9, "boots"), (8, "bags")):
+        (folder / name).mkdir(parents=True)
+        for index in np.flatnonzero(fashion_images.labels == label)[:8]:
+            pixels = Image.fromarray(fashion_images.images[index, :, :, 0])
+            pixels.save(folder / name / f"{index}.png")
+    return folder / "boots"
 
 
 def test_predict_answers_by_name(boots):
@@ -58,9 +60,12 @@ def test_predict_answers_by_name(boots):
     assert "Ankle boot" in done.stdout
 
 
-def test_it_is_a_checkpoint_to_start_from():
-    source = open_source(NAME)
-    assert source.checkpoint.num_classes == 10 and source.checkpoint.channels == 1
+def test_training_starts_from_it(boots, tmp_path):
+    """With its network and its normalization, which need not be given."""
+    data, options = f"folder:{boots.parent}", {"epochs": 1, "strategy": "none", "verbose": False}
+    run = keras_resnet.train(None, data, weights=NAME, run_dir=tmp_path / "run", **options)
+    settings = run.report["config"]["settings"]
+    assert settings["model"] == "resnet10_narrow" and settings["normalize"] == "none"
 
 
 def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from keras_resnet.datasets.images import (
     ImageFiles,
     check_channels,
     check_image_size,
+    explain_unreadable,
     map_threads,
     no_bomb_warnings,
     open_upright,
@@ -72,7 +73,7 @@ class _Listing(NamedTuple):
         class_names: The classes.
         splits: Split -> {file: class name}; "train" is always there.
         names: File -> its name in the fingerprint, as bytes.
-        remarks: Sentences about folders that are not used.
+        remarks: Sentences about folders and files that are not used.
         is_named: Whether each file was named, in a CSV, and not found in a class folder.
     """
 
@@ -141,7 +142,7 @@ def load_folder(
         for file in others:
             del bad[file]
         listing.remarks.append(
-            f"{len(others)} files beside the images are not used, such as "
+            f"files beside the images are not used: {len(others)}, such as "
             f"{printable_path(os.path.relpath(others[0], root))}"
         )
     if bad and not skip_bad:
@@ -453,16 +454,11 @@ def _check_files(files):
 def _list_bad_files(root, bad):
     base = root.parent if root.is_file() else root
     listed = (
-        f"{printable_path(os.path.relpath(file, base))} ({_reason(bad[file])})"
+        f"{printable_path(os.path.relpath(file, base))} ({explain_unreadable(bad[file])})"
         for file in list(bad)[:_MOST_LISTED]
     )
     more = f" and {len(bad) - _MOST_LISTED} more" if len(bad) > _MOST_LISTED else ""
     return f"{len(bad)} files that cannot be read as images: {', '.join(listed)}{more}"
-
-
-def _reason(error):
-    # Pillow's message names the buffer in memory and not the file.
-    return "not an image" if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 def _is_other_file(file, error):

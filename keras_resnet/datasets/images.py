@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from keras_resnet.utils import tables
 from keras_resnet.utils.errors import InputError, look_up, one_line
@@ -97,6 +97,13 @@ def open_upright(source):
             raise OSError(f"pixels in the mode {image.mode} are not supported")
         image.load()
         return _to_eight_bits(_turn(image))
+
+
+def explain_unreadable(error):
+    """Returns the reason of an error that `open_upright` raised, without the file's name."""
+    # Pillow's message names the buffer in memory and not the file.
+    is_unknown = isinstance(error, UnidentifiedImageError)
+    return "not an image" if is_unknown else f"cannot be read: {one_line(error)}"
 
 
 def _turn(image):

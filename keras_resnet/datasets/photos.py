@@ -4,17 +4,18 @@ import hashlib
 import os
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from keras_resnet.datasets.base import Dataset, Split
 from keras_resnet.datasets.images import (
     ImageFiles,
+    explain_unreadable,
     map_threads,
     no_bomb_warnings,
     open_upright,
     printable_path,
 )
-from keras_resnet.utils.errors import InputError, one_line
+from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.files import expand_user
 
 
@@ -93,8 +94,5 @@ def _check(file):
     except FileNotFoundError:
         raise InputError(f"{printable_path(file)}: no such image file") from None
     except Exception as error:  # see `open_upright`
-        # Pillow's message names the buffer in memory and not the file.
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not an image" if unknown else f"cannot be read: {one_line(error)}"
-        raise InputError(f"{printable_path(file)}: {reason}") from error
+        raise InputError(f"{printable_path(file)}: {explain_unreadable(error)}") from error
     return hashlib.sha256(content).hexdigest()

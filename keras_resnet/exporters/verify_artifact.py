@@ -265,8 +265,8 @@ def check_tolerance(precision, figures):
     Args:
         precision: A row of `PRECISIONS`.
         figures: "max_difference", "agreement" and "accuracy_change"; those that are missing or None
-            are not checked. With "images", their number, the agreement may be a fraction of one
-            image too small.
+            are not checked. With "images", their number, one image may differ however few there
+            are: one of seven is not evidence of a fault.
 
     Example:
         >>> figures = {"max_difference": 2e-5, "agreement": 1.0, "accuracy_change": 0.0}
@@ -274,14 +274,15 @@ def check_tolerance(precision, figures):
         largest difference: 2e-05, must be at most 1e-05
     """
     tolerance = PRECISIONS[precision].tolerance
-    agreement = tolerance.agreement
+    agreement, drop = tolerance.agreement, tolerance.accuracy_drop
     if images := figures.get("images"):
         agreement = min(agreement, math.floor(round(agreement * images, 9)) / images)
+        drop = drop and max(drop, 1 / images)
     # The accuracy change is negative where the accuracy drops.
     rows = (
         ("largest difference", "max_difference", 1, "at most", tolerance.max_difference),
         ("agreement", "agreement", 1, "at least", agreement),
-        ("accuracy drop", "accuracy_change", -1, "at most", tolerance.accuracy_drop),
+        ("accuracy drop", "accuracy_change", -1, "at most", drop),
     )
     failures = []
     for check, key, sign, side, limit in rows:

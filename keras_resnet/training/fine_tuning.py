@@ -95,8 +95,7 @@ def adopt_form(recipe, source, settings):
 def adopt_normalization(settings, given, source):
     """Returns a run's settings completed by the weights that it starts from.
 
-    That is the normalization, of a model of ours or of a published network; and the depth, of a
-    published network.
+    These are the normalization, and the row of `SPECS`, of a run's model or a published network.
 
     Args:
         settings: The run's `TrainConfig`.
@@ -113,8 +112,8 @@ def adopt_normalization(settings, given, source):
         settings = dataclasses.replace(settings, normalize=source.name_normalization() or "none")
     if "model" in given:
         source.check_spec(settings.model)
-    elif source.configuration and source.configuration.model:
-        settings = dataclasses.replace(settings, model=source.configuration.model)
+    elif source.model:
+        settings = dataclasses.replace(settings, model=source.model)
     return settings
 
 

@@ -50,7 +50,7 @@ LEAST_HEAT_MAP = 4
 
 def _adamw(rate):
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.05)
-    # A decay of these would work against the normalization, and not against overfitting.
+    # Kernels alone are decayed, not biases and the parameters of BatchNormalization.
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
 

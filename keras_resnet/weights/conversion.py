@@ -28,8 +28,9 @@ def _check_out(source, out):
     if not os.path.isdir(path.parent):
         raise InputError(f"{path}: there is no folder {path.parent}; make it first")
     if isinstance(source, (str, os.PathLike)):
-        text = split_pin(os.fspath(source))[0]
-        given = expand_user(text) if is_repository(text) else archive.find_model(text)
+        given = expand_user(split_pin(os.fspath(source))[0])
+        if not is_repository(given):
+            given = archive.find_model(given)
         if os.path.exists(given) and os.path.exists(path) and os.path.samefile(path, given):
             raise InputError(f"{path}: is the checkpoint itself; name another file for the model")
     return path

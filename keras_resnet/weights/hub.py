@@ -178,7 +178,8 @@ def find_repository(given, *, revision=None, sha256=None):
         A `Repository`; None if `given` can only be the path of something else.
 
     Raises:
-        InputError: If there is no such repository, or it cannot be downloaded.
+        InputError: If there is no such repository, it cannot be downloaded, or a missing path
+            resembles a published name.
     """
     if not isinstance(given, (str, os.PathLike)):
         return given if isinstance(given, Repository) else None

@@ -253,7 +253,6 @@ LAYOUTS = {
         variant="cifar",
         names={"stem_conv": "conv1", "stem_bn": "bn1", "logits": "linear"},
         dense_as_conv=(),
-        also=("plain",),
     ),
     "pytorch_cifar": dataclasses.replace(
         _TORCHVISION,

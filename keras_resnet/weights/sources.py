@@ -54,6 +54,7 @@ class Source:
         configuration: The `Configuration` of that repository; None for a file by itself.
         image_size: Height and width of the network's images, where the preprocessing in a `.keras`
             file has them.
+        model: The row of `SPECS` that a repository or a run states; None for other files.
         recorded_origin: The `origin` that was recorded when the weights were read; None for
             weights that were read now.
     """
@@ -67,6 +68,7 @@ class Source:
     repository: Repository | None = None
     configuration: Configuration | None = None
     image_size: int | None = None
+    model: str | None = None
     recorded_origin: dict | None = None
 
     @property
@@ -196,6 +198,7 @@ def _open_repository(repository, layout):
         normalization=known and {name: known[name] for name in names},
         repository=repository,
         configuration=stated,
+        model=stated.model,
     )
 
 
@@ -245,17 +248,16 @@ def _open_file(path, layout, name=None):
     """Returns the `Source` of a file; `name` stands for its path in messages."""
     name = name or path
     with naming(name):
-        own_layout = normalization = size = None
+        own_layout, known = None, {}
         if os.path.splitext(path)[1] == ".keras" and archive.is_ours(path):
-            tensors, own_layout, normalization, size = _read_own(path)
+            tensors, own_layout, known = _read_own(path)
         else:
             tensors = read_tensors(path)
         network = find_network(tensors, own_layout or layout)
         _check_head(network.select(tensors), network.row)
         checkpoint = inspect_tensors(tensors, own_layout or layout)
     # After the reader, which refuses files without an end, such as a pipe.
-    known = {"own_layout": own_layout, "normalization": normalization, "image_size": size}
-    return Source(name, digest(path)[1], checkpoint, tensors, **known)
+    return Source(name, digest(path)[1], checkpoint, tensors, own_layout=own_layout, **known)
 
 
 def read_tensors(source):
@@ -276,7 +278,7 @@ def read_tensors(source):
 
 
 def _read_own(path):
-    """Returns tensors, layout, normalization and image size of a `.keras` file of ours."""
+    """Reads a `.keras` file of ours; returns tensors, layout, and a `Source`'s other fields."""
     model = archive.load_model(path)
     models = [each for each in (model, *_layers(model)) if isinstance(each, keras.Model)]
     stems = {"stem_conv", "stem_conv1"}
@@ -285,17 +287,20 @@ def _read_own(path):
     if not variants:
         raise InputError(f"{path}: holds no network of `build_resnet`, got {model.name!r}")
     # Basic blocks look alike in two variants: the metadata of the run names the right one.
-    named = archive.read_metadata(path).get("variant")
-    variant = named if named in variants else variants[0]
+    stated = archive.read_metadata(path)
+    variant = stated.get("variant") if stated.get("variant") in variants else variants[0]
     # Another head than `logits` is left out.
     layers = [x for x in network.layers if module_of(x) != x.name or x.name == "logits"]
     weights = [weight for layer in layers for weight in layer.weights]
     tensors = {weight.path: ops.convert_to_numpy(weight) for weight in weights}
     before = next((x for x in _layers(model) if isinstance(x, ImagePreprocessing)), None)
     names = ("mean", "std", "reverse_channels")
-    normalization = {name: getattr(before, name) for name in names} if before else None
-    layout = dataclasses.replace(OWN_LAYOUT, variant=variant)
-    return to_tensors(path, tensors), layout, normalization, before and before.image_size
+    known = {
+        "normalization": before and {name: getattr(before, name) for name in names},
+        "image_size": before and before.image_size,
+        "model": stated.get("model") if stated.get("model") in SPECS else None,
+    }
+    return to_tensors(path, tensors), dataclasses.replace(OWN_LAYOUT, variant=variant), known
 
 
 def _layers(model):

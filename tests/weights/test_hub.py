@@ -251,6 +251,8 @@ def test_a_local_folder_of_a_repository_takes_precedence(hub, networks, tmp_path
         check("folder", differences(model, networks[1][TINY]), 1e-5)
         # Without the path, which belongs to this machine.
         assert archive.get_metadata(model)["origin"]["name"] == "tiny"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    convert(f"~/{TINY}", out=tmp_path / "tiny.keras")
     assert hub.requests == [] and load(TINY).class_names == NAMES
     with pytest.raises(InputError, match=r"^me/tiny: a local folder has no revisions, got 'v1'$"):
         from_pretrained(TINY, revision="v1")

@@ -236,6 +236,7 @@ def test_another_form_is_refused(checkpoint, layout, model, advice):
         ("keras_v1", "torchvision", "got keras_v1; layouts for that: none"),
         ("keras_v2", "timm_v2", "of variant v2, got keras_v2"),
         ("torchvision", "timm_v2", "of variant v2, got torchvision"),
+        ("plain", "pytorch_resnet_cifar10", "of variant cifar, got plain"),
     ],
 )
 def test_nothing_is_written_that_would_be_another_network(tmp_path, variant, layout, message):
