@@ -170,7 +170,9 @@ def test_files_beside_the_images_are_left_out(folder):
     (folder / "coat" / "notes.txt").write_text("about the images")
     dataset = load(folder)
     (remark,) = set(dataset.remarks) - set(clean.remarks)
-    assert remark.startswith("files beside the images are not used: 2") and "bag/Thumbs.db" in remark
+    assert (
+        remark.startswith("files beside the images are not used: 2") and "bag/Thumbs.db" in remark
+    )
     assert dataset.fingerprint == clean.fingerprint and dataset.source == clean.source
     # An image by its content counts, whatever its suffix.
     first = next((folder / "bag").glob("*.png"))
