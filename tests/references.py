@@ -53,7 +53,7 @@ SOURCES = {
         *("ResNet50V2", "ResNet101V2", "ResNet152V2"),
     ),
     # Written in PyTorch for the tests, from the paper: no library has these networks.
-    "paper": ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "plain20", "plain56"),
+    "paper": ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "plain20"),
 }
 
 # Where `randomize` draws from, by Keras's names. Any bias too: some libraries start it at 0.
