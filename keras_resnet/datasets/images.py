@@ -102,8 +102,7 @@ def open_upright(source):
 def explain_unreadable(error):
     """Returns the reason of an error that `open_upright` raised, without the file's name."""
     # Pillow's message names the buffer in memory and not the file.
-    is_unknown = isinstance(error, UnidentifiedImageError)
-    return "not an image" if is_unknown else f"cannot be read: {one_line(error)}"
+    return "not an image" if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 def _turn(image):

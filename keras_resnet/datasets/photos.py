@@ -94,5 +94,5 @@ def _check(file):
     except FileNotFoundError:
         raise InputError(f"{printable_path(file)}: no such image file") from None
     except Exception as error:  # see `open_upright`
-        raise InputError(f"{printable_path(file)}: {explain_unreadable(error)}") from error
+        raise InputError(f"{printable_path(file)}: cannot be read: {explain_unreadable(error)}") from error
     return hashlib.sha256(content).hexdigest()

@@ -67,7 +67,7 @@ def test_the_fingerprint_is_that_of_the_contents(folder):
     [
         ("missing.png", None, "missing.png: no such image file"),
         (f"{'x' * 300}.png", None, "cannot be read: .*name too long"),
-        ("broken.png", b"no image", "broken.png: not an image"),
+        ("broken.png", b"no image", "broken.png: cannot be read: not an image"),
         ("empty", "folder", "empty: holds no photographs"),
     ],
 )
