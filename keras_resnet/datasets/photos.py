@@ -94,5 +94,6 @@ def _check(file):
     except FileNotFoundError:
         raise InputError(f"{printable_path(file)}: no such image file") from None
     except Exception as error:  # see `open_upright`
-        raise InputError(f"{printable_path(file)}: cannot be read: {explain_unreadable(error)}") from error
+        reason = explain_unreadable(error)
+        raise InputError(f"{printable_path(file)}: cannot be read: {reason}") from error
     return hashlib.sha256(content).hexdigest()
