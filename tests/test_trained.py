@@ -1,5 +1,6 @@
 """The trained models that are a part of the package."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -66,6 +67,26 @@ def test_training_starts_from_it(boots, tmp_path):
     run = keras_resnet.train(None, data, weights=NAME, run_dir=tmp_path / "run", **options)
     settings = run.report["config"]["settings"]
     assert settings["model"] == "resnet10_narrow" and settings["normalize"] == "none"
+
+
+@pytest.mark.parametrize(("renamed", "is_new"), [(False, False), (True, True)])
+def test_a_head_of_as_many_other_classes_is_new(renamed, is_new, fashion_images, tmp_path, capsys):
+    data = keras_resnet.load_dataset("fashion_mnist")
+    few = keras_resnet.Split(fashion_images.images[:64], fashion_images.labels[:64])
+    names = tuple(map(str, range(10))) if renamed else data.class_names
+    data = dataclasses.replace(data, class_names=names, splits={"train": few, "test": few})
+    options = {"weights": NAME, "epochs": 1, "strategy": "none", "freeze": None}
+    for resume in (False, True):
+        options["epochs"] += resume
+        keras_resnet.train(None, data, "fast", run_dir=tmp_path / "run", resume=resume, **options)
+    said = capsys.readouterr().out
+    assert ("new head: 10 classes, the checkpoint has 10 others" in said) == is_new
+    assert ("head of 10 classes loaded" in said) != is_new
+    frozen = keras_resnet.train(
+        None, data, "fast", run_dir=tmp_path / "b", **{**options, "freeze": ["logits"]}
+    )
+    # With a frozen head the names are those of the user.
+    assert "head of 10 classes loaded" in capsys.readouterr().out and frozen.history
 
 
 def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):

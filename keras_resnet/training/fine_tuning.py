@@ -46,10 +46,12 @@ def find_source(settings, recorded=None, needed=True):
 def record(source):
     """Returns the record of a `Source` in config.json, a dict.
 
-    It has the sha256, the size of the images, the origin, and the fields of the `Checkpoint`.
+    It has the sha256, the size of the images, the origin, the names of the classes, and the fields
+    of the `Checkpoint`.
     """
     known = {"sha256": source.sha256, "image_size": source.input_shape[0], "origin": source.origin}
-    return {**known, **dataclasses.asdict(source.checkpoint)}
+    names = [list(names) for names in source.class_names]
+    return {**known, "class_names": names, **dataclasses.asdict(source.checkpoint)}
 
 
 def _read_record(path, recorded):
@@ -59,10 +61,12 @@ def _read_record(path, recorded):
         fields = {**recorded}
         sha256, size = fields.pop("sha256"), fields.pop("image_size", None)
         origin = fields.pop("origin")
+        # Earlier runs have no names.
+        names = tuple(tuple(names) for names in fields.pop("class_names", ()))
         texts = all(isinstance(each, (str, NoneType)) for each in origin.values())
         if not texts or not isinstance(sha256, str):
             raise TypeError
-        known = {"image_size": size, "recorded_origin": origin}
+        known = {"image_size": size, "recorded_origin": origin, "class_names": names}
         source = Source(path, sha256, Checkpoint(**fields), {}, **known)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise InputError(
@@ -117,8 +121,20 @@ def adopt_normalization(settings, given, source):
     return settings
 
 
-def load_source(network, source, recipe, num_classes):
-    """Loads the first weights of a run; a head of another number of classes stays random.
+def keeps_head(source, class_names, frozen):
+    """Returns whether a run has the checkpoint's head: it is of the same classes, or frozen.
+
+    Args:
+        source: The result of `find_source`.
+        class_names: The names of the data set's classes.
+        frozen: The names of the frozen modules.
+    """
+    is_as_large = source.checkpoint.num_classes == len(class_names)
+    return source.has_classes(class_names) or (is_as_large and "logits" in frozen)
+
+
+def load_source(network, source, recipe, class_names, frozen):
+    """Loads the first weights of a run; a head of other classes stays random.
 
     The first convolution is adapted to the network's number of channels; see `adapt_channels`.
 
@@ -127,7 +143,8 @@ def load_source(network, source, recipe, num_classes):
         source: The result of `find_source`. Its tensors are released, so that a run does not hold
             them to its end.
         recipe: The result of `adopt_form`.
-        num_classes: The network's number of classes.
+        class_names: The names of the data set's classes.
+        frozen: The names of the frozen modules.
 
     Returns:
         One line about the tensors loaded.
@@ -135,8 +152,7 @@ def load_source(network, source, recipe, num_classes):
     Raises:
         InputError: If the checkpoint does not fit; the network is unchanged then.
     """
-    found = source.checkpoint
-    new_head = found.num_classes != num_classes
+    found, new_head = source.checkpoint, not keeps_head(source, class_names, frozen)
     transfer = source.load_into(network, skip_head=new_head, adapt_input=True)
     source.tensors.clear()
     parts = [
@@ -145,9 +161,10 @@ def load_source(network, source, recipe, num_classes):
     ]
     if new_head:
         before = "none" if found.num_classes is None else found.num_classes
-        parts.append(f"new head: {num_classes} classes, the checkpoint has {before}")
+        before = f"{before} others" if before == len(class_names) else before
+        parts.append(f"new head: {len(class_names)} classes, the checkpoint has {before}")
     else:
-        parts.append(f"head of {num_classes} classes loaded")
+        parts.append(f"head of {len(class_names)} classes loaded")
     if transfer.taken:
         parts.append(f"weights under {transfer.taken}")
     if transfer.ignored:

@@ -420,9 +420,10 @@ class Trainer:
     @property
     def has_new_head(self):
         """Whether the run starts from weights, but trains a head that is not of them."""
-        if self.source is None or "logits" in (self.settings.freeze or ()):
+        frozen = self.settings.freeze or ()
+        if self.source is None or "logits" in frozen:
             return False
-        return self.source.checkpoint.num_classes != len(self.dataset.class_names)
+        return not fine_tuning.keeps_head(self.source, self.dataset.class_names, frozen)
 
     def check_data(self):
         """Raises an `InputError` for a data set that cannot be trained on."""
@@ -581,8 +582,10 @@ class Trainer:
         names, total = self.settings.freeze, count_parameters(self.model)
         numbers = {"num_parameters": total}
         if self.source and self.source.tensors:
-            classes = len(self.dataset.class_names)
-            done = fine_tuning.load_source(self.model, self.source, self.recipe, classes)
+            classes = self.dataset.class_names
+            done = fine_tuning.load_source(
+                self.model, self.source, self.recipe, classes, names or ()
+            )
             self.say(f"weights: {done}")
         if names:
             fine_tuning.freeze(self.model.get_layer(self.settings.model), names)

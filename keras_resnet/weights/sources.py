@@ -55,6 +55,8 @@ class Source:
         image_size: Height and width of the network's images, where the preprocessing in a `.keras`
             file has them.
         model: The row of `SPECS` that a repository or a run states; None for other files.
+        class_names: The names of the head's classes, in each form that is known: words, and the ids
+            of ImageNet's classes in WordNet. Empty where they are not known.
         recorded_origin: The `origin` that was recorded when the weights were read; None for
             weights that were read now.
     """
@@ -69,6 +71,7 @@ class Source:
     configuration: Configuration | None = None
     image_size: int | None = None
     model: str | None = None
+    class_names: tuple = dataclasses.field(default=(), repr=False)
     recorded_origin: dict | None = None
 
     @property
@@ -118,6 +121,12 @@ class Source:
             "license": stated.license,
             "url": stated.origin_url,
         }
+
+    def has_classes(self, class_names):
+        """Returns whether the head is of as many classes, and of these names where they are known."""
+        known = [list(names) for names in self.class_names]
+        is_as_large = self.checkpoint.num_classes == len(class_names)
+        return is_as_large and (not known or list(class_names) in known)
 
     def check_spec(self, spec):
         """Refuses a network of another depth or width than the repository states.
@@ -199,6 +208,7 @@ def _open_repository(repository, layout):
         repository=repository,
         configuration=stated,
         model=stated.model,
+        class_names=tuple(filter(None, (stated.class_names, stated.class_ids))),
     )
 
 
@@ -299,6 +309,7 @@ def _read_own(path):
         "normalization": before and {name: getattr(before, name) for name in names},
         "image_size": before and before.image_size,
         "model": stated.get("model") if stated.get("model") in SPECS else None,
+        "class_names": (tuple(stated["class_names"]),) if stated.get("class_names") else (),
     }
     return to_tensors(path, tensors), dataclasses.replace(OWN_LAYOUT, variant=variant), known
 
