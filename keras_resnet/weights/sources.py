@@ -123,7 +123,7 @@ class Source:
         }
 
     def has_classes(self, class_names):
-        """Returns whether the head is of as many classes, and of these names where they are known."""
+        """Returns whether the head has as many classes, of these names where they are known."""
         known = [list(names) for names in self.class_names]
         is_as_large = self.checkpoint.num_classes == len(class_names)
         return is_as_large and (not known or list(class_names) in known)
