@@ -142,6 +142,10 @@ FINE_TUNING = {
     },
 }
 
+# The same for weights of a network with the stem "small", such as those of small grey images: at
+# the rate for networks of ImageNet they change too little in a run of minutes.
+FINE_TUNING_SMALL = {"photos": {"learning_rate": 1e-3}}
+
 LEAST_SIZE = 128
 """Pixels of photographs for weights that were trained on smaller images, such as Fashion-MNIST."""
 
@@ -165,14 +169,21 @@ def choose_epochs(images_seen, images):
     return min(max(math.ceil(images_seen / images), LEAST_EPOCHS), MOST_EPOCHS)
 
 
-def find_recipe(name, fine_tunes):
+def find_recipe(name, stem=None):
     """Returns a row of `RECIPES`.
 
     Args:
         name: The row's name.
-        fine_tunes: Whether the run starts from the weights of another; see `FINE_TUNING`.
+        stem: The stem of the network whose weights the run starts from, for `FINE_TUNING`; None for
+            a run from scratch.
+
+    Example:
+        >>> [find_recipe("photos", stem).learning_rate for stem in (None, "imagenet", "small")]
+        [0.001, 0.0003, 0.001]
     """
-    changes = FINE_TUNING.get(name, {}) if fine_tunes else {}
+    changes = {} if stem is None else FINE_TUNING.get(name, {})
+    if stem == "small":
+        changes = {**changes, **FINE_TUNING_SMALL.get(name, {})}
     return dataclasses.replace(RECIPES[name], **changes)
 
 

@@ -62,10 +62,10 @@ def test_recipes_out_of_range(change, message):
 
 def test_fine_tuning_changes_rows_that_exist_into_valid_recipes():
     for name in FINE_TUNING:
-        recipe = find_recipe(name, fine_tunes=True)
-        assert find_recipe(name, fine_tunes=False) == RECIPES[name] != recipe
+        recipe = find_recipe(name, "imagenet")
+        assert find_recipe(name) == RECIPES[name] != recipe
         assert recipe.learning_rate < recipe.head_learning_rate
-    assert find_recipe("quick", fine_tunes=True) == RECIPES["quick"]
+    assert find_recipe("quick", "imagenet") == RECIPES["quick"]
 
 
 def test_photos_is_for_photographs():
@@ -73,7 +73,7 @@ def test_photos_is_for_photographs():
     assert photos.schedule == "cosine" and photos.label_smoothing == 0.1 and photos.patience
     assert {"crop", "flip", "colour"} <= set(photos.augmentation)
     assert photos.resize == "shorter_edge"
-    assert find_recipe("photos", fine_tunes=True).image_size == 224
+    assert find_recipe("photos", "imagenet").image_size == 224
 
 
 @pytest.mark.parametrize("images", [1, 75, 100, 500, 1000, 10_000, 1_000_000])
@@ -112,7 +112,7 @@ def test_the_share_of_a_crop_gives_its_edge_again(size):
 
 
 def test_a_scaled_batch_scales_both_rates():
-    recipe = find_recipe("photos", fine_tunes=True)
+    recipe = find_recipe("photos", "imagenet")
     scaled = scale_batch(recipe, 4)
     assert scaled.learning_rate == 4 * recipe.learning_rate
     assert scaled.head_learning_rate == 4 * recipe.head_learning_rate

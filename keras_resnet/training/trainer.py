@@ -391,7 +391,8 @@ class Trainer:
 
     def make_recipe(self, settings):
         """Returns the recipe with the settings' values, the source's form, and scaling."""
-        recipe = override(find_recipe(settings.recipe, self.source is not None), settings)
+        stem = self.source and self.source.checkpoint.stem
+        recipe = override(find_recipe(settings.recipe, stem), settings)
         recipe = fine_tuning.adopt_form(recipe, self.source, settings)
         if settings.scale_batch:
             recipe = scale_batch(recipe, self.decision.num_replicas)
