@@ -221,6 +221,8 @@ def _check_agreement(stated, source):
     row, found, spec = LAYOUTS[source.checkpoint.layout], source.checkpoint, stated.spec
     tensors = find_network(source.tensors, found.layout).select(source.tensors)
     last_conv, size, expansion = ("conv2", 3, 1) if spec.block == "basic" else ("conv3", 1, 4)
+    # ResNeXt and Wide ResNet have other widths inside a block.
+    widths = [filters * spec.width_per_group // 64 * spec.groups for filters in spec.filters]
 
     def last_kernel(stage, block):
         """Returns the shape of a block's last kernel, or None where there is no such block."""
@@ -235,9 +237,9 @@ def _check_agreement(stated, source):
         ("classes", stated.num_classes or None, found.num_classes),
         ("stem", spec.stem, found.stem),
     ]
-    stages = zip(spec.blocks, spec.filters, strict=True)
-    for stage, (blocks, filters) in enumerate(stages, start=1):
-        kernel = (size, size, filters, filters * expansion)
+    stages = zip(spec.blocks, spec.filters, widths, strict=True)
+    for stage, (blocks, filters, width) in enumerate(stages, start=1):
+        kernel = (size, size, width, filters * expansion)
         for block in range(1, blocks + 2):
             name = f"last kernel in block {block} of stage {stage}"
             pairs.append((name, kernel if block <= blocks else None, last_kernel(stage, block)))

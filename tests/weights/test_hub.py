@@ -882,8 +882,15 @@ OF_TIMM = {(r["model"], r["variant"]): r["name"] for r in NAMED if r["name"].sta
 OF_TRANSFORMERS = [row["model"] for row in NAMED if row["name"].startswith("microsoft/")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OF_TIMM.values())
+# In `make test`: one of each form of the tables.
+FAST_OF_TIMM = ("resnet18", "resnext50_32x4d", "wide_resnet50_2", "seresnet50", "resnet50d")
+EVERY_OF_TIMM = [
+    pytest.param(name, marks=() if model in FAST_OF_TIMM else pytest.mark.slow)
+    for (model, _), name in OF_TIMM.items()
+]
+
+
+@pytest.mark.parametrize("name", EVERY_OF_TIMM)
 def test_every_network_that_timm_publishes(name, tmp_path):
     network = write_timm(tmp_path, name)
     ours = from_pretrained(tmp_path / name, image_size=96)

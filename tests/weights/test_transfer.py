@@ -102,7 +102,11 @@ def test_a_trained_network_of_ours_gives_its_logits_in_pytorch(tmp_path):
 def test_safetensors_go_both_ways_without_pytorch(tmp_path):
     code = """
 import sys
-sys.modules["torch"] = None  # any import of it fails
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+sys.meta_path.insert(0, NoTorch())
 import keras_resnet
 from keras_resnet import Spec
 model = keras_resnet.build_resnet(Spec((1,), (4,)), (32, 32, 3), variant="torchvision")
