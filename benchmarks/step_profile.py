@@ -5,7 +5,8 @@
 
 Contenders are those of `training_speed.py`; TensorFlow and PyTorch both compute convolutions by
 oneDNN, which logs the time of each operator where `ONEDNN_VERBOSE` is set. "not oneDNN" is the rest
-of the step: all other operators, the optimizer, and Python. The column "ms" is the mean of the
+of the step: all other operators, the optimizer, and Python. TensorFlow runs one operator at a time
+here, so that the times add up. The column "ms" is the mean of the
 steps; the last column is the number of calls in a step.
 """
 
@@ -46,7 +47,7 @@ def profile(args, contender, precision):
     """Prints the table of a contender, the slowest operators first."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", contender]
     command += ["--precision", precision]
-    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1", "TF_NUM_INTEROP_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     _, _, measured = done.stdout.partition(BEGIN)
     log, _, seconds = measured.partition(END)
