@@ -30,9 +30,21 @@ def train_fashion_mnist(text):
     assert "2 replicas" in text
 
 
+def photos_to_a_phone(text):
+    assert float(re.search(r"validation accuracy (\S+)", text)[1]) > 0.7
+    found = re.findall(r"^(\w+(?: int8)?) +cat (\S+)  difference (\S+)$", text, re.MULTILINE)
+    assert [name for name, *_ in found] == [
+        *("Keras", "SavedModel", "TFLite", "TFLite int8", "ONNX", "ONNX int8")
+    ]
+    for name, _, difference in found:
+        assert float(difference) < (0.3 if "int8" in name else 1e-5), name
+    assert float(re.search(r"same class in 8 bits: (\S+)", text)[1]) > 0.95
+
+
 CHECKS = {
     "01_residual_blocks": residual_blocks,
     "02_train_fashion_mnist": train_fashion_mnist,
+    "03_your_photos_to_a_phone": photos_to_a_phone,
 }
 
 
