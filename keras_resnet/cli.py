@@ -550,8 +550,8 @@ _COMMANDS = {
         {**_EXPORT_OPTIONS, **_JSON_OPTION},
         [
             "export runs/demo",
-            "export runs/photos --to tflite --precision int8 --input-size 224 224",
             "export timm/resnet18.a1_in1k --photos holiday/",
+            "export timm/resnet18.a1_in1k --photos holiday/ --input-size 224 224 --to tflite",
         ],
         "\n".join(
             [

@@ -69,6 +69,14 @@ def test_training_starts_from_it(boots, tmp_path):
     assert settings["model"] == "resnet10_narrow" and settings["normalize"] == "none"
 
 
+@pytest.mark.parametrize("damaged", [5, {"a": 1}, None, [], "x"])
+def test_metadata_of_another_type_name_no_network_and_no_classes(damaged, tmp_path):
+    metadata = {"model": damaged, "class_names": damaged, "variant": damaged}
+    archive.write_model(archive.load_model(PATH), tmp_path / "a.keras", metadata)
+    source = open_source(tmp_path / "a.keras")
+    assert source.model is None and source.has_classes(range(10))
+
+
 @pytest.mark.parametrize(("renamed", "is_new"), [(False, False), (True, True)])
 def test_a_head_of_as_many_other_classes_is_new(renamed, is_new, fashion_images, tmp_path, capsys):
     data = keras_resnet.load_dataset("fashion_mnist")

@@ -58,7 +58,7 @@ def did_you_mean(text):
     """Returns "; did you mean NAME?" for a text that resembles a published name, otherwise "".
 
     Args:
-        text: What was given, with or without an owner.
+        text: The name as the user wrote it, with or without an owner.
 
     Example:
         >>> did_you_mean("resnet18.a1in1k")

@@ -307,11 +307,15 @@ def _read_own(path):
     tensors = {weight.path: ops.convert_to_numpy(weight) for weight in weights}
     before = next((x for x in _layers(model) if isinstance(x, ImagePreprocessing)), None)
     names = ("mean", "std", "reverse_channels")
+    # The metadata of a foreign file have any type.
+    named, class_names = stated.get("model"), stated.get("class_names")
     known = {
         "normalization": before and {name: getattr(before, name) for name in names},
         "image_size": before and before.image_size,
-        "model": stated.get("model") if stated.get("model") in SPECS else None,
-        "class_names": (tuple(stated["class_names"]),) if stated.get("class_names") else (),
+        "model": named if isinstance(named, str) and named in SPECS else None,
+        "class_names": (tuple(class_names),)
+        if class_names and isinstance(class_names, list)
+        else (),
     }
     return to_tensors(path, tensors), dataclasses.replace(OWN_LAYOUT, variant=variant), known
 
