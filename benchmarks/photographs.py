@@ -4,7 +4,7 @@
     python benchmarks/photographs.py prove
     python benchmarks/photographs.py tfds
     python benchmarks/photographs.py story [--weights timm/resnet18.a1_in1k]
-    python benchmarks/photographs.py transfer [--seeds 3] [--target digits clothes photographs]
+    python benchmarks/photographs.py transfer [--seeds 3] [--target scenes clothes digits …]
     python benchmarks/photographs.py folder DIR
 
 `prove` writes a folder of 84 crops of seven photographs, twelve for each, trains with nothing but
@@ -13,11 +13,13 @@ TensorFlow Datasets in the form of CIFAR: crops of 32×32 pixels, 100 for each p
 the recipe "photos". `story` runs the three commands at the top of the README with the folder of
 `prove` and prints their times; `--weights` may be a local repository, and the times are the same
 with random weights. `transfer` compares fine-tuning with training from scratch at 20 images a
-class, on three targets:
+class, on four targets:
 
-- digits: scikit-learn's handwritten digits, from the network of Fashion-MNIST in the package;
-  1,597 test images;
+- scenes: the ten kinds of clothes of Fashion-MNIST, turned by up to 30° and in front of
+  photographs, from the network of Fashion-MNIST in the package, which has seen none of these
+  clothes; 2,000 test images;
 - clothes: five classes of Fashion-MNIST, from weights trained on the other five;
+- digits: scikit-learn's handwritten digits, from the network in the package; 1,597 test images;
 - photographs: crops as above, from weights trained on all ten classes of Fashion-MNIST.
 
 All crops of a class come from one photograph, so parts of the test images have been seen in
@@ -58,14 +60,20 @@ NEW_CLASSES = (1, 4, 6, 8, 9)
 boot. The weights know the others: T-shirt, pullover, dress, sandal and sneaker."""
 
 
+def open_photograph(name):
+    """Returns a row of `PHOTOGRAPHS` as a Pillow image."""
+    package, path = PHOTOGRAPHS[name]
+    found = importlib.util.find_spec(package)
+    if found is None:
+        sys.exit("the photographs are in scikit-image and scikit-learn: pip install both")
+    return Image.open(Path(found.origin).parent / path).convert("RGB")
+
+
 def write_crops(folder, count, seed):
     """Writes `count` crops of each photograph: 35 to 70 % of its shorter edge, of many shapes."""
     random = np.random.default_rng(seed)
-    for name, (package, path) in PHOTOGRAPHS.items():
-        found = importlib.util.find_spec(package)
-        if found is None:
-            sys.exit("the photographs are in scikit-image and scikit-learn: pip install both")
-        image = Image.open(Path(found.origin).parent / path).convert("RGB")
+    for name in PHOTOGRAPHS:
+        image = open_photograph(name)
         (folder / name).mkdir(parents=True)
         for index in range(count):
             height = int(min(image.size) * random.uniform(0.35, 0.7))
@@ -90,6 +98,38 @@ def write_clothes(folder, count, test_count):
             for index in np.flatnonzero(labels == label)[:wanted]:
                 pixels = Image.fromarray(images[index, :, :, 0])
                 pixels.save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def write_scenes(folder, count, test_count):
+    """Writes test images of Fashion-MNIST, turned, in front of parts of photographs, in grey.
+
+    Each class has `count` training and `test_count` test images, all of different clothes. The
+    background is half as bright as its photograph, and the clothes are whole in the image.
+    """
+    from keras_resnet import load_dataset
+
+    dataset, random = load_dataset("fashion_mnist"), np.random.default_rng(0)
+    images, labels = dataset.splits["test"].images[..., 0], dataset.splits["test"].labels
+    backgrounds = [open_photograph(name).convert("L") for name in PHOTOGRAPHS]
+    for label, name in enumerate(dataset.class_names):
+        chosen = np.flatnonzero(labels == label)[: count + test_count]
+        for place, index in enumerate(chosen):
+            garment = Image.fromarray(images[index]).resize((24, 24), Image.Resampling.BICUBIC)
+            canvas = Image.new("L", (40, 40))
+            canvas.paste(garment, (8, 8))
+            turned = canvas.rotate(random.uniform(-30, 30), Image.Resampling.BICUBIC)
+            turned = np.asarray(turned.crop((6, 6, 34, 34)), "float32")
+            background = backgrounds[random.integers(len(backgrounds))]
+            left, top = (random.integers(0, edge - 112) for edge in background.size)
+            part = background.crop((left, top, left + 112, top + 112)).resize((28, 28))
+            # A dark pixel of the image belongs to the background, as far as it is dark.
+            cover = np.minimum(turned / 32, 1)
+            pixels = cover * turned + (1 - cover) * np.asarray(part, "float32") / 2
+            split = "train" if place < count else "test"
+            path = folder / split / name.replace("/", " or ") / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype("uint8")).save(path)
     return folder
 
 
@@ -221,6 +261,11 @@ def story(folder, weights):
 # Target -> functions of a folder, one that writes the data and one that returns the weights to
 # start from, and the network of both ways.
 TARGETS = {
+    "scenes": (
+        lambda folder: write_scenes(folder, 20, 200),
+        lambda folder: "fashion_mnist",
+        "resnet10_narrow",
+    ),
     "digits": (
         lambda folder: write_digits(folder, 20),
         lambda folder: "fashion_mnist",

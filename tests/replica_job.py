@@ -84,6 +84,7 @@ def build(
     stages=1,
     weighed=True,
     label_smoothing=0.0,
+    mixing=None,
     **compiled,
 ):
     """Returns a small compiled network of raw images; `decay` is steps of a cosine.
@@ -94,6 +95,7 @@ def build(
 
     from keras_resnet import Spec, build_resnet, with_preprocessing
     from keras_resnet.distribution import choose_loss, synchronize_batchnorm
+    from keras_resnet.losses import Accuracy
 
     keras.utils.set_random_seed(0)
     before = keras.config.dtype_policy()
@@ -115,8 +117,9 @@ def build(
                     BATCH,
                     strategy.num_replicas_in_sync if weighed else 1,
                     label_smoothing=label_smoothing,
+                    mixing=mixing,
                 ),
-                metrics=["accuracy"],
+                metrics=[Accuracy() if mixing else "accuracy"],
                 **compiled,
             )
     finally:
@@ -152,17 +155,18 @@ def local_values(variable):
 # ----------------------------------------------------------------------------------------------
 
 
-def train_epoch(strategy, sync=True, epochs=1, class_weights=None, **options):
+def train_epoch(strategy, sync=True, epochs=1, class_weights=None, mixing=None, **options):
     """Trains an epoch of ten steps; the last has fewer images."""
     import keras
 
     from keras_resnet.distribution import AverageMovingStatistics, Shards
 
     split, evaluation = read_split(IMAGES), read_split(100, 1000)
-    model = build(strategy, len(split), sync, **options)
+    model = build(strategy, len(split), sync, mixing=mixing, **options)
     curve = Curve()
     order = lambda epoch: split.order(0, epoch)  # noqa: E731
-    shards = Shards(split, BATCH, strategy, order, class_weights=class_weights)
+    reading = {"class_weights": class_weights, "mixing": mixing, "classes": 10}
+    shards = Shards(split, BATCH, strategy, order, **reading)
     held = Shards(evaluation, BATCH, strategy)
     history = model.fit(
         shards.dataset,

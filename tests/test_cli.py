@@ -199,7 +199,7 @@ BAD = {
     "unknown command": ("fly", "invalid choice: 'fly'"),
     "unknown recipe": (
         "train --recipe slow",
-        "`recipe` must be one of quick, fast, d2l, photos, got 'slow'",
+        "`recipe` must be one of quick, fast, d2l, photos, best, got 'slow'",
     ),
     "unknown precision": ("train --precision int4", "invalid choice: 'int4'"),
     "no epochs": ("train --epochs 0", "--epochs: must be positive and at most 1e+06, got 0"),

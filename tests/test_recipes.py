@@ -9,6 +9,7 @@ import pytest
 
 from keras_resnet import models, preprocessing, resampling
 from keras_resnet.config import PRECISIONS, TrainConfig
+from keras_resnet.datasets import mixing
 from keras_resnet.datasets.images import RESIZES
 from keras_resnet.recipes import (
     FINE_TUNING,
@@ -35,6 +36,7 @@ def test_recipes_name_rows_that_exist(recipe):
     assert recipe.variant in models.VARIANTS
     assert recipe.stem in (None, *models.STEMS)
     assert set(recipe.augmentation) <= set(preprocessing.AUGMENTATIONS)
+    assert recipe.mixing in (None, *mixing.MIXINGS)
 
 
 def test_d2l_is_the_recipe_of_the_book():

@@ -147,8 +147,8 @@ def load_folder(
         )
     if bad and not skip_bad:
         raise InputError(
-            f"{printable_path(root)}: there are {_list_bad_files(root, bad)}; remove them, or skip "
-            "them with --skip-bad (`skip_bad=True`)"
+            f"{printable_path(root)}: {_list_bad_files(root, bad)}; to leave such files out, use "
+            "--skip-bad (`skip_bad=True`)"
         )
     _check_counts(root, listing, checked, is_trained_on)
     if resize == "shorter_edge":
@@ -458,7 +458,10 @@ def _list_bad_files(root, bad):
         for file in list(bad)[:_MOST_LISTED]
     )
     more = f" and {len(bad) - _MOST_LISTED} more" if len(bad) > _MOST_LISTED else ""
-    return f"{len(bad)} files that cannot be read as images: {', '.join(listed)}{more}"
+    files = "1 file that cannot be read as an image"
+    if len(bad) > 1:
+        files = f"{len(bad)} files that cannot be read as images"
+    return f"{files}: {', '.join(listed)}{more}"
 
 
 def _is_other_file(file, error):

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_resnet import PACKAGE
 from keras_resnet.datasets.base import cut_batches
+from keras_resnet.datasets.mixing import BatchReader
 from keras_resnet.losses import Crossentropy, make_loss
 from keras_resnet.utils.errors import InputError
 
@@ -35,7 +36,8 @@ class Shards:
         first_epoch: The epoch that the data set starts with.
         least: The smallest last batch of an epoch, in images; a smaller one joins the batch before
             it. By default one image a replica. See `datasets.base.cut_batches`.
-        class_weights: See `training.inputs.Batches`.
+        **reading: Arguments of `datasets.mixing.BatchReader`: `class_weights`, `mixing`, `classes`,
+            `seed`.
 
     Attributes:
         dataset: The input of `model.fit`.
@@ -59,7 +61,7 @@ class Shards:
         order=None,
         first_epoch=0,
         least=None,
-        class_weights=None,
+        **reading,
     ):
         replicas = strategy.num_replicas_in_sync
         check_batches(len(split), batch_size, replicas)
@@ -68,7 +70,7 @@ class Shards:
         self.steps = len(self.cuts)
         self.order = order or (lambda epoch: np.arange(len(split)))
         self.first_epoch = first_epoch
-        self.class_weights = class_weights
+        self.reader = BatchReader(split, **reading)
         self.failure = None
         self._read_times = {}
         self.dataset = strategy.distribute_datasets_from_function(self._local)
@@ -89,8 +91,8 @@ class Shards:
                 for step, cut in enumerate(self.cuts):
                     shards = np.array_split(order[cut], context.num_replicas_in_sync)
                     start = time.perf_counter()
-                    for shard in shards[first : first + replicas]:
-                        batch = self._read(shard)
+                    for replica in range(first, first + replicas):
+                        batch = self._read(shards[replica], epoch, step, replica)
                         self._read_times[epoch, step] = start, time.perf_counter()
                         yield batch
                 # Read ahead: the epoch before may still be trained.
@@ -98,23 +100,20 @@ class Shards:
                     del self._read_times[key]
                 epoch += 1
 
-        images = tf.TensorSpec((None, *self.split.images.shape[1:]), "uint8")
-        numbers = ["int64"] if self.class_weights is None else ["int64", "float32"]
-        signature = (images, *(tf.TensorSpec((None,), dtype) for dtype in numbers))
+        signature = tuple(
+            tf.TensorSpec((None, *shape), dtype) for shape, dtype in self.reader.signature
+        )
         dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
         # If a data set may end, the workers must agree before every step whether it has.
         endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
         return dataset.apply(endless).prefetch(2 * replicas)
 
-    def _read(self, chosen):
+    def _read(self, chosen, *place):
         try:
-            batch = self.split.images[chosen], self.split.labels[chosen].astype("int64")
+            return self.reader.read(chosen, *place)
         except InputError as error:
             self.failure = error
             raise
-        if self.class_weights is None:
-            return batch
-        return *batch, np.asarray(self.class_weights, "float32")[batch[1]]
 
 
 def check_batches(images, batch_size, replicas):
@@ -167,7 +166,7 @@ class GlobalBatchCrossentropy(Crossentropy):
         return weight * loss + tf.stop_gradient((1 - weight) * loss)
 
 
-def choose_loss(images, batch_size, replicas, least=None, label_smoothing=0.0):
+def choose_loss(images, batch_size, replicas, least=None, label_smoothing=0.0, mixing=None):
     """Returns the loss of logits for several replicas with `Shards`.
 
     Args:
@@ -176,6 +175,7 @@ def choose_loss(images, batch_size, replicas, least=None, label_smoothing=0.0):
         replicas: The number of replicas.
         least: See `Shards`.
         label_smoothing: See `losses.Crossentropy`.
+        mixing: See `losses.make_loss`.
 
     Returns:
         The loss of one replica, `losses.make_loss`, if all shards have the same size, which saves
@@ -189,7 +189,7 @@ def choose_loss(images, batch_size, replicas, least=None, label_smoothing=0.0):
     even = all((cut.stop - cut.start) % replicas == 0 for cut in cuts)
     if not even:
         return GlobalBatchCrossentropy(label_smoothing)
-    return make_loss(label_smoothing)
+    return make_loss(label_smoothing, mixing)
 
 
 def synchronize_batchnorm(model):

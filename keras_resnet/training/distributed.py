@@ -124,7 +124,8 @@ class DistributedTrainer(Trainer):
         """Returns the loss, which weighs shards of different sizes; see `choose_loss`."""
         images, size = len(self.train_split), self.recipe.batch_size
         replicas, least = self.decision.num_replicas, self.least_batch
-        return choose_loss(images, size, replicas, least, self.recipe.label_smoothing)
+        smoothing, mixing = self.recipe.label_smoothing, self.recipe.mixing
+        return choose_loss(images, size, replicas, least, smoothing, mixing)
 
     def compile(self):
         """Compiles the model, synchronized if the settings say so."""
@@ -145,7 +146,7 @@ class DistributedTrainer(Trainer):
             functools.partial(order, self.settings.seed),
             len(self.history),
             self.least_batch,
-            self.class_weights,
+            **self.reading,
         )
         evaluation = Shards(self.selection_split, size, self.strategy)
         self.batches = training, evaluation

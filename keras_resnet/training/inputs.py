@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_resnet.datasets.base import cut_batches
+from keras_resnet.datasets.mixing import BatchReader
 from keras_resnet.utils.errors import InputError
 
 
@@ -20,9 +21,8 @@ class Batches(keras.utils.PyDataset):
         split: A `datasets.Split`.
         batch_size: Images per batch; the last batch may have another size.
         least: Images that the last batch needs at least; see `datasets.base.cut_batches`.
-        class_weights: The weight of each class's images in the loss, a list; None for none. The
-            mean loss of a batch is the sum of weight · loss over the number of its images, as for
-            `fit(class_weight=…)`; accuracy counts every image once.
+        **reading: Arguments of `datasets.mixing.BatchReader`: `class_weights`, `mixing`, `classes`,
+            `seed`.
 
     Attributes:
         order: The order of the images, an array of indices.
@@ -30,19 +30,18 @@ class Batches(keras.utils.PyDataset):
             error ended `fit`.
     """
 
-    def __init__(self, split, batch_size, least=1, class_weights=None):
+    def __init__(self, split, batch_size, least=1, **reading):
         super().__init__()
-        self.split = split
+        self.split, self.reader = split, BatchReader(split, **reading)
         self.cuts = cut_batches(len(split), batch_size, least)
-        self.class_weights = class_weights
-        self.order = np.arange(len(split))
+        self.order, self.epoch = np.arange(len(split)), 0
         self.failure = None
         self._ahead = {}  # index -> the `Future` of a batch
         self._read_times = {}
 
     def shuffle(self, seed, epoch):
         """Puts the images in the order of an epoch, counted from 0; see `Split.order`."""
-        self.order = self.split.order(seed, epoch)
+        self.order, self.epoch = self.split.order(seed, epoch), epoch
         self._ahead = {}
 
     def read_from_to(self, epoch, step):
@@ -64,15 +63,11 @@ class Batches(keras.utils.PyDataset):
         return batch
 
     def _read(self, index):
-        chosen = self.order[self.cuts[index]]
         try:
-            batch = self.split.images[chosen], self.split.labels[chosen]
+            return self.reader.read(self.order[self.cuts[index]], self.epoch, index)
         except InputError as error:
             self.failure = error
             raise
-        if self.class_weights is None:
-            return batch
-        return *batch, np.asarray(self.class_weights, "float32")[batch[1]]
 
 
 class Shuffle(keras.callbacks.Callback):

@@ -31,7 +31,7 @@ from keras_resnet.evaluation.grad_cam import grad_cam
 from keras_resnet.evaluation.inference import Predictor
 from keras_resnet.evaluation.metrics import evaluate
 from keras_resnet.evaluation.report import find_best, write_history, write_report
-from keras_resnet.losses import make_loss
+from keras_resnet.losses import Accuracy, make_loss
 from keras_resnet.models import SPECS, build_resnet, count_parameters, last_map_size
 from keras_resnet.preprocessing import find_normalization, with_preprocessing
 from keras_resnet.recipes import find_recipe, override, scale_batch, settle, stored_size
@@ -48,17 +48,20 @@ LEAST_HEAT_MAP = 4
 """The height of the last feature map below which a heat map shows nothing."""
 
 
-def _adamw(rate):
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.05)
-    # Kernels alone are decayed, not biases and the parameters of BatchNormalization.
+def _decaying_kernels(optimizer):
+    # Not biases and the parameters of BatchNormalization.
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
 
 
 OPTIMIZERS = {
     "adam": lambda rate: keras.optimizers.Adam(rate),
-    "adamw": _adamw,
-    "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    "adamw": lambda rate: _decaying_kernels(keras.optimizers.AdamW(rate, weight_decay=0.05)),
+    # Keras decays the weights beside the gradient, PyTorch as a part of it, which the momentum
+    # makes ten times as large: this is PyTorch's 5e-4.
+    "sgd": lambda rate: _decaying_kernels(
+        keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-3)
+    ),
 }
 
 
@@ -608,15 +611,19 @@ class Trainer:
         return self.settings.model, self.recipe.stem, self.recipe.image_size
 
     @property
-    def class_weights(self):
-        """The weight of each class in training, a list; None for none."""
-        if self.settings.class_weights == "none":
-            return None
-        return balanced_weights(self.dataset.class_counts())
+    def reading(self):
+        """The arguments of `datasets.mixing.BatchReader` for the training batches."""
+        is_balanced = self.settings.class_weights == "balanced"
+        return {
+            "class_weights": balanced_weights(self.dataset.class_counts()) if is_balanced else None,
+            "mixing": self.recipe.mixing,
+            "classes": len(self.dataset.class_names),
+            "seed": self.settings.seed,
+        }
 
     def make_loss(self):
-        """Returns the loss of logits and class numbers."""
-        return make_loss(self.recipe.label_smoothing)
+        """Returns the loss of logits and labels."""
+        return make_loss(self.recipe.label_smoothing, self.recipe.mixing)
 
     def compile(self):
         """Compiles the model and creates the variables of optimizer and metrics."""
@@ -625,7 +632,8 @@ class Trainer:
         steps = (phase.stop - phase.start) * len(cuts)
         rate = SCHEDULES[recipe.schedule](phase.learning_rate, steps, recipe.warmup)
         optimizer = OPTIMIZERS[recipe.optimizer](rate)
-        self.model.compile(optimizer, self.make_loss(), metrics=["accuracy"])
+        accuracy = Accuracy() if recipe.mixing else "accuracy"
+        self.model.compile(optimizer, self.make_loss(), metrics=[accuracy])
         self.build_metrics()
         optimizer.build(self.model.trainable_variables)
 
@@ -644,7 +652,7 @@ class Trainer:
     def make_inputs(self):
         """Makes the batches; returns the arguments of `model.fit` for them, and callbacks."""
         size = self.recipe.batch_size
-        training = Batches(self.train_split, size, self.least_batch, self.class_weights)
+        training = Batches(self.train_split, size, self.least_batch, **self.reading)
         evaluation = Batches(self.selection_split, size)
         self.batches = training, evaluation
         arguments = {"x": training, "validation_data": evaluation}

@@ -161,7 +161,8 @@ def test_unreadable_files_are_all_named(folder):
 
 def test_photographs_that_pillow_does_not_read_stop_the_run(folder):
     (folder / "bag" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    assert "bag/IMG_1.HEIC (not an image)" in error_of(folder)
+    message = error_of(folder)
+    assert "1 file that cannot be read as an image: bag/IMG_1.HEIC (not an image)" in message
 
 
 def test_files_beside_the_images_are_left_out(folder):

@@ -57,6 +57,7 @@ EXTRA = {
     "multiworker-3": {"frozen": ("frozen_statistics", {})},
     "mirrored-2": {
         "twice": ("train_twice", {}),
+        "mixed": ("train_epoch", {"epochs": 2, "mixing": "cutmix", "rate": 0.02}),
         "normalize": ("normalize", {}),
         "unweighed": ("train_epoch", EQUIVALENCE["float64"][1] | {"weighed": False}),
     },
@@ -225,6 +226,13 @@ def test_frozen_layers_keep_their_statistics_to_the_bit(done):
 def test_a_process_can_train_twice_under_mirrored(done):
     (found,) = done("mirrored-2", "twice")
     assert np.isfinite(found["losses"]).all()
+
+
+@pytest.mark.slow
+def test_mixed_batches_are_trained_on_every_replica(done):
+    (found,) = done("mirrored-2", "mixed")
+    assert found["history/loss"][1] < found["history/loss"][0]
+    assert found["history/val_accuracy"][1] > 0.3
 
 
 @pytest.mark.parametrize("setting", PAIRS)

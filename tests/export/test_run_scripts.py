@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import tiny_exports
 from PIL import Image
 
-from keras_resnet.evaluation.inference import predict_files
+from keras_resnet.evaluation.inference import load, predict_files
 from keras_resnet.untrusted import checksums
 
 pytestmark = pytest.mark.thorough
@@ -278,3 +279,26 @@ def test_both_scripts_share_all_but_the_runtime():
     texts = [(ROOT / "export" / f"run_{suffix}.py").read_text() for suffix in SUFFIXES]
     shared = [text[text.index("class BadInput") :] for text in texts]
     assert shared[0].replace("MODEL.tflite", "MODEL.onnx") == shared[1]
+
+
+def test_the_python_of_the_device_page_gives_the_same_probabilities(models, bare_python):
+    text = (ROOT / "docs" / "device.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert "model-int8-batch1.tflite" in block
+    block = block.replace("model-int8-batch1.tflite", str(models / "model-batch1.tflite"))
+    path = models / "model.tflite"
+    names, (height, width, channels) = tiny_exports.METADATA["class_names"], tiny_exports.SHAPE
+    image = np.random.default_rng(0).integers(0, 256, (1, height, width, channels), "uint8")
+    np.save(models / "image.npy", image)
+    lines = [
+        "import json, numpy as np",
+        f"image, class_names = np.load({str(models / 'image.npy')!r}), {list(names)!r}",
+        block,
+        "print(json.dumps([float(each) for each in probabilities]))",
+    ]
+    done = subprocess.run(
+        [bare_python, "-I", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    expected = load(path, trust=True)(image)
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected[0], atol=1e-5)

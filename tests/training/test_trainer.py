@@ -165,12 +165,35 @@ def test_schedules_and_optimizers_are_rows(tmp_path, tiny, fashion, monkeypatch)
     assert run.history[1]["loss"] < run.history[0]["loss"]
 
 
+def test_a_resumed_run_mixes_as_an_unbroken_one(tmp_path, tiny, fashion, monkeypatch):
+    recipe = dataclasses.replace(RECIPES["fast"], schedule="constant", mixing="cutmix")
+    monkeypatch.setitem(RECIPES, "mixed", recipe)
+    settings = {**SMALL, "learning_rate": 1e-3}
+    unbroken = train(tiny, fashion, "mixed", epochs=2, run_dir=tmp_path / "unbroken", **settings)
+    first = train(tiny, fashion, "mixed", epochs=1, run_dir=tmp_path / "run", **settings)
+    again = train(dataset=fashion, epochs=2, run_dir=first.run_dir, resume=True, verbose=False)
+    for ours, expected in zip(again.history, unbroken.history, strict=True):
+        for name in ("loss", "accuracy", "val_loss"):
+            assert ours[name] == pytest.approx(expected[name], rel=0.02)
+    # Of mixed images a network predicts less.
+    assert unbroken.history[1]["loss"] > unbroken.history[1]["val_loss"]
+
+
+def test_the_recipe_best_trains_end_to_end(tmp_path, tiny, fashion):
+    run = train(tiny, fashion, "best", epochs=2, run_dir=tmp_path / "run", **SMALL)
+    recipe = run.report["config"]["recipe"]
+    assert (recipe["mixing"], recipe["variant"], recipe["stem"]) == ("cutmix", "v2", "small")
+    assert run.history[1]["val_loss"] < 2.31  # better than chance
+    assert run.report["accuracy"] > 0.1
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("optimizer", "adamax"),
         ("schedule", "step"),
         ("augmentation", "mixup"),
+        ("mixing", "flip"),
         ("variant", "v3"),
         ("stem", "large"),
     ],

@@ -1,0 +1,189 @@
+"""Every command of the README and the guide: run here, or in `RUN_ELSEWHERE` with the place."""
+
+import dataclasses
+import gzip
+import os
+import re
+import shlex
+import shutil
+import struct
+
+import hub as hubs
+import keras
+import numpy as np
+import pytest
+from conftest import run_main
+from PIL import Image
+from test_docs import PAGES, ROOT, commands
+
+import keras_resnet
+from keras_resnet import recipes
+from keras_resnet.datasets import fashion_mnist
+from keras_resnet.weights import save_torch_weights
+
+# A command, or its beginning -> where it is run, or why it is not.
+RUN_ELSEWHERE = {
+    "make": "CI runs `make test`; make demo, docs and notebooks take longer or change the checkout",
+    "pip install": "`make test` installs the package",
+    "pip download": "needs an index",
+    "pytest": "this is pytest",
+    "python3 -m venv": "`make test` makes an environment",
+    ". .venv/bin/activate": "a shell's own command",
+    "git clone": "needs the public repository",
+    "keras-resnet launch": "tests/distribution/test_launch.py",
+    "sbatch": "tests/distribution/test_launcher_files.py",
+    "docker": "tests/distribution/test_launcher_files.py reads the Dockerfile",
+    "kubectl": "tests/distribution/test_launcher_files.py reads the manifest",
+    "python launchers/ray_train.py": "tests/distribution/test_launcher_files.py",
+    "python benchmarks": "minutes to hours each",
+    "python run_tflite.py": "tests/export/test_run_scripts.py",
+    "touch LiteRT": "needs LiteRT's repository",
+    "library=": "needs LiteRT's repository",
+    "g++": "needs LiteRT's repository",
+    "./run_litert": "needs LiteRT's repository",
+}
+
+
+def place(words):
+    """Returns why a command is not run here; None for one that is."""
+    line = shlex.join(words).replace("'", "")
+    return next((why for start, why in RUN_ELSEWHERE.items() if line.startswith(start)), None)
+
+
+def without_variables(words):
+    """Returns a command without the variables before it."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    return words
+
+
+DOCUMENTED = {
+    str(page.relative_to(ROOT)): [without_variables(words) for words in commands(page)]
+    for page in PAGES
+}
+
+
+@pytest.mark.parametrize("page", DOCUMENTED)
+def test_each_command_is_run_or_has_its_place(page):
+    for words in DOCUMENTED[page]:
+        assert words[0] == "keras-resnet" or place(words), shlex.join(words)
+
+
+def test_the_places_exist():
+    assert not any(place(["keras-resnet", name]) for name in ("train", "export", "predict"))
+    for why in RUN_ELSEWHERE.values():
+        for path in re.findall(r"tests/\S+\.py", why):
+            assert (ROOT / path).exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# The folder in which the commands run
+# ----------------------------------------------------------------------------------------------
+
+
+def write_images(folder, classes, each, size=40):
+    """Writes images of noise with a colour for each class, in class folders."""
+    random = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(each):
+            pixels = random.integers(0, 120, (size, size + 4, 3), "uint8")
+            pixels[..., number % 3] += 100
+            Image.fromarray(pixels).save(folder / name / f"{index}.jpg")
+
+
+def write_idx(folder, dataset):
+    """Writes the first images of Fashion-MNIST in the files of the whole set."""
+    folder.mkdir()
+    for split, prefix, count in (("train", "train", 600), ("test", "t10k", 100)):
+        part = dataset.splits[split]
+        for kind, values in (("images-idx3", part.images[..., 0]), ("labels-idx1", part.labels)):
+            values = values[:count].astype("uint8")
+            header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+            with gzip.open(folder / f"{prefix}-{kind}-ubyte.gz", "wb") as file:
+                file.write(header + values.tobytes())
+
+
+def write_cifar10(folder):
+    """Writes a prepared set of TensorFlow Datasets under the name of CIFAR-10."""
+    import tensorflow_datasets as tfds
+
+    random = np.random.default_rng(0)
+    features = {
+        "image": tfds.features.Image(shape=(32, 32, 3)),
+        "label": tfds.features.ClassLabel(num_classes=10),
+    }
+    examples = [
+        (index, {"image": random.integers(0, 256, (32, 32, 3), "uint8"), "label": index % 10})
+        for index in range(60)
+    ]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="cifar10",
+        version="3.0.2",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={"train": examples, "test": examples[:20]},
+        data_dir=folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def world(fashion, tmp_path_factory):
+    """A folder with everything that the documented commands read."""
+    from test_hub import TIMM, write_timm
+
+    folder = tmp_path_factory.mktemp("world")
+    write_idx(folder / "idx", fashion)
+    write_timm(folder / "hub", TIMM)
+    write_cifar10(folder / "tfds")
+    for name in ("photos", "flowers"):
+        write_images(folder / name, ("cat", "dog"), 8)
+    for name in ("holiday", "my_photos"):
+        write_images(folder / name, ("2026",), 8)
+    for name in ("shoe.jpg", "bag.png", "photo.jpg"):
+        Image.open(folder / "photos" / "cat" / "0.jpg").save(folder / name)
+    keras.utils.set_random_seed(0)
+    network = keras_resnet.build_resnet("resnet20", (32, 32, 3), 2)
+    network.save(folder / "my.keras")
+    for name in ("resnet18", "resnet50"):
+        network = keras_resnet.build_resnet(name, (32, 32, 3), 1000, variant="torchvision")
+        save_torch_weights(network, folder / f"{name}.safetensors", "torchvision")
+    return folder
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """Runs a command in a copy of the folder, by recipes of one short epoch."""
+    folder = tmp_path / "here"
+    shutil.copytree(world, folder, copy_function=os.link)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", folder / "idx")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+    for name, recipe in recipes.RECIPES.items():
+        changes = {"epochs": 1, "image_size": min(32, recipe.image_size)}
+        monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(recipe, **changes))
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with hubs.serve(folder / "hub") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        yield run_main
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in DOCUMENTED if any(not place(words) for words in DOCUMENTED[page])]
+)
+def test_the_commands_of_a_page_run(page, run):
+    # Pages continue the run of `make demo`.
+    demo = ["train", "--recipe", "quick", "--run-dir", "runs/demo"]
+    before = [demo, ["export", "runs/demo"]] if page == "docs/predicting.md" else [demo]
+    for words in before:
+        assert run(*words).returncode == 0
+    for words in DOCUMENTED[page]:
+        if place(words):
+            continue
+        if "train" in words and "--run-dir" in words and "--resume" not in words:
+            # The pages offer several ways to train into one folder.
+            shutil.rmtree(words[words.index("--run-dir") + 1], ignore_errors=True)
+        done = run(*words[1:])
+        assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}\n{done.stdout[-2000:]}"
