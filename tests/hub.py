@@ -4,10 +4,15 @@ import contextlib
 import dataclasses
 import hashlib
 import http.server
+import json
 import re
 import threading
 from pathlib import Path
 
+import references
+
+# That of timm's public repositories.
+CARD = "---\ntags:\n- image-classification\n- timm\nlicense: apache-2.0\n---\n# Model card\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _FILE = re.compile(r"/(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
@@ -120,3 +125,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             # A client closes the connection when it has enough.
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(content[:after])
+
+
+def write_timm(folder, name, **options):
+    """Writes a repository by timm's own code; returns the network, with random statistics."""
+    timm = references.import_timm()
+    network = timm.create_model(name.partition("/")[2], pretrained=False, **options)
+    references.randomize(network.eval(), 0)
+    timm.models.save_for_hf(network, folder / name, safe_serialization=True)
+    # As in the public repositories, which timm has written before it knew licences.
+    config = json.loads((folder / name / "config.json").read_text())
+    config["pretrained_cfg"].pop("license", None)
+    (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / name / "README.md").write_text(CARD)
+    return network

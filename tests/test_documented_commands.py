@@ -1,12 +1,10 @@
 """Every command of the README and the guide: run here, or in `RUN_ELSEWHERE` with the place."""
 
 import dataclasses
-import gzip
 import os
 import re
 import shlex
 import shutil
-import struct
 
 import hub as hubs
 import keras
@@ -18,7 +16,7 @@ from test_docs import PAGES, ROOT, commands
 
 import keras_resnet
 from keras_resnet import recipes
-from keras_resnet.datasets import fashion_mnist
+from keras_resnet.datasets import LOADERS, Loader
 from keras_resnet.weights import save_torch_weights
 
 # A command, or its beginning -> where it is run, or why it is not.
@@ -92,18 +90,6 @@ def write_images(folder, classes, each, size=40):
             Image.fromarray(pixels).save(folder / name / f"{index}.jpg")
 
 
-def write_idx(folder, dataset):
-    """Writes the first images of Fashion-MNIST in the files of the whole set."""
-    folder.mkdir()
-    for split, prefix, count in (("train", "train", 600), ("test", "t10k", 100)):
-        part = dataset.splits[split]
-        for kind, values in (("images-idx3", part.images[..., 0]), ("labels-idx1", part.labels)):
-            values = values[:count].astype("uint8")
-            header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
-            with gzip.open(folder / f"{prefix}-{kind}-ubyte.gz", "wb") as file:
-                file.write(header + values.tobytes())
-
-
 def write_cifar10(folder):
     """Writes a prepared set of TensorFlow Datasets under the name of CIFAR-10."""
     import tensorflow_datasets as tfds
@@ -127,13 +113,10 @@ def write_cifar10(folder):
 
 
 @pytest.fixture(scope="module")
-def world(fashion, tmp_path_factory):
+def world(tmp_path_factory):
     """A folder with everything that the documented commands read."""
-    from test_hub import TIMM, write_timm
-
     folder = tmp_path_factory.mktemp("world")
-    write_idx(folder / "idx", fashion)
-    write_timm(folder / "hub", TIMM)
+    hubs.write_timm(folder / "hub", "timm/resnet18.a1_in1k")
     write_cifar10(folder / "tfds")
     for name in ("photos", "flowers"):
         write_images(folder / name, ("cat", "dog"), 8)
@@ -151,12 +134,12 @@ def world(fashion, tmp_path_factory):
 
 
 @pytest.fixture
-def run(world, tmp_path, monkeypatch):
-    """Runs a command in a copy of the folder, by recipes of one short epoch."""
+def run(world, fashion, tmp_path, monkeypatch):
+    """Runs a command in a copy of the folder, by recipes of one short epoch, on few images."""
     folder = tmp_path / "here"
     shutil.copytree(world, folder, copy_function=os.link)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", folder / "idx")
+    monkeypatch.setitem(LOADERS, "fashion_mnist", Loader(lambda: fashion, ()))
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
     for name, recipe in recipes.RECIPES.items():
         changes = {"epochs": 1, "image_size": min(32, recipe.image_size)}
@@ -178,7 +161,8 @@ def test_the_commands_of_a_page_run(page, run):
     demo = ["train", "--recipe", "quick", "--run-dir", "runs/demo"]
     before = [demo, ["export", "runs/demo"]] if page == "docs/predicting.md" else [demo]
     for words in before:
-        assert run(*words).returncode == 0
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
     for words in DOCUMENTED[page]:
         if place(words):
             continue

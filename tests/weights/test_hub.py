@@ -39,8 +39,6 @@ TIMM = "timm/resnet18.a1_in1k"
 TIMM_V2 = "timm/resnetv2_18.ra4_e3600_r224_in1k"
 TINY = "me/tiny"
 BOTTLENECK = "me/bottleneck"
-# That of the public repository.
-CARD = "---\ntags:\n- image-classification\n- timm\nlicense: apache-2.0\n---\n# Model card\n"
 # The folders of `fashion_folder`, sorted.
 NAMES = ("Bag", "Sandal", "Sneaker", "Trouser")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -56,20 +54,6 @@ TIMM_PREPROCESSING = {
     "resampler": "pillow",
     "rounding": "torchvision",
 }
-
-
-def write_timm(folder, name, **options):
-    """Writes a repository by timm's own code; returns the network, with random statistics."""
-    timm = references.import_timm()
-    network = timm.create_model(name.partition("/")[2], pretrained=False, **options)
-    references.randomize(network.eval(), 0)
-    timm.models.save_for_hf(network, folder / name, safe_serialization=True)
-    # As in the public repositories, which timm has written before it knew licences.
-    config = json.loads((folder / name / "config.json").read_text())
-    config["pretrained_cfg"].pop("license", None)
-    (folder / name / "config.json").write_text(json.dumps(config))
-    (folder / name / "README.md").write_text(CARD)
-    return network
 
 
 def write_transformers(folder, name, num_channels=3, **options):
@@ -99,8 +83,8 @@ def networks(tmp_path_factory):
     basic = {"depths": [1, 1], "hidden_sizes": [8, 16], "layer_type": "basic"}
     bottleneck = {"depths": [1, 2], "hidden_sizes": [32, 64], "downsample_in_bottleneck": True}
     return folder, {
-        TIMM: write_timm(folder, TIMM),
-        TIMM_V2: write_timm(folder, TIMM_V2),
+        TIMM: hubs.write_timm(folder, TIMM),
+        TIMM_V2: hubs.write_timm(folder, TIMM_V2),
         TINY: write_transformers(folder, TINY, **basic),
         BOTTLENECK: write_transformers(folder, BOTTLENECK, **bottleneck),
     }
@@ -598,7 +582,7 @@ def test_a_small_file_states_no_large_network(edit):
         open_source(folder)
 
 
-CARDS = {
+hubs.CARDS = {
     "empty": b"",
     "no text": b"---\nlicense: mit\n---\n\xff",
     "too large": b"---\nlicense: mit\n---\n" + b" " * client.MAX_BYTES,
@@ -610,10 +594,10 @@ CARDS = {
 }
 
 
-@pytest.mark.parametrize("case", CARDS)
+@pytest.mark.parametrize("case", hubs.CARDS)
 def test_a_network_can_be_used_without_its_card(case, edit):
     folder = edit(TINY)
-    (folder / "README.md").write_bytes(CARDS[case])
+    (folder / "README.md").write_bytes(hubs.CARDS[case])
     found = read(folder)
     assert (found.license, found.num_classes) == (None, 4)
 
@@ -892,7 +876,7 @@ EVERY_OF_TIMM = [
 
 @pytest.mark.parametrize("name", EVERY_OF_TIMM)
 def test_every_network_that_timm_publishes(name, tmp_path):
-    network = write_timm(tmp_path, name)
+    network = hubs.write_timm(tmp_path, name)
     ours = from_pretrained(tmp_path / name, image_size=96)
     check(name, differences(ours, network), 1e-4)
     keras.backend.clear_session()
