@@ -16,6 +16,7 @@ from pathlib import Path
 from keras_resnet import __version__, config
 from keras_resnet.config import positive
 from keras_resnet.exporters.formats import PRECISIONS as EXPORT_PRECISIONS
+from keras_resnet.exporters.formats import WEB
 from keras_resnet.formats import EXPORTED
 from keras_resnet.recipes import RECIPES
 from keras_resnet.utils.errors import (
@@ -97,9 +98,6 @@ _LAUNCH_OPTIONS = {
     },
 }
 
-# `--to web` is no file format: see `exporters.web`.
-_WEB = "web"
-
 _JSON_OPTION = {"--json": {"action": "store_true", "help": "print JSON instead of a table"}}
 
 _NAME = ", such as timm/resnet18.a1_in1k; see `models`"
@@ -125,8 +123,8 @@ _EXPORT_OPTIONS = {
     },
     "--to": {
         "nargs": "+",
-        "choices": (*EXPORTED, _WEB),
-        "help": f"formats (default: all); or {_WEB}, a page that runs the network in a browser",
+        "choices": (*EXPORTED, WEB),
+        "help": f"formats (default: all); or {WEB}, a page that runs the network in a browser",
     },
     "--precision": {
         "nargs": "+",
@@ -136,7 +134,7 @@ _EXPORT_OPTIONS = {
     "--out": {
         "metavar": "DIR",
         "help": "the folder to write (default: export/ in the run folder, NAME-export beside "
-        "NAME.keras)",
+        f"NAME.keras; {WEB}/ and NAME-{WEB} for the page)",
     },
     **_EVALUATION_OPTIONS,
     "--photos": {
@@ -165,7 +163,7 @@ _EXPORT_OPTIONS = {
     },
     "--runtime": {
         "metavar": "DIR",
-        "help": f"with --to {_WEB}: a folder with the npm packages of the runtimes (default: npm "
+        "help": f"with --to {WEB}: a folder with the npm packages of the runtimes (default: npm "
         "installs them into a cache)",
     },
 }
@@ -427,10 +425,10 @@ def _say(line):
 def _export(args):
     from keras_resnet.exporters.summary import format_failures
 
-    if args.runtime is not None and args.to != [_WEB]:
-        raise InputError(f"--runtime is for --to {_WEB} alone: leave it out")
+    if args.runtime is not None and args.to != [WEB]:
+        raise InputError(f"--runtime is for --to {WEB} alone: leave it out")
     try:
-        (_export_page if _WEB in (args.to or ()) else _export_files)(args)
+        (_export_page if WEB in (args.to or ()) else _export_files)(args)
     except ExportError as error:
         failures = {"failures": [vars(failure) for failure in error.failures]}
         print(json.dumps(failures) if args.json else format_failures(error.failures))
@@ -461,7 +459,7 @@ def _export_page(args):
     }
     for option, (reason, is_given) in refused.items():
         if is_given:
-            raise InputError(f"--to {_WEB} with this {option}: {reason}: name one value, or none")
+            raise InputError(f"--to {WEB} with this {option}: {reason}: name one value, or none")
     names = ("runtime", "photos", "normalize", "force")
     options = {name: getattr(args, name) for name in names}
     if args.precision:

@@ -27,15 +27,12 @@ from keras_resnet.evaluation.inference import load
 from keras_resnet.exporters import folder as folders
 from keras_resnet.exporters.calibration import draw_evenly
 from keras_resnet.exporters.exporter import load_evaluation_images, write_export
-from keras_resnet.exporters.formats import PRECISIONS, Artifact, choose_artifacts
+from keras_resnet.exporters.formats import PRECISIONS, WEB, Artifact, choose_artifacts
 from keras_resnet.exporters.source import open_export_source
 from keras_resnet.untrusted.manifest import digest
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import InputError, one_line
 from keras_resnet.utils.files import expand_user
-
-WEB = "web"
-"""What `--to` calls the page."""
 
 METADATA = "metadata.json"
 # The key by which `METADATA` is recognised, and its value in this version.
@@ -294,20 +291,19 @@ def _write_samples(work, images, manifest):
     samples = []
     for index in draw_evenly(split.labels, count):
         # A photograph is shown and checked at a size that downloads fast.
-        pixels = split.images[int(index)]
+        image = _to_pillow(split.images[int(index)])
         if None in predictors["tflite"].image_shape[:2]:
-            pixels = _shrink(pixels)
+            image.thumbnail((_SAMPLE_EDGE, _SAMPLE_EDGE), Image.Resampling.BILINEAR)
         file = f"{_SAMPLES}/{len(samples):02d}.png"
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-            work / file, optimize=True
-        )
+        image.save(work / file, optimize=True)
+        pixels = np.asarray(image).reshape(image.height, image.width, -1)
         answers = {name: predict(pixels[None])[0] for name, predict in predictors.items()}
         samples.append(
             {
                 "file": file,
                 "label": names[split.labels[index]] if images.data.is_labelled else None,
-                "height": pixels.shape[0],
-                "width": pixels.shape[1],
+                "height": image.height,
+                "width": image.width,
                 "answers": {
                     name: [float(f"{p:.6g}") for p in answer] for name, answer in answers.items()
                 },
@@ -316,10 +312,8 @@ def _write_samples(work, images, manifest):
     return samples
 
 
-def _shrink(pixels):
-    image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-    image.thumbnail((_SAMPLE_EDGE, _SAMPLE_EDGE), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(image.height, image.width, pixels.shape[-1])
+def _to_pillow(pixels):
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def _make_metadata(work, manifest, samples, own):
@@ -349,7 +343,8 @@ def _make_metadata(work, manifest, samples, own):
         _VERSION_KEY: _VERSION,
         "created": manifest["created"],
         "keras_resnet": __version__,
-        "network": own.get("model") or manifest["model"]["name"],
+        # `with_preprocessing` adds the suffix.
+        "network": own.get("model") or manifest["model"]["name"].removesuffix("_classifier"),
         "parameters": manifest["model"]["parameters"],
         "source_sha256": manifest["source"]["sha256"],
         "origin": _origin(manifest),
@@ -446,7 +441,6 @@ def _fill_page(metadata):
         f'role="img" aria-label="the image as the network gets it"></canvas>\n'
         f"<figcaption>The network gets<br>{size}</figcaption>\n</figure>"
     )
-    measured = metadata["files"]["tflite"]["accuracy"] is not None
     row = (
         '<li><span class="name">–</span><span class="track" aria-hidden="true"><span></span></span>'
         '<span class="share">–</span></li>'
@@ -460,7 +454,9 @@ def _fill_page(metadata):
         picture_caption="Draw here, or drop a file." if is_grey else "Or drop a file on the page.",
         seen=seen if is_fixed else "",
         clear='<button type="button" id="clear">Clear</button>' if is_grey else "",
-        samples_title="Samples, which it was not trained on" if measured else "Samples",
+        samples_title=html.escape(f"Samples from the {metadata['verified_on']['split']} images")
+        if metadata["samples"][0]["label"]
+        else "Samples",
         samples="\n".join(
             _sample_button(place, sample) for place, sample in enumerate(metadata["samples"], 1)
         ),

@@ -555,6 +555,7 @@ def test_a_phone_s_width_in_light_and_dark(scheme, address, visit):
     for button in page.locator("button, .button, select").all():
         if button.is_visible():
             assert min(button.bounding_box()[side] for side in ("width", "height")) >= 40
+    assert page.get_by_text("Take a photo").is_visible()
     # A finger draws.
     page.tap("#picture")
     page.wait_for_selector("#picture[aria-label='a drawing']")
@@ -582,7 +583,7 @@ def test_drawing_and_clearing(address, visit):
 
     draw((0.3, 0.2), (0.3, 0.9))
     page.wait_for_selector("#picture[aria-label='a drawing']")
-    wait_for(page, "speed", "ms in LiteRT.js")
+    wait_for(page, "speed", "ms, LiteRT.js")
     page.wait_for_timeout(300)
     one = np.reshape(levels(), (28, 28))
     # Light on dark, as the training images are.
@@ -650,6 +651,12 @@ def test_files_that_are_missing_or_damaged_are_named(address, visit):
     page.route("**/model.tflite", lambda route: route.fulfill(body=b"not a network"))
     page.goto(address)
     wait_for(page, "problem", "LiteRT.js cannot run model.tflite: ")
+
+
+def test_the_page_opened_as_a_file_says_that_it_needs_a_server(site, visit):
+    page = visit((site / PLACE / "index.html").as_uri(), wait=False)
+    page.locator(".unserved").wait_for()
+    assert "python -m http.server" in page.inner_text(".unserved")
 
 
 def test_a_browser_without_webassembly(address, visit):

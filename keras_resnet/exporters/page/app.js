@@ -29,6 +29,10 @@ function showProblem(text) {
   find("problem").textContent = text;
 }
 
+function inWords(milliseconds) {
+  return `${milliseconds.toFixed(milliseconds < 100 ? 1 : 0)} ms`;
+}
+
 function showAnswer({ probabilities, milliseconds, isFirst }) {
   const names = page.metadata.class_names;
   const order = names.map((_, i) => i).sort((a, b) => probabilities[b] - probabilities[a]);
@@ -41,9 +45,8 @@ function showAnswer({ probabilities, milliseconds, isFirst }) {
     track.firstElementChild.style.transform = `scaleX(${probabilities[i]})`;
     share.textContent = percent(i);
   }
-  const first = isFirst ? ", the first run on this size" : "";
-  find("speed").textContent =
-    `${milliseconds.toFixed(1)} ms in ${RUNTIMES[page.runtime].name}${first}`;
+  const first = isFirst ? " (first run)" : "";
+  find("speed").textContent = `${inWords(milliseconds)}, ${RUNTIMES[page.runtime].name}${first}`;
 }
 
 function clearAnswer(text) {
@@ -185,11 +188,11 @@ async function checkItself() {
     times.push(milliseconds);
   }
   times.sort((a, b) => a - b);
-  const median = times[Math.floor(times.length / 2)].toFixed(1);
+  const median = inWords(times[Math.floor(times.length / 2)]);
   find("check").className = equal === times.length ? "passed" : "problem";
   find("check").textContent =
     `${equal} of ${times.length} answers equal to Python's, largest difference of a probability ` +
-    `${largest.toExponential(0)}; ${median} ms an image`;
+    `${largest.toExponential(0)}; ${median} an image`;
 }
 
 async function readSample(sample) {

@@ -18,7 +18,8 @@ export const RUNTIMES = {
 export async function download(path) {
   let response;
   try {
-    response = await fetch(new URL(path, here));
+    // A new export must not meet an old file in the browser's cache.
+    response = await fetch(new URL(path, here), { cache: "no-cache" });
   } catch {
     throw new Error(`${path} cannot be downloaded: is the server still there?`);
   }
