@@ -141,7 +141,8 @@ def export_web(
             kept = {path.name for path in folder.iterdir()} - _OWN
             folders.carry_over(folder, work, sorted(kept))
         folders.publish(work, folder)
-    report(f"written to {folder}: {digest(folder)[0] / 1e6:.1f} MB")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    report(f"written to {folder}: {size / 1e6:.1f} MB")
     return metadata
 
 
@@ -337,7 +338,7 @@ def _make_metadata(work, manifest, samples, own):
         for name, file in _MODELS.items()
     }
     described["tflite"]["shape_at"] = find_input_shape((work / _MODELS["tflite"]).read_bytes())
-    precision = rows["tflite"]["precision"]
+    precision, trained_on = rows["tflite"]["precision"], own.get("data")
     is_newer = int(PIL.__version__.partition(".")[0]) >= 13
     return {
         _VERSION_KEY: _VERSION,
@@ -347,8 +348,8 @@ def _make_metadata(work, manifest, samples, own):
         "network": own.get("model") or manifest["model"]["name"].removesuffix("_classifier"),
         "parameters": manifest["model"]["parameters"],
         "source_sha256": manifest["source"]["sha256"],
-        "origin": _origin(manifest),
-        "trained_on": _public(own.get("data", {}).get("dataset")),
+        "origin": _describe_origin(manifest["source"].get("origin")),
+        "trained_on": _public(trained_on.get("dataset") if isinstance(trained_on, dict) else None),
         "verified_on": {
             "dataset": _public(manifest["data"]["dataset"]),
             "split": manifest["data"]["split"],
@@ -370,12 +371,18 @@ def _make_metadata(work, manifest, samples, own):
     }
 
 
-def _origin(manifest):
-    """Returns the name and the licence of published weights; None for weights trained here."""
-    origin = manifest["source"].get("origin")
-    if not origin:
+def _describe_origin(origin):
+    """Returns the name and the licence of published weights; None for weights trained here.
+
+    Example:
+        >>> _describe_origin({"name": "timm/resnet18.a1_in1k", "license": "apache-2.0"})
+        {'name': 'timm/resnet18.a1_in1k', 'license': 'apache-2.0'}
+        >>> _describe_origin({"file": "resnet18.pth"})
+        {'name': 'resnet18.pth', 'license': None}
+    """
+    if not isinstance(origin, dict):
         return None
-    return {"name": manifest["source"]["path"], "license": origin.get("license")}
+    return {"name": origin.get("name") or origin.get("file"), "license": origin.get("license")}
 
 
 def _public(dataset):

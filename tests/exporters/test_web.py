@@ -32,6 +32,8 @@ from keras_resnet.datasets.images import border_level, decode_image
 from keras_resnet.exporters import web
 from keras_resnet.exporters.formats import PRECISIONS
 
+pytestmark = pytest.mark.thorough
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TOLERANCE = PRECISIONS["float16"].tolerance.max_difference
 RUNTIMES = ["tflite", "onnx"]
@@ -398,6 +400,19 @@ def test_a_hundred_images_get_python_s_answers(runtime, address, visit, fashion)
     # Nothing moved while the page loaded, and nothing came from elsewhere.
     assert page.evaluate("seen.shift") < 0.01
     assert all(url.startswith(address) for url in page.requested)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_the_self_check_of_the_other_precisions(precision, fashion, packages, visit, tmp_path):
+    options = {"dataset": fashion, "runtime": packages, "precision": precision}
+    export_web("fashion_mnist", tmp_path / PLACE, **options)
+    with served(tmp_path) as address:
+        for runtime in RUNTIMES:
+            page = visit(f"{address}?runtime={runtime}")
+            assert page.input_value("#runtime") == runtime
+            assert text(page, "check").startswith("20 of 20 answers equal"), text(page, "check")
+            assert page.errors == []
 
 
 def test_other_addresses_are_out_of_reach(address, visit):
