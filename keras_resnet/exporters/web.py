@@ -4,17 +4,9 @@ The folder needs a web server for static files and nothing else. Its scripts, it
 HTML are in `page/` beside this module; the runtimes come from their npm packages.
 """
 
-import base64
-import csv
-import hashlib
-import html
-import importlib.metadata
 import json
 import os
 import shutil
-import string
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +21,10 @@ from keras_resnet.exporters.calibration import draw_evenly
 from keras_resnet.exporters.exporter import load_evaluation_images, write_export
 from keras_resnet.exporters.formats import PRECISIONS, WEB, Artifact, choose_artifacts
 from keras_resnet.exporters.source import open_export_source
-from keras_resnet.untrusted.manifest import digest
+from keras_resnet.exporters.web_html import fill_page
+from keras_resnet.exporters.web_runtime import copy_runtime, find_runtime
 from keras_resnet.utils import files
-from keras_resnet.utils.errors import InputError, one_line
-from keras_resnet.utils.files import expand_user
+from keras_resnet.utils.errors import InputError
 
 METADATA = "metadata.json"
 # The key by which `METADATA` is recognised, and its value in this version.
@@ -46,21 +38,6 @@ _OWN = {"index.html", METADATA, *_COPIED, *_MODELS.values(), _SAMPLES, _RUNTIME}
 
 _SAMPLES_A_CLASS, _MOST_SAMPLES = 2, 20
 _SAMPLE_EDGE = 256  # of a photograph
-_BARS = 5
-_NAMES_SHOWN = 20
-
-# Name in the folder -> distribution and path in it. The npm packages hold no licence texts; the
-# Python packages of the same projects do.
-_LICENSES = {
-    "LICENSE-LiteRT.txt": ("ai-edge-litert", "LICENSE"),
-    "LICENSE-ONNX-Runtime.txt": ("onnxruntime", "LICENSE"),
-    "NOTICES-ONNX-Runtime.txt": ("onnxruntime", "ThirdPartyNotices.txt"),
-}
-
-# LiteRT.js imports its loader by the name of the npm package.
-_IMPORT_MAP = json.dumps(
-    {"imports": {"@litertjs/wasm-utils": "./runtime/@litertjs/wasm-utils/dist/index.js"}}
-)
 
 
 def export_web(
@@ -132,10 +109,10 @@ def export_web(
         shutil.rmtree(inner)
         for name in _COPIED:
             shutil.copyfile(_PAGE / name, work / name)
-        _copy_runtime(packages, work / _RUNTIME)
+        copy_runtime(packages, work / _RUNTIME)
         samples = _write_samples(work, images, manifest)
         metadata = _make_metadata(work, manifest, samples, source.predictor.metadata)
-        files.write_text(work / "index.html", _fill_page(metadata))
+        files.write_text(work / "index.html", fill_page(metadata))
         files.write_json(work / METADATA, metadata)
         if folder.is_dir():
             kept = {path.name for path in folder.iterdir()} - _OWN
@@ -157,130 +134,6 @@ def _check_earlier(folder, given):
             f"{given}: a page is written to a new folder, an empty one or that of an earlier page: "
             "choose another --out"
         )
-
-
-# ----------------------------------------------------------------------------------------------
-# The runtimes
-# ----------------------------------------------------------------------------------------------
-
-
-def find_runtime(folder=None, report=None):
-    """Returns a folder with the files of the npm packages, each compared with its checksum.
-
-    Args:
-        folder: A folder with the packages, or with `node_modules`; None for a cache, into which npm
-            installs them once.
-        report: Called with a line before npm starts.
-
-    Returns:
-        The `Path` of a folder with the structure of `node_modules`.
-
-    Raises:
-        InputError: If a file is missing or another one, or npm is missing or fails.
-
-    Example:
-        >>> find_runtime("missing")
-        Traceback (most recent call last):
-        ...
-        keras_resnet.utils.errors.InputError: missing: no such folder (--runtime)
-    """
-    if folder is None:
-        return _cached_runtime(report or (lambda line: None))
-    given = expand_user(folder)
-    if not given.is_dir():
-        raise InputError(f"{folder}: no such folder (--runtime)")
-    inner = given / "node_modules"
-    packages = inner if inner.is_dir() else given
-    _check_runtime(
-        packages, f"name a folder with the npm packages {_packages()} as --runtime, or leave it out"
-    )
-    return packages
-
-
-def _packages():
-    """Returns the npm packages with their versions, in words."""
-    wanted = json.loads((_PAGE / "package.json").read_text(encoding="utf-8"))["dependencies"]
-    return " and ".join(f"{name}@{version}" for name, version in wanted.items())
-
-
-def _runtime_files():
-    """Returns the rows of `page/runtime.csv`: dicts of "file", its path, and "sha256"."""
-    with open(_PAGE / "runtime.csv", encoding="utf-8", newline="") as table:
-        return list(csv.DictReader(table))
-
-
-def _check_runtime(packages, advice):
-    for row in _runtime_files():
-        path = packages / row["file"]
-        if not path.is_file():
-            raise InputError(f"{path}: no such file of a runtime: {advice}")
-        found = digest(path)[1]
-        if found != row["sha256"]:
-            raise InputError(
-                f"{path}: of another version, or damaged: its sha256 must be {row['sha256']}, got "
-                f"{found}: {advice}"
-            )
-
-
-def _cached_runtime(report):
-    """Returns the folder in the cache, into which npm has installed the packages."""
-    lock = (_PAGE / "package-lock.json").read_bytes()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(home, "keras_resnet", WEB, hashlib.sha256(lock).hexdigest()[:16])
-    advice = f"remove {cache}, and npm installs it again"
-    if not cache.is_dir():
-        npm = shutil.which("npm")
-        if npm is None:
-            raise InputError(
-                "the runtimes of a browser come from npm, and there is no npm here: install it "
-                f"(Debian: apt-get install npm), or name a folder with {_packages()} as --runtime"
-            )
-        report(f"npm installs {_packages()} into {cache}")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
-            packages = _install(npm, Path(scratch))
-            _check_runtime(packages, "it is not what this version of keras_resnet was tested with")
-            for row in _runtime_files():
-                target = Path(scratch, "kept", row["file"])
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.rename(packages / row["file"], target)
-            # Another process may have been faster.
-            if not cache.is_dir():
-                os.rename(Path(scratch, "kept"), cache)
-    _check_runtime(cache, advice)
-    return cache
-
-
-def _install(npm, scratch):
-    """Installs the packages of the lock file; returns their `node_modules`."""
-    for name in ("package.json", "package-lock.json"):
-        shutil.copyfile(_PAGE / name, scratch / name)
-    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
-    if done.returncode:
-        reason = one_line(done.stderr)
-        raise InputError(
-            f"npm could not install {_packages()}: {reason}: see `npm ping`, or name a folder with "
-            "them as --runtime"
-        )
-    return scratch / "node_modules"
-
-
-def _copy_runtime(packages, target):
-    """Copies the files of the runtimes, and their licences beside them."""
-    for row in _runtime_files():
-        path = target / row["file"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(packages / row["file"], path)
-    for name, (distribution, wanted) in _LICENSES.items():
-        owned = importlib.metadata.files(distribution) or []
-        path = next(path.locate() for path in owned if path.name == wanted)
-        shutil.copyfile(path, target / name)
-
-
-# ----------------------------------------------------------------------------------------------
-# Samples and metadata
-# ----------------------------------------------------------------------------------------------
 
 
 def _write_samples(work, images, manifest):
@@ -414,113 +267,3 @@ def find_input_shape(content):
     # The slots of `shape` and `shape_signature` in the schema's table `Tensor`.
     slots = [slot for slot in (table.Offset(4), table.Offset(18)) if slot]
     return [table.Vector(slot) for slot in slots]
-
-
-# ----------------------------------------------------------------------------------------------
-# The HTML
-# ----------------------------------------------------------------------------------------------
-
-
-def _policy():
-    """Returns the Content-Security-Policy: this folder, WebAssembly, and nothing else."""
-    checksum = base64.b64encode(hashlib.sha256(_IMPORT_MAP.encode()).digest()).decode()
-    rules = {
-        "default-src": "'none'",
-        "script-src": f"'self' 'wasm-unsafe-eval' 'sha256-{checksum}'",
-        "style-src": "'self'",
-        "img-src": "'self'",
-        "connect-src": "'self'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    return "; ".join(f"{rule} {value}" for rule, value in rules.items())
-
-
-def _fill_page(metadata):
-    """Returns the HTML: all that is known at the export, so that nothing moves when it loads."""
-    template = string.Template((_PAGE / "index.html").read_text(encoding="utf-8"))
-    count, taken = len(metadata["class_names"]), metadata["input"]
-    is_fixed, is_grey = taken["height"] is not None, taken["channels"] == 1
-    about = f" on {metadata['trained_on']}" if metadata["trained_on"] else ""
-    size = f"{taken['height']} × {taken['width']} pixels{', grey' if is_grey else ''}"
-    seen = (
-        f'<figure>\n<canvas id="seen" width="{taken["width"]}" height="{taken["height"]}" '
-        f'role="img" aria-label="the image as the network gets it"></canvas>\n'
-        f"<figcaption>The network gets<br>{size}</figcaption>\n</figure>"
-    )
-    row = (
-        '<li><span class="name">–</span><span class="track" aria-hidden="true"><span></span></span>'
-        '<span class="share">–</span></li>'
-    )
-    return template.substitute(
-        policy=_policy(),
-        import_map=_IMPORT_MAP,
-        title=html.escape(f"{metadata['network']}{about}"),
-        lead=f"A residual network that tells {count:,} classes apart. It runs in this browser.",
-        drawable='class="drawable"' if is_grey else "",
-        picture_caption="Draw here, or drop a file." if is_grey else "Or drop a file on the page.",
-        seen=seen if is_fixed else "",
-        clear='<button type="button" id="clear">Clear</button>' if is_grey else "",
-        samples_title=html.escape(f"Samples from the {metadata['verified_on']['split']} images")
-        if metadata["samples"][0]["label"]
-        else "Samples",
-        samples="\n".join(
-            _sample_button(place, sample) for place, sample in enumerate(metadata["samples"], 1)
-        ),
-        bars="\n".join([row] * min(count, _BARS)),
-        facts="\n".join(
-            f"<dt>{term}</dt><dd>{html.escape(text)}</dd>" for term, text in _facts(metadata)
-        ),
-    )
-
-
-def _sample_button(place, sample):
-    label = f", labelled {sample['label']}" if sample["label"] else ""
-    small = ' class="small"' if sample["width"] < _SAMPLE_EDGE // 4 else ""
-    return (
-        f'<li><button type="button" aria-pressed="false" '
-        f'aria-label="{html.escape(f"sample {place}{label}")}">'
-        f'<img src="{sample["file"]}" alt="" width="{sample["width"]}" '
-        f'height="{sample["height"]}"{small}></button></li>'
-    )
-
-
-def _facts(metadata):
-    """Returns what the page says about the network: pairs of a term and a text."""
-    names, taken = metadata["class_names"], metadata["input"]
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    more = f" and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
-    tflite, onnx = (metadata["files"][name] for name in _MODELS)
-    verified, origin = metadata["verified_on"], metadata["origin"]
-    images = f"{verified['images']:,} {verified['split']} images of {verified['dataset']}"
-    accuracy = f"not measured: {verified['images']:,} photographs without labels"
-    if tflite["accuracy"] is not None:
-        accuracy = f"{100 * tflite['accuracy']:.1f} % of {images}"
-    difference = max(tflite["max_difference"], onnx["max_difference"])
-    agreement = min(tflite["agreement"], onnx["agreement"])
-    kind = "grey images" if taken["channels"] == 1 else "photographs"
-    size = "of any size"
-    if taken["height"] is not None:
-        size = f"of any size, which the page resizes to {taken['height']} × {taken['width']} pixels"
-    failures = [*tflite["failures"], *onnx["failures"]]
-    return [
-        ("Network", f"{metadata['network']}, {metadata['parameters']:,} parameters"),
-        ("Classes", f"{len(names):,}: {shown}{more}"),
-        ("Takes", f"{kind} {size}"),
-        ("Trained on", metadata["trained_on"] or "not recorded"),
-        ("Accuracy", accuracy),
-        (
-            "Verified",
-            f"against the Keras model, on the same images: largest difference of a probability "
-            f"{difference:.1g}, same class for {100 * agreement:.2f} %",
-        ),
-        *([("Failed", "; ".join(failures))] if failures else []),
-        (
-            "Files",
-            f"{tflite['file']}, {tflite['bytes'] / 1e6:.1f} MB, and {onnx['file']}, "
-            f"{onnx['bytes'] / 1e6:.1f} MB: {PRECISIONS[metadata['precision']].description}",
-        ),
-        *([("Weights", origin["name"])] if origin else []),
-        ("Licence", (origin or {}).get("license") or "not stated"),
-        ("Exported", f"{metadata['created'][:10]} by keras_resnet {metadata['keras_resnet']}"),
-    ]

@@ -29,7 +29,7 @@ from keras_resnet import (
     with_preprocessing,
 )
 from keras_resnet.datasets.images import border_level, decode_image
-from keras_resnet.exporters import web
+from keras_resnet.exporters import web, web_html, web_runtime
 from keras_resnet.exporters.formats import PRECISIONS
 
 pytestmark = pytest.mark.thorough
@@ -67,7 +67,7 @@ def missing(what):
 def packages():
     """A folder with the runtimes, which npm installs once."""
     try:
-        return web.find_runtime()
+        return web_runtime.find_runtime()
     except InputError as error:
         return missing(f"needs npm, which `make browser` installs: {error}")
 
@@ -152,27 +152,27 @@ def test_without_npm_and_cache_the_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match=r"no npm here: .*litertjs/core@\d.* as --runtime$"):
-        web.find_runtime()
+        web_runtime.find_runtime()
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'no route to the registry' >&2\nexit 1\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(InputError, match=r"npm could not install .*: no route to the registry: "):
-        web.find_runtime()
+        web_runtime.find_runtime()
     assert not any((tmp_path / "keras_resnet" / "web").iterdir())
 
 
 def test_a_folder_of_runtimes_is_compared_with_the_checksums(packages, tmp_path):
     inner = tmp_path / "node_modules"
     shutil.copytree(packages, inner)
-    assert web.find_runtime(tmp_path) == inner == web.find_runtime(inner)
+    assert web_runtime.find_runtime(tmp_path) == inner == web_runtime.find_runtime(inner)
     changed = inner / "@litertjs" / "core" / "dist" / "index.js"
     changed.write_bytes(changed.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"index\.js: of another version, or damaged: its sha256"):
-        web.find_runtime(tmp_path)
+        web_runtime.find_runtime(tmp_path)
     changed.unlink()
     with pytest.raises(InputError, match=r"index\.js: no such file of a runtime: name a folder"):
-        web.find_runtime(tmp_path)
+        web_runtime.find_runtime(tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -203,7 +203,7 @@ def test_an_earlier_page_is_replaced_and_foreign_files_stay(fashion, packages, s
 def test_the_folder_holds_everything_and_nothing_about_the_machine(site):
     folder = site / PLACE
     assert {path.name for path in folder.iterdir()} == web._OWN
-    licenses = {name: (folder / "runtime" / name).read_text() for name in web._LICENSES}
+    licenses = {name: (folder / "runtime" / name).read_text() for name in web_runtime.LICENSES}
     assert "Apache License" in licenses["LICENSE-LiteRT.txt"]
     assert "MIT License" in licenses["LICENSE-ONNX-Runtime.txt"]
     text = (folder / "index.html").read_text() + (folder / "metadata.json").read_text()
@@ -221,7 +221,7 @@ def test_names_of_classes_are_text_in_the_html(site):
     bad = "<script>alert('$policy')</script>\" onclick=\""
     metadata["class_names"][0] = metadata["network"] = metadata["trained_on"] = bad
     metadata["samples"][0]["label"] = bad
-    page = web._fill_page(metadata)
+    page = web_html.fill_page(metadata)
     assert bad not in page and page.count("<script") == 2 and 'onclick="' not in page
 
 
