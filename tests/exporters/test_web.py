@@ -645,6 +645,13 @@ def test_a_broken_image_is_named_and_the_next_one_works(address, visit):
     assert page.errors == []
 
 
+def test_an_image_beyond_the_limit_of_a_canvas_is_named(address, visit):
+    # What Safari's canvas does with more than 16 megapixels.
+    page = visit(address, script="CanvasRenderingContext2D.prototype.fillRect = () => {};")
+    choose(page, "huge.png", encode(Image.new("LA", (30, 20))))
+    wait_for(page, "problem", "huge.png cannot be used: 30 × 20 pixels are too many for this")
+
+
 def test_a_missing_model_and_the_other_instead(address, visit):
     page = visit(address, missing=["**/model.tflite"])
     assert text(page, "problem") == (

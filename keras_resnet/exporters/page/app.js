@@ -228,11 +228,13 @@ async function useFile(file) {
   let image;
   try {
     image = await decode(file);
-  } catch {
-    showProblem(
-      `${file.name} cannot be read as an image: choose a photograph or a drawing, such as a JPEG, ` +
-        "PNG or WebP file.",
-    );
+  } catch (error) {
+    const reason =
+      error instanceof RangeError
+        ? `cannot be used: ${firstLine(error)}`
+        : "cannot be read as an image: choose a photograph or a drawing, such as a JPEG, PNG or " +
+          "WebP file";
+    showProblem(`${file.name} ${reason}.`);
     return;
   }
   press(null);

@@ -12,6 +12,8 @@ const LUMA = [19595, 38470, 7471];
  *
  * @param {Blob} file The encoded image.
  * @returns {Promise<ImageData>} Opaque. Colour profiles are ignored, as by `predict`.
+ * @throws {RangeError} If it has more pixels than the browser can hold.
+ * @throws {DOMException} If it is no image.
  */
 export async function decode(file) {
   const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
@@ -23,7 +25,12 @@ export async function decode(file) {
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0);
   bitmap.close();
-  return context.getImageData(0, 0, canvas.width, canvas.height);
+  const image = context.getImageData(0, 0, canvas.width, canvas.height);
+  // A canvas beyond the browser's limit takes no colour, not even the background.
+  if (image.data[3] !== 255) {
+    throw new RangeError(`${image.width} × ${image.height} pixels are too many for this browser`);
+  }
+  return image;
 }
 
 /**
