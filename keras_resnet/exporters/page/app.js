@@ -189,10 +189,11 @@ async function checkItself() {
   }
   times.sort((a, b) => a - b);
   const median = inWords(times[Math.floor(times.length / 2)]);
+  const shown = largest.toExponential(0).replace("-", "\u2011"); // not broken at its hyphen
   find("check").className = equal === times.length ? "passed" : "problem";
   find("check").textContent =
     `${equal} of ${times.length} answers equal to Python's, largest difference of a probability ` +
-    `${largest.toExponential(0)}; ${median} an image`;
+    `${shown}; ${median} an image`;
 }
 
 async function readSample(sample) {
