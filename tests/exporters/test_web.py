@@ -110,7 +110,13 @@ def photo_site(photos, packages, tmp_path_factory):
     head.kernel.assign(head.kernel / logits.std(axis=0))
     head.bias.assign((head.bias - logits.mean(axis=0)) / logits.std(axis=0))
     archive.save_model(model, folder / "any.keras", {"class_names": NAMES})
-    export_web(folder / "any.keras", folder / PLACE, photos=photos, runtime=packages)
+    done = run_main(
+        *("export", folder / "any.keras", "--photos", photos, "--to", "web"),
+        *("--out", folder / PLACE, "--runtime", packages),
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^model-float16\.onnx: .* on 12 images: verified$", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1].startswith(f"written to {folder / PLACE}: ")
     return folder
 
 
