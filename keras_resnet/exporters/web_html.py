@@ -98,7 +98,7 @@ def _facts(metadata):
     images = f"{verified['images']:,} {verified['split']} images of {verified['dataset']}"
     accuracy = f"not measured: {verified['images']:,} photographs without labels"
     if tflite["accuracy"] is not None:
-        accuracy = f"{100 * tflite['accuracy']:.1f} % of {images}"
+        accuracy = f"{100 * tflite['accuracy']:.1f}\N{NO-BREAK SPACE}% of {images}"
     difference = max(tflite["max_difference"], onnx["max_difference"])
     agreement = min(tflite["agreement"], onnx["agreement"])
     kind = "grey images" if taken["channels"] == 1 else "photographs"
@@ -115,7 +115,7 @@ def _facts(metadata):
         (
             "Verified",
             f"against the Keras model, on the same images: largest difference of a probability "
-            f"{difference:.1g}, same class for {100 * agreement:.2f} %",
+            f"{difference:.1g}, same class for {100 * agreement:.4g}\N{NO-BREAK SPACE}%",
         ),
         *([("Failed", "; ".join(failures))] if failures else []),
         (
