@@ -597,31 +597,33 @@ def test_drawing_and_clearing(address, visit):
             page.mouse.move(x, y, steps=5)
         page.mouse.up()
 
-    def levels():
-        return page.evaluate(
-            "[...document.getElementById('seen').getContext('2d').getImageData(0, 0, 28, 28).data]"
-        )[::4]
+    def levels_once(is_there):
+        """Returns the grey levels that the network gets, once a condition holds."""
+        script = "[...find.getContext('2d').getImageData(0, 0, 28, 28).data]"
+        for _ in range(PATIENCE // 50):
+            found = page.locator("#seen").evaluate(f"(find) => {script}")[::4]
+            if is_there(levels := np.reshape(found, (28, 28))):
+                return levels
+            page.wait_for_timeout(50)
+        return pytest.fail("the drawing does not reach the network")
 
     draw((0.3, 0.2), (0.3, 0.9))
     page.wait_for_selector("#picture[aria-label='a drawing']")
-    wait_for(page, "speed", "ms, LiteRT.js")
-    page.wait_for_timeout(300)
-    one = np.reshape(levels(), (28, 28))
+    one = levels_once(lambda levels: levels[25, 8] > 200)
     # Light on dark, as the training images are.
     assert one[14, 8] > 200 and one[14, 20] == 0 and one[0, 0] == 0
-    assert text(page, "note") == ""
     draw((0.7, 0.2), (0.7, 0.9))
-    page.wait_for_timeout(300)
-    both = np.reshape(levels(), (28, 28))
+    both = levels_once(lambda levels: levels[25, 20] > 200)
     assert both[14, 8] > 200 and both[14, 20] > 200
+    wait_for(page, "speed", "ms, LiteRT.js")
+    assert text(page, "note") == ""
     page.click("#clear")
     assert text(page, "answer") == "Draw, or choose an image"
-    # A sample, and then a stroke begins a new drawing.
+    # After a sample, a stroke begins a new drawing.
     page.locator(".samples button").nth(2).click()
     wait_for(page, "note", "Labelled")
     draw((0.3, 0.2), (0.3, 0.9))
-    page.wait_for_timeout(300)
-    np.testing.assert_array_equal(np.reshape(levels(), (28, 28)), one)
+    levels_once(lambda levels: np.array_equal(levels, one))
 
 
 def test_a_dropped_photograph_and_its_inversion(address, visit):
