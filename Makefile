@@ -2,6 +2,7 @@
 # make test: from an empty machine to a tested checkout.
 # make test-fast: the tests between two commits, without those marked as thorough or slow.
 # make test-all: all tests, those marked as slow too.
+# make web: the page that runs the network in a browser, on 127.0.0.1:8000.
 # make notebooks: runs the notebooks and keeps their outputs.
 # make docs: the guide and the API as web pages, in build/docs.
 # All leave `. .venv/bin/activate` usable; run again, they install nothing.
@@ -19,7 +20,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 IDX := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 TFDS := $(or $(TFDS_DATA_DIR),$(HOME)/tensorflow_datasets)/fashion_mnist
 
-.PHONY: demo test test-fast test-all notebooks docs data lint format clean
+.PHONY: demo web test test-fast test-all notebooks docs data browser lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed data
@@ -27,14 +28,20 @@ demo: $(VENV)/installed data
 	$(BIN)/keras-resnet evaluate $(DEMO)
 	$(BIN)/keras-resnet export $(DEMO)
 
-test: lint data
+# The network of `make demo` if it has been run, else the one in the package.
+web: $(VENV)/installed data
+	$(BIN)/keras-resnet export $(if $(wildcard $(DEMO)/model.keras),$(DEMO),fashion_mnist) --to web --out build/web
+	@echo "http://127.0.0.1:8000, until Ctrl-C"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/web 8000
+
+test: lint data browser
 	$(PYTEST) -m "not slow"
 
 test-fast: lint data
 	$(PYTEST) -m "not slow and not thorough"
 
 # A test at a time goes to the process that is idle: some files hold half an hour of slow tests.
-test-all: $(VENV)/installed-test-all lint data
+test-all: $(VENV)/installed-test-all lint data browser
 	$(PYTEST) --dist worksteal -m ""
 
 notebooks: $(VENV)/installed-test-all data
@@ -53,6 +60,18 @@ data:
 	else \
 		echo "Fashion-MNIST is not here. Where apt-get works: sudo apt-get install" \
 			"dataset-fashion-mnist. Otherwise TensorFlow Datasets will try to download it."; \
+	fi
+
+# Chromium and npm, for the tests of the web page: what is there already, else Debian's packages.
+browser:
+	@missing="$$(command -v chromium >/dev/null || echo chromium) $$(command -v npm >/dev/null || echo npm)"; \
+	if [ -z "$$(echo $$missing)" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null; } || \
+			echo "apt-get failed: the tests of the web page will be skipped."; \
+	else \
+		echo "Not here: $$missing. The tests of the web page need both, and will be skipped. Where" \
+			"apt-get works: sudo apt-get install chromium npm."; \
 	fi
 
 lint: $(VENV)/installed-test

@@ -53,6 +53,7 @@ _EXPORTS = {
     "Predictor": "evaluation.inference",
     "load": "evaluation.inference",
     "export": "exporters.exporter",
+    "export_web": "exporters.web",
     "verify": "exporters.verify_folder",
     "benchmark": "evaluation.benchmark.run",
     "InputError": "utils.errors",

@@ -16,6 +16,7 @@ from pathlib import Path
 from keras_resnet import __version__, config
 from keras_resnet.config import positive
 from keras_resnet.exporters.formats import PRECISIONS as EXPORT_PRECISIONS
+from keras_resnet.exporters.formats import WEB
 from keras_resnet.formats import EXPORTED
 from keras_resnet.recipes import RECIPES
 from keras_resnet.utils.errors import (
@@ -120,7 +121,11 @@ _EXPORT_OPTIONS = {
         "metavar": "RUN_OR_MODEL",
         "help": f"a run folder, a .keras file, a published network's name{_NAME}; or fashion_mnist",
     },
-    "--to": {"nargs": "+", "choices": tuple(EXPORTED), "help": "formats (default: all)"},
+    "--to": {
+        "nargs": "+",
+        "choices": (*EXPORTED, WEB),
+        "help": f"formats (default: all); or {WEB}, a page that runs the network in a browser",
+    },
     "--precision": {
         "nargs": "+",
         "choices": tuple(EXPORT_PRECISIONS),
@@ -129,7 +134,7 @@ _EXPORT_OPTIONS = {
     "--out": {
         "metavar": "DIR",
         "help": "the folder to write (default: export/ in the run folder, NAME-export beside "
-        "NAME.keras)",
+        f"NAME.keras; {WEB}/ and NAME-{WEB} for the page)",
     },
     **_EVALUATION_OPTIONS,
     "--photos": {
@@ -155,6 +160,11 @@ _EXPORT_OPTIONS = {
     "--force": {
         "action": "store_true",
         "help": "publish files that fail their verification, too, with the failures recorded",
+    },
+    "--runtime": {
+        "metavar": "DIR",
+        "help": f"with --to {WEB}: a folder with the npm packages of the runtimes (default: npm "
+        "installs them into a cache)",
     },
 }
 
@@ -413,20 +423,52 @@ def _say(line):
 
 
 def _export(args):
-    from keras_resnet.exporters.exporter import export
-    from keras_resnet.exporters.summary import format_failures, format_manifest
+    from keras_resnet.exporters.summary import format_failures
 
-    names = ("to", "precision", "photos", "normalize", "preprocessing", "input_size", "force")
-    options = {name: getattr(args, name) for name in names}
-    report = None if args.json else _say
+    if args.runtime is not None and args.to != [WEB]:
+        raise InputError(f"--runtime is for --to {WEB} alone: leave it out")
     try:
-        data = _given(args, _EVALUATION_OPTIONS)
-        manifest = export(args.model, args.out, report=report, **options, **data)
+        (_export_page if WEB in (args.to or ()) else _export_files)(args)
     except ExportError as error:
         failures = {"failures": [vars(failure) for failure in error.failures]}
         print(json.dumps(failures) if args.json else format_failures(error.failures))
         raise
+
+
+def _export_files(args):
+    from keras_resnet.exporters.exporter import export
+    from keras_resnet.exporters.summary import format_manifest
+
+    names = ("to", "precision", "photos", "normalize", "preprocessing", "input_size", "force")
+    options = {name: getattr(args, name) for name in names}
+    report = None if args.json else _say
+    data = _given(args, _EVALUATION_OPTIONS)
+    manifest = export(args.model, args.out, report=report, **options, **data)
     print(json.dumps(manifest) if args.json else format_manifest(manifest))
+
+
+def _export_page(args):
+    from keras_resnet.exporters.web import export_web
+
+    # What the page cannot have, and why.
+    refused = {
+        "--to": ("its folder is of another kind", len(args.to) > 1),
+        "--precision": ("it holds files of one precision", len(args.precision or ()) > 1),
+        "--input-size": ("it hands over photographs of any size", args.input_size is not None),
+        "--no-preprocessing": ("it hands over images", not args.preprocessing),
+    }
+    for option, (reason, is_given) in refused.items():
+        if is_given:
+            raise InputError(f"--to {WEB} with this {option}: {reason}: name one value, or none")
+    names = ("runtime", "photos", "normalize", "force")
+    options = {name: getattr(args, name) for name in names}
+    if args.precision:
+        options["precision"] = args.precision[0]
+    report = None if args.json else _say
+    data = _given(args, _EVALUATION_OPTIONS)
+    metadata = export_web(args.model, args.out, report=report, **options, **data)
+    if args.json:
+        print(json.dumps(metadata))
 
 
 def _verify(args):
@@ -552,6 +594,7 @@ _COMMANDS = {
             "export runs/demo",
             "export timm/resnet18.a1_in1k --photos holiday/",
             "export timm/resnet18.a1_in1k --photos holiday/ --input-size 224 224 --to tflite",
+            "export fashion_mnist --to web --out page",
         ],
         "\n".join(
             [

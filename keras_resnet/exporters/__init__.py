@@ -8,5 +8,7 @@
 - `verify_artifact`: an artifact, run by its real runtime, compared with that reference.
 - `exporter`: `keras-resnet export`; `folder`, `earlier`: the folder that it writes or adds to.
 - `verify_folder`: `keras-resnet verify`, the same checks for an export folder anywhere.
+- `web`, `web_runtime`, `web_html`: the page that runs the network in a browser; its scripts and its
+  style are in `page/`.
 - `summary`: results as tables of text.
 """

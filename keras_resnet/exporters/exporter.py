@@ -4,9 +4,9 @@ import dataclasses
 import datetime
 import importlib
 
-import keras
 import numpy as np
 
+from keras_resnet.datasets import Dataset, Split
 from keras_resnet.datasets.images import check_image_size
 from keras_resnet.datasets.photos import load_photos
 from keras_resnet.evaluation.inference import load_data
@@ -112,27 +112,103 @@ def export(
         ...
         keras_resnet.utils.errors.InputError: missing.keras: no such model file
     """
-    if keras.backend.backend() != "tensorflow":
-        raise InputError(
-            f"an export needs Keras's TensorFlow backend, got {keras.backend.backend()}: set "
-            "KERAS_BACKEND=tensorflow"
-        )
     report = report or (lambda line: None)
     artifacts = choose_artifacts(to, precision)
     source = open_export_source(model, normalize)
     if folder is None and source.folder is None:
         raise InputError("`folder` must be given to export a Keras model object")
     folder = folders.check_target(folder or source.folder)
-    if photos is None:
-        if dataset is None and "data" not in source.predictor.metadata:
-            raise InputError(
-                f"{source.predictor.name}: does not record a data set to verify the files on: give "
-                "photographs without labels, --photos FOLDER, or --dataset folder:…"
-            )
-        data, split, options = load_data(source.predictor, dataset, **data_options)
-    else:
-        data, split, options = _load_photos(source.predictor, photos, dataset, data_options)
-    size = _fixed_size(source.predictor.model, split, data_options.get("image_size"))
+    images = load_evaluation_images(source, dataset, photos, data_options)
+    manifest = write_export(
+        source,
+        images,
+        folder,
+        artifacts,
+        report,
+        preprocessing=preprocessing,
+        image_size=data_options.get("image_size"),
+        input_size=input_size,
+        force=force,
+    )
+    report(f"written to {folder}")
+    return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationImages:
+    """The images that an export is verified on.
+
+    Attributes:
+        data: Their `Dataset`.
+        split: The `Split` of it that is evaluated, decoded for the model.
+        options: The arguments of `load_dataset` that load the same set again.
+    """
+
+    data: Dataset
+    split: Split
+    options: dict
+
+
+def load_evaluation_images(source, dataset=None, photos=None, data_options=None):
+    """Loads the images that an export is verified on.
+
+    Args:
+        source: The `ExportSource`.
+        dataset: See `export`.
+        photos: See `export`.
+        data_options: Options of `load_dataset`, a dict.
+
+    Returns:
+        The `EvaluationImages`.
+
+    Raises:
+        InputError: If the model records no data set and none is given, or it does not fit.
+    """
+    predictor, data_options = source.predictor, data_options or {}
+    if photos is not None:
+        return EvaluationImages(*_load_photos(predictor, photos, dataset, data_options))
+    if dataset is None and "data" not in predictor.metadata:
+        raise InputError(
+            f"{predictor.name}: does not record a data set to verify the files on: give "
+            "photographs without labels, --photos FOLDER, or --dataset folder:…"
+        )
+    return EvaluationImages(*load_data(predictor, dataset, **data_options))
+
+
+def write_export(
+    source,
+    images,
+    folder,
+    artifacts,
+    report,
+    *,
+    preprocessing=True,
+    image_size=None,
+    input_size=None,
+    force=False,
+):
+    """Writes artifacts, verifies each, and publishes them in a folder.
+
+    Args:
+        source: The `ExportSource`.
+        images: The `EvaluationImages`.
+        folder: The result of `folder.check_target`.
+        artifacts: A list of `Artifact`s.
+        report: Called with a line about each artifact.
+        preprocessing: See `export`.
+        image_size: (height, width) of all images; None if the model or the images determine it.
+        input_size: See `export`.
+        force: See `export`.
+
+    Returns:
+        The manifest, a dict.
+
+    Raises:
+        InputError: If a format cannot hold the network.
+        ExportError: If an artifact failed its verification.
+    """
+    data, split, options = images.data, images.split, images.options
+    size = _fixed_size(source.predictor.model, split, image_size)
     serving = Serving(source.predictor.model, preprocessing, size, input_size)
     if None in serving.contract.image_shape:
         if any(PRECISIONS[artifact.precision].on_request for artifact in artifacts):
@@ -169,7 +245,7 @@ def export(
             manifest["artifacts"].append({**row, "oldest_runtime": oldest_runtime})
             failures += failed
             report(_describe_row(row))
-        _check_passed(manifest["artifacts"], failures, force, folder)
+        _check_passed(manifest["artifacts"], failures, force)
         # The folder is completed and published.
         keep_earlier(folder, work, earlier, manifest, recorded, report)
         references.write_reference(work / REFERENCE, recorded)
@@ -179,7 +255,6 @@ def export(
         files.write_text(work / LABELS, names)
         files.write_json(work / MANIFEST, manifest)
         folders.publish(work, folder)
-    report(f"written to {folder}")
     return read_manifest(folder)
 
 
@@ -309,7 +384,7 @@ def _describe_row(row):
     )
 
 
-def _check_passed(rows, failures, force, folder):
+def _check_passed(rows, failures, force):
     if not failures or force:
         return
     wrong = [each for each in failures if not each.check.startswith(INCONCLUSIVE)]
@@ -323,7 +398,7 @@ def _check_passed(rows, failures, force, folder):
             "--normalize that it needs"
         )
     raise ExportError(
-        f"{reason} ({', '.join(names)}): nothing was written to {folder}; --force publishes them "
-        "with the failures recorded",
+        f"{reason} ({', '.join(names)}): nothing was written; --force publishes them with the "
+        "failures recorded",
         failures,
     )

@@ -15,11 +15,13 @@ _WORK = ".{name}.partial"
 _ASIDE = ".{name}.before"
 
 
-def check_target(folder):
+def check_target(folder, check_earlier=None):
     """Checks that an export may be written to a folder.
 
     Args:
         folder: The folder: missing, empty, or an earlier export; or a link to such a folder.
+        check_earlier: Function of the folder and of its name for messages that raises an
+            `InputError` unless it is an earlier export; by default it looks for a manifest.
 
     Returns:
         An absolute `pathlib.Path` without links.
@@ -39,7 +41,7 @@ def check_target(folder):
                 f"{given}: a disk's own folder cannot be replaced as a whole: choose one in it"
             )
         if folder.is_dir() and any(folder.iterdir()):
-            _check_earlier(folder, given)
+            (check_earlier or _check_earlier)(folder, given)
         folder.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):

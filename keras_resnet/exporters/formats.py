@@ -87,6 +87,9 @@ def least_halved(sizes):
 BATCH_SIZES = (1, 2, 7)
 """The batch sizes that verification runs every artifact with."""
 
+WEB = "web"
+"""What `export --to` calls the page of `exporters.web`, which is no file format."""
+
 REFERENCE = "reference.npz"
 LABELS = "labels.txt"
 BENCHMARK = ("benchmark.json", "benchmark.png")

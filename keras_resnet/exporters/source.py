@@ -56,8 +56,14 @@ def open_export_source(model, normalize=None):
         An `ExportSource`.
 
     Raises:
-        InputError: If it is something else, or cannot be loaded.
+        InputError: If it is something else, or cannot be loaded; or if Keras has another backend
+            than TensorFlow.
     """
+    if keras.backend.backend() != "tensorflow":
+        raise InputError(
+            f"an export needs Keras's TensorFlow backend, got {keras.backend.backend()}: set "
+            "KERAS_BACKEND=tensorflow"
+        )
     if isinstance(model, keras.Model):
         weights = hashlib.sha256()
         for weight in model.get_weights():
