@@ -4,7 +4,7 @@
     python benchmarks/photographs.py prove
     python benchmarks/photographs.py tfds
     python benchmarks/photographs.py story [--weights timm/resnet18.a1_in1k]
-    python benchmarks/photographs.py transfer [--seeds 3] [--target scenes clothes digits …]
+    python benchmarks/photographs.py transfer [--seeds 3] [--target scenes clothes digits]
     python benchmarks/photographs.py folder DIR
 
 `prove` writes a folder of 84 crops of seven photographs, twelve for each, trains with nothing but
@@ -13,14 +13,13 @@ TensorFlow Datasets in the form of CIFAR: crops of 32×32 pixels, 100 for each p
 the recipe "photos". `story` runs the three commands at the top of the README with the folder of
 `prove` and prints their times; `--weights` may be a local repository, and the times are the same
 with random weights. `transfer` compares fine-tuning with training from scratch at 20 images a
-class, on four targets:
+class, on three targets:
 
 - scenes: the ten kinds of clothes of Fashion-MNIST, turned by up to 30° and in front of
   photographs, from the network of Fashion-MNIST in the package, which has seen none of these
   clothes; 2,000 test images;
 - clothes: five classes of Fashion-MNIST, from weights trained on the other five;
-- digits: scikit-learn's handwritten digits, from the network in the package; 1,597 test images;
-- photographs: crops as above, from weights trained on all ten classes of Fashion-MNIST.
+- digits: scikit-learn's handwritten digits, from the network in the package; 1,597 test images.
 
 All crops of a class come from one photograph, so parts of the test images have been seen in
 training, at other positions and sizes: the task is easier than new photographs of a subject.
@@ -274,13 +273,6 @@ TARGETS = {
     "clothes": (
         lambda folder: write_clothes(folder, 20, 200),
         lambda folder: pretrain(folder, [x for x in range(10) if x not in NEW_CLASSES]),
-        RECIPES["fast"].model,
-    ),
-    "photographs": (
-        lambda folder: (
-            write_crops(folder / "train", 20, 0) and write_crops(folder / "test", 40, 1).parent
-        ),
-        lambda folder: pretrain(folder, list(range(10))),
         RECIPES["fast"].model,
     ),
 }

@@ -239,7 +239,7 @@ def _describe_origin(origin):
 
 
 def _public(dataset):
-    """Returns a data set's name without the folders above it, which are nobody's business.
+    """Returns a data set's name without the folders above it, which may be private.
 
     Example:
         >>> _public("folder:/home/me/flowers"), _public("fashion_mnist"), _public(None)
