@@ -116,7 +116,7 @@ def photo_site(photos, packages, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^model-float16\.onnx: .* on 12 images: verified$", done.stdout, re.MULTILINE)
-    assert done.stdout.splitlines()[-1].startswith(f"written to {folder / PLACE}: ")
+    assert done.stdout.splitlines()[-2].startswith(f"written to {folder / PLACE}: ")
     return folder
 
 
@@ -138,11 +138,17 @@ def test_the_versions_are_pinned_and_no_registry_is_named():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "web", "tflite"], "--to web with this --to: its folder is of another kind"),
-        (["--to", "web", "--precision", "float32", "int8"], "this --precision: .* of one"),
+        (["--to", "web", "tflite"], "--to web writes a folder .* alone, got web tflite"),
+        (
+            ["--to", "web", "--precision", "float32", "int8"],
+            "files of one --precision: name one, got float32 int8",
+        ),
         (["--to", "web", "--precision", "dynamic"], "onnx comes in .*, not in dynamic"),
-        (["--to", "web", "--input-size", "28", "28"], "this --input-size: it hands over"),
-        (["--to", "web", "--no-preprocessing"], "this --no-preprocessing: it hands over images"),
+        (
+            ["--to", "web", "--input-size", "28", "28"],
+            "takes photographs of any size: leave --input-size out",
+        ),
+        (["--to", "web", "--no-preprocessing"], "takes images: leave --no-preprocessing out"),
         (["--to", "onnx", "--runtime", "there"], "--runtime is for --to web alone"),
         (["--runtime", "there"], "--runtime is for --to web alone"),
         (["--to", "web", "--runtime", "there"], "there: no such folder"),
@@ -203,7 +209,8 @@ def test_an_earlier_page_is_replaced_and_foreign_files_stay(fashion, packages, s
     assert (folder / "CNAME").read_text() == "example.org"
     assert not (folder / "samples" / "old.png").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["page"]
-    assert re.fullmatch(rf"written to {folder}: \d\d\.\d MB", lines[-1])
+    assert re.fullmatch(rf"written to {folder}: \d\d\.\d MB", lines[-2])
+    assert lines[-1] == f"to see it: python -m http.server --directory {folder}"
 
 
 def test_the_folder_holds_everything_and_nothing_about_the_machine(site):
