@@ -653,6 +653,9 @@ def test_a_broken_image_is_named_and_the_next_one_works(address, visit):
     page = visit(address)
     choose(page, "broken.jpg", encode(Image.new("RGB", (99, 99)), "jpeg")[:60])
     wait_for(page, "problem", "broken.jpg cannot be read as an image: choose a photograph")
+    # The image and the answer before stay.
+    assert page.locator("button[aria-pressed=true]").count() == 1
+    assert text(page, "answer").startswith("Ankle boot")
     choose(page, "whole.png", encode(Image.new("L", (30, 30))))
     page.wait_for_selector("#picture[aria-label='whole.png']")
     page.locator("#problem:empty").wait_for(state="attached")

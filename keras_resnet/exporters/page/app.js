@@ -18,6 +18,8 @@ const page = {
   queue: Promise.resolve(),
   // The last image that was asked for: older ones need no answer any more.
   latest: 0,
+  // How many images have been chosen: one that is decoded too late is not shown.
+  chosen: 0,
   // The last image, for another runtime; and whether strokes go on with it.
   shown: null,
   isDrawing: false,
@@ -214,13 +216,24 @@ function press(button) {
   }
 }
 
+// Shows and classifies an image, unless another one has been chosen while it was decoded.
+async function use(decoding, button, name, description, note) {
+  page.chosen += 1;
+  const turn = page.chosen;
+  const image = await decoding;
+  if (turn === page.chosen) {
+    press(button);
+    await showPicture(image, description);
+    await classify(image, name, note);
+  }
+}
+
 async function useSample(place) {
   const sample = page.metadata.samples[place];
-  press(document.querySelectorAll(".samples button")[place]);
+  const button = document.querySelectorAll(".samples button")[place];
   try {
-    const image = await readSample(sample);
-    await showPicture(image, `sample ${place + 1}`);
-    await classify(image, sample.file, sample.label ? `Labelled: ${sample.label}.` : "");
+    const note = sample.label ? `Labelled: ${sample.label}.` : "";
+    await use(readSample(sample), button, sample.file, `sample ${place + 1}`, note);
   } catch (error) {
     showProblem(firstLine(error));
   }
@@ -230,9 +243,8 @@ async function useFile(file) {
   if (!file) {
     return;
   }
-  let image;
   try {
-    image = await decode(file);
+    await use(decode(file), null, file.name, file.name);
   } catch (error) {
     const reason =
       error instanceof RangeError
@@ -240,11 +252,7 @@ async function useFile(file) {
         : "cannot be read as an image: choose a photograph or a drawing, such as a JPEG, PNG or " +
           "WebP file";
     showProblem(`${file.name} ${reason}.`);
-    return;
   }
-  press(null);
-  await showPicture(image, file.name);
-  await classify(image, file.name);
 }
 
 function listenToFiles() {
@@ -278,6 +286,7 @@ function listenToDrawing() {
   const [paper, ink] = dark ? ["black", "white"] : ["white", "black"];
   let last = null;
   const clear = () => {
+    page.chosen += 1;
     page.isDrawing = true;
     picture.fillStyle = paper;
     picture.fillRect(0, 0, canvas.width, canvas.height);
