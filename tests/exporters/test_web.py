@@ -491,7 +491,7 @@ def test_pixels_are_those_of_predict(address, visit):
             assert np.abs(pixels - expected.astype(int)).max() <= bound, name
 
 
-@pytest.mark.parametrize("version", ["pillow", "pillow12"])
+@pytest.mark.parametrize("version", ["pillow", pytest.param("pillow12", marks=pytest.mark.slow)])
 def test_resizing_is_pillow_s_in_both_orders(version, address, visit):
     page = visit(address, wait=False)
     generator = np.random.default_rng(3)
@@ -692,6 +692,7 @@ def test_files_that_are_missing_or_damaged_are_named(address, visit):
     wait_for(page, "problem", "LiteRT.js cannot run model.tflite: ")
 
 
+@pytest.mark.slow  # the hint comes after 5 seconds
 def test_the_page_opened_as_a_file_says_that_it_needs_a_server(site, visit):
     page = visit((site / PLACE / "index.html").as_uri(), wait=False)
     page.locator(".unserved").wait_for()
