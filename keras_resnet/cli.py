@@ -450,20 +450,21 @@ def _export_files(args):
 def _export_page(args):
     from keras_resnet.exporters.web import export_web
 
-    # What the page cannot have, and why.
-    refused = {
-        "--to": ("its folder is of another kind", len(args.to) > 1),
-        "--precision": ("it holds files of one precision", len(args.precision or ()) > 1),
-        "--input-size": ("it hands over photographs of any size", args.input_size is not None),
-        "--no-preprocessing": ("it hands over images", not args.preprocessing),
+    to, precision = " ".join(args.to), " ".join(args.precision or ())
+    # Rules, and whether they are broken.
+    rules = {
+        f"writes a folder of its own kind: name it alone, got {to}": " " in to,
+        f"writes files of one --precision: name one, got {precision}": " " in precision,
+        "takes photographs of any size: leave --input-size out": args.input_size is not None,
+        "takes images: leave --no-preprocessing out": not args.preprocessing,
     }
-    for option, (reason, is_given) in refused.items():
-        if is_given:
-            raise InputError(f"--to {WEB} with this {option}: {reason}: name one value, or none")
+    for rule, is_broken in rules.items():
+        if is_broken:
+            raise InputError(f"--to {WEB} {rule}")
     names = ("runtime", "photos", "normalize", "force")
     options = {name: getattr(args, name) for name in names}
-    if args.precision:
-        options["precision"] = args.precision[0]
+    if precision:
+        options["precision"] = precision
     report = None if args.json else _say
     data = _given(args, _EVALUATION_OPTIONS)
     metadata = export_web(args.model, args.out, report=report, **options, **data)

@@ -6,6 +6,7 @@ HTML are in `page/` beside this module; the runtimes come from their npm package
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def export_web(
         folders.publish(work, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     report(f"written to {folder}: {size / 1e6:.1f} MB")
+    report(f"to see it: python -m http.server --directory {shlex.quote(str(folder))}")
     return metadata
 
 

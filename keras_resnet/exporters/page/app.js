@@ -18,7 +18,11 @@ const page = {
   queue: Promise.resolve(),
   // The last image that was asked for: older ones need no answer any more.
   latest: 0,
+  // How many images have been chosen: one that is decoded too late is not shown.
+  chosen: 0,
+  // The last image, for another runtime; and whether strokes go on with it.
   shown: null,
+  isDrawing: false,
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -70,6 +74,7 @@ async function showPicture(image, description) {
   picture.imageSmoothingEnabled = scale < 4;
   picture.drawImage(bitmap, (width - size[0]) / 2, (height - size[1]) / 2, ...size);
   picture.canvas.setAttribute("aria-label", description);
+  page.isDrawing = false;
 }
 
 // Shows the pixels that the network gets, where they differ from the image.
@@ -138,14 +143,16 @@ async function classify(image, name, note = "") {
   });
 }
 
-// Opens a network; the other one where that fails. Returns whether one is open.
-async function open(wanted) {
+// Opens the network for a runtime; for the other one where that fails.
+async function useRuntime(wanted) {
   const problems = [];
   const [sample] = page.metadata.samples;
   const shape = [1, sample.height, sample.width, page.metadata.input.channels];
   const names = [wanted, ...Object.keys(RUNTIMES).filter((name) => name !== wanted)];
   page.run = null;
   page.shapes.clear();
+  find("check").className = "";
+  find("check").textContent = "–";
   for (const name of names) {
     clearAnswer(`Loading ${RUNTIMES[name].name} …`);
     try {
@@ -158,11 +165,10 @@ async function open(wanted) {
     const instead = `${RUNTIMES[name].name} runs instead.`;
     page.trouble = problems.length ? `${problems.join(". ")}. ${instead}` : "";
     showProblem(page.trouble);
-    return true;
+    return;
   }
   clearAnswer("No network");
   showProblem(`${problems.join(". ")}. Copy the whole exported folder to the server again.`);
-  return false;
 }
 
 // Compares the answers for the samples with those of Python for the same file.
@@ -210,13 +216,24 @@ function press(button) {
   }
 }
 
+// Shows and classifies an image, unless another one has been chosen while it was decoded.
+async function use(decoding, button, name, description, note) {
+  page.chosen += 1;
+  const turn = page.chosen;
+  const image = await decoding;
+  if (turn === page.chosen) {
+    press(button);
+    await showPicture(image, description);
+    await classify(image, name, note);
+  }
+}
+
 async function useSample(place) {
   const sample = page.metadata.samples[place];
-  press(document.querySelectorAll(".samples button")[place]);
+  const button = document.querySelectorAll(".samples button")[place];
   try {
-    const image = await readSample(sample);
-    await showPicture(image, `sample ${place + 1}`);
-    await classify(image, sample.file, sample.label ? `Labelled: ${sample.label}.` : "");
+    const note = sample.label ? `Labelled: ${sample.label}.` : "";
+    await use(readSample(sample), button, sample.file, `sample ${place + 1}`, note);
   } catch (error) {
     showProblem(firstLine(error));
   }
@@ -226,9 +243,8 @@ async function useFile(file) {
   if (!file) {
     return;
   }
-  let image;
   try {
-    image = await decode(file);
+    await use(decode(file), null, file.name, file.name);
   } catch (error) {
     const reason =
       error instanceof RangeError
@@ -236,11 +252,7 @@ async function useFile(file) {
         : "cannot be read as an image: choose a photograph or a drawing, such as a JPEG, PNG or " +
           "WebP file";
     showProblem(`${file.name} ${reason}.`);
-    return;
   }
-  press(null);
-  await showPicture(image, file.name);
-  await classify(image, file.name);
 }
 
 function listenToFiles() {
@@ -272,8 +284,10 @@ function listenToDrawing() {
   }
   const dark = page.metadata.input.dark_background;
   const [paper, ink] = dark ? ["black", "white"] : ["white", "black"];
-  let [isDrawing, last] = [false, null];
-  const empty = () => {
+  let last = null;
+  const clear = () => {
+    page.chosen += 1;
+    page.isDrawing = true;
     picture.fillStyle = paper;
     picture.fillRect(0, 0, canvas.width, canvas.height);
     canvas.setAttribute("aria-label", "a drawing");
@@ -293,10 +307,10 @@ function listenToDrawing() {
     classify(picture.getImageData(0, 0, canvas.width, canvas.height), "The drawing");
   };
   canvas.addEventListener("pointerdown", (event) => {
-    if (!isDrawing) {
-      empty();
+    // A stroke on a sample or a photograph begins a new drawing.
+    if (!page.isDrawing) {
+      clear();
     }
-    isDrawing = true;
     canvas.setPointerCapture(event.pointerId);
     last = place(event);
     drawTo(last);
@@ -308,20 +322,11 @@ function listenToDrawing() {
     });
   }
   find("clear").addEventListener("click", () => {
-    empty();
-    isDrawing = true;
+    clear();
     page.latest += 1;
     page.shown = null;
     clearAnswer("Draw, or choose an image");
   });
-  // The next stroke on a sample or a photograph begins a new drawing.
-  for (const source of [find("file"), find("camera"), document.querySelector(".samples")]) {
-    for (const event of ["click", "change"]) {
-      source.addEventListener(event, () => {
-        isDrawing = false;
-      });
-    }
-  }
 }
 
 function listenToSamples() {
@@ -335,7 +340,7 @@ function listenToRuntime() {
     const address = new URL(location);
     address.searchParams.set("runtime", event.target.value);
     history.replaceState(null, "", address);
-    await enqueue(() => open(event.target.value));
+    await enqueue(() => useRuntime(event.target.value));
     await begin();
   });
 }
@@ -370,7 +375,7 @@ async function start() {
   listenToDrawing();
   listenToRuntime();
   const asked = new URL(location).searchParams.get("runtime");
-  await enqueue(() => open(asked in RUNTIMES ? asked : "tflite"));
+  await enqueue(() => useRuntime(asked in RUNTIMES ? asked : "tflite"));
   await begin();
 }
 
