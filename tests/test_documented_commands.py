@@ -10,7 +10,9 @@ import hub as hubs
 import keras
 import numpy as np
 import pytest
+import references
 import safetensors.numpy
+import torch
 from conftest import run_main
 from PIL import Image
 from test_docs import PAGES, ROOT, commands
@@ -18,8 +20,10 @@ from test_docs import PAGES, ROOT, commands
 import keras_resnet
 from keras_resnet import recipes
 from keras_resnet.datasets import LOADERS, Loader
+from keras_resnet.preprocessing import NORMALIZATIONS
 from keras_resnet.weights import save_torch_weights
 
+TIMM = "timm/resnet18.a1_in1k"
 # A command, or its beginning -> where it is run, or why it is not.
 RUN_ELSEWHERE = {
     "make": "CI runs `make test`; make demo, docs and notebooks take longer or change the checkout",
@@ -94,11 +98,33 @@ def write_images(folder, classes, each, size=40):
             Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(path)
 
 
-def make_decided(path):
-    """Scales the head of a network with random weights, so that its images get many classes."""
+def train_own(folder):
+    """Trains a network of normalized images without this package's training."""
+    split = keras_resnet.load_dataset(f"folder:{folder}", image_size=32).splits["train"]
+    mean, std = (np.array(NORMALIZATIONS["imagenet"][name]) for name in ("mean", "std"))
+    images = (split.images[np.arange(len(split))] / 255 - mean) / std
+    keras.utils.set_random_seed(0)
+    network = keras_resnet.build_resnet("resnet20", (32, 32, 3), 2)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    network.compile(keras.optimizers.Adam(1e-3), loss)
+    network.fit(images, split.labels, batch_size=8, epochs=12, verbose=0)
+    return network
+
+
+def make_decided(path, network, folder):
+    """Changes the head of a network with random weights, so that images get different classes."""
+    mean, std = (np.array(NORMALIZATIONS["imagenet"][name]) for name in ("mean", "std"))
+    images = [np.asarray(Image.open(file).resize((224, 224))) for file in sorted(folder.iterdir())]
+    images = ((np.stack(images) / 255 - mean) / std).transpose(0, 3, 1, 2).astype("float32")
+    logits = references.torch_logits(network, torch.from_numpy(images))
+    middle = logits.mean(axis=0)
+    scale = 3 / (logits - middle).std()
     tensors = safetensors.numpy.load_file(path)
-    tensors["fc.weight"] = 1000 * tensors["fc.weight"]
-    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+    tensors["fc.weight"] = scale * tensors["fc.weight"]
+    tensors["fc.bias"] = scale * (tensors["fc.bias"] - middle)
+    safetensors.numpy.save_file(
+        {name: tensor.astype("float32") for name, tensor in tensors.items()}, path, {"format": "pt"}
+    )
 
 
 def write_cifar10(folder):
@@ -127,18 +153,17 @@ def write_cifar10(folder):
 def world(tmp_path_factory):
     """A folder with everything that the documented commands read."""
     folder = tmp_path_factory.mktemp("world")
-    hubs.write_timm(folder / "hub", "timm/resnet18.a1_in1k")
-    make_decided(folder / "hub" / "timm" / "resnet18.a1_in1k" / "model.safetensors")
+    network = hubs.write_timm(folder / "hub", TIMM)
     write_cifar10(folder / "tfds")
     for name in ("photos", "flowers"):
         write_images(folder / name, ("cat", "dog"), 36)
     for name in ("holiday", "my_photos"):
         write_images(folder / name, ("2026",), 8)
+    weights = folder / "hub" / TIMM / "model.safetensors"
+    make_decided(weights, network, folder / "my_photos" / "2026")
     for name in ("shoe.jpg", "bag.png", "photo.jpg"):
         Image.open(folder / "photos" / "cat" / "0.jpg").save(folder / name)
-    keras.utils.set_random_seed(0)
-    network = keras_resnet.build_resnet("resnet20", (32, 32, 3), 2)
-    network.save(folder / "my.keras")
+    train_own(folder / "photos").save(folder / "my.keras")
     for name in ("resnet18", "resnet50"):
         network = keras_resnet.build_resnet(name, (32, 32, 3), 1000, variant="torchvision")
         save_torch_weights(network, folder / f"{name}.safetensors", "torchvision")
@@ -172,8 +197,8 @@ def run(world, fashion, tmp_path, monkeypatch):
 )
 def test_the_commands_of_a_page_run(page, run):
     # Pages continue the run of `make demo`; this one is shorter, and no worse.
-    demo = ["train", "--recipe", "fast", "--model", "resnet10_narrow", "--epochs", "8"]
-    demo += ["--batch-size", "64", "--run-dir", "runs/demo"]
+    demo = ["train", "--recipe", "fast", "--weights", "fashion_mnist", "--run-dir", "runs/demo"]
+    demo += ["--learning-rate", "1e-4"]
     before = [demo, ["export", "runs/demo"]] if page == "docs/predicting.md" else [demo]
     for words in before:
         done = run(*words)
