@@ -232,7 +232,7 @@ def test_a_process_can_train_twice_under_mirrored(done):
 def test_mixed_batches_are_trained_on_every_replica(done):
     (found,) = done("mirrored-2", "mixed")
     assert found["history/loss"][1] < found["history/loss"][0]
-    assert found["history/val_accuracy"][1] > 0.3
+    assert found["history/val_loss"][1] < np.log(10)  # better than chance
 
 
 @pytest.mark.parametrize("setting", PAIRS)
