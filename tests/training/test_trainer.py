@@ -859,6 +859,8 @@ data = dataclasses.replace(whole, splits=splits)
 run = keras_resnet.train("tiny", data, epochs=2, image_size=28, run_dir={str(tmp_path / "r")!r})
 assert run.history[1]["loss"] < run.history[0]["loss"], run.history
 keras_resnet.load(run.run_dir)
+mixed = keras_resnet.train("tiny", data, "best", epochs=1, run_dir={str(tmp_path / "m")!r})
+assert mixed.history[0]["loss"] > 0 and mixed.history[0]["val_accuracy"] > 0, mixed.history
 print("tensorflow" in sys.modules)
 """
     done = subprocess.run(
