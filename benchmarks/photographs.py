@@ -104,7 +104,7 @@ def write_scenes(folder, count, test_count):
     """Writes test images of Fashion-MNIST, turned, in front of parts of photographs, in grey.
 
     Each class has `count` training and `test_count` test images, all of different clothes. The
-    background is half as bright as its photograph, and the clothes are whole in the image.
+    background is half as bright as its photograph.
     """
     from keras_resnet import load_dataset
 

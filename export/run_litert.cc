@@ -3,7 +3,8 @@
 //   run_litert model-int8.tflite image.ppm     (PGM for grey images; the size is the model's)
 //
 // Build: docs/device.md. The file's signature is `serving_default`: one input, uint8 [1, height,
-// width, channels], and one output, float32 [1, classes]. `integer` files give uint8 instead.
+// width, channels], and one output, float32 [1, classes]. `integer` files, which give uint8, are
+// refused.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,6 +21,7 @@
 #include "litert/c/litert_model.h"
 #include "litert/c/litert_options.h"
 #include "litert/c/litert_tensor_buffer.h"
+#include "litert/c/litert_tensor_buffer_requirements.h"
 
 namespace {
 
@@ -82,7 +84,13 @@ class Classifier {
     Check(LiteRtGetCompiledModelInputTensorLayout(compiled_, 0, 0, &input_type.layout), "input");
     LiteRtRankedTensorType output_type{kLiteRtElementTypeFloat32, output_layout};
     LiteRtTensorBuffer input = Buffer(input_type, image.pixels.size());
-    size_t classes = output_layout.dimensions[1];
+    size_t classes = output_layout.dimensions[1], bytes;
+    LiteRtTensorBufferRequirements needed;
+    Check(LiteRtGetCompiledModelOutputBufferRequirements(compiled_, 0, 0, &needed), "output");
+    Check(LiteRtGetTensorBufferRequirementsBufferSize(needed, &bytes), "output");
+    if (bytes < classes * sizeof(float)) {
+      throw std::runtime_error("the model must give float32: integer files do not");
+    }
     LiteRtTensorBuffer output = Buffer(output_type, classes * sizeof(float));
     void* memory;
     Check(LiteRtLockTensorBuffer(input, &memory, kLiteRtTensorBufferLockModeWrite), "input");

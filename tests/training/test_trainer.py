@@ -175,7 +175,7 @@ def test_a_resumed_run_mixes_as_an_unbroken_one(tmp_path, tiny, fashion, monkeyp
     for ours, expected in zip(again.history, unbroken.history, strict=True):
         for name in ("loss", "accuracy", "val_loss"):
             assert ours[name] == pytest.approx(expected[name], rel=0.02)
-    # Of mixed images a network predicts less.
+    # Mixed images are harder: the training loss is higher.
     assert unbroken.history[1]["loss"] > unbroken.history[1]["val_loss"]
 
 
