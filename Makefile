@@ -4,7 +4,7 @@
 # make test-all: all tests, those marked as slow too.
 # make web: the page that runs the network in a browser, on 127.0.0.1:8000.
 # make notebooks: runs the notebooks and keeps their outputs.
-# make docs: the guide and the API as web pages, in build/docs.
+# make docs: the guide and the API as web pages, in build/docs; their search needs a web server.
 # All leave `. .venv/bin/activate` usable; run again, they install nothing.
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)

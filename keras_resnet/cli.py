@@ -101,12 +101,13 @@ _LAUNCH_OPTIONS = {
 _JSON_OPTION = {"--json": {"action": "store_true", "help": "print JSON instead of a table"}}
 
 _NAME = ", such as timm/resnet18.a1_in1k; see `models`"
+_NAMED = f"a published network's name{_NAME}; or fashion_mnist, which is installed"
 
 _MODEL_ARGUMENT = {
     "model": {
         "metavar": "RUN_OR_MODEL",
-        "help": "a run folder, a .keras, .tflite or .onnx file, a SavedModel's folder, a "
-        f"published network's name{_NAME}; or fashion_mnist, which is installed",
+        "help": "a run folder, a .keras, .tflite or .onnx file, a SavedModel's folder, or "
+        f"{_NAMED}",
     },
     "--trust": {
         "action": "store_true",
@@ -119,7 +120,7 @@ _MODEL_ARGUMENT = {
 _EXPORT_OPTIONS = {
     "model": {
         "metavar": "RUN_OR_MODEL",
-        "help": f"a run folder, a .keras file, a published network's name{_NAME}; or fashion_mnist",
+        "help": f"a run folder, a .keras file, or {_NAMED}",
     },
     "--to": {
         "nargs": "+",

@@ -86,12 +86,13 @@ class Recipe:
 
 RECIPES = {
     "quick": Recipe(
-        "over 90 % on Fashion-MNIST in minutes, on two CPU cores",
-        epochs=2,
-        batch_size=128,
+        "92 % on Fashion-MNIST in five minutes, on two CPU cores",
+        epochs=4,
+        batch_size=256,
         image_size=28,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         schedule="cosine",
+        label_smoothing=0.1,
     ),
     "fast": Recipe(
         "small grey images such as Fashion-MNIST: a narrow network of 1.2 M parameters",

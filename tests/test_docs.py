@@ -1,8 +1,10 @@
 """The README, the guide and the help: their links, commands, code and paths."""
 
 import ast
+import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +36,12 @@ def commands(page):
     lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
     words = (shlex.split(line, comments=True) for line in lines)
     return [line for line in words if line]
+
+
+def table_rows(page):
+    """Returns the rows of a page's tables, as lists of cells without emphasis."""
+    lines = re.findall(r"^\|(.*)\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [[cell.strip(" *`") for cell in line.split("|")] for line in lines]
 
 
 def anchors(page):
@@ -116,6 +124,33 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
 def test_the_readme_is_read_to_the_end():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def test_the_readme_has_the_numbers_of_the_guide():
+    guide = [row for page in (ROOT / "docs").glob("*.md") for row in table_rows(page)]
+    compared = 0
+    for name, *cells in table_rows(ROOT / "README.md"):
+        numbers = {cell for cell in cells if re.fullmatch(r"[\d.,e/% -]*\d[\d.,e/% -]*", cell)}
+        found = [row for row in guide if name and row[0].startswith(name)]
+        if numbers and found:
+            compared += 1
+            assert any(numbers <= set(row) for row in found), (name, numbers)
+    assert compared >= 15
+
+
+@pytest.mark.parametrize("recipe", ["quick", "fast"])
+def test_the_accuracy_of_a_recipe_is_that_of_the_ledger(recipe):
+    lines = (ROOT / "benchmarks" / "accuracy.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [
+        row for row in map(json.loads, lines) if (row["recipe"], row["images"]) == (recipe, "test")
+    ]
+    mean = statistics.mean(row["accuracy"] for row in runs[-3:])
+    (shown,) = (
+        row[-1]
+        for row in table_rows(ROOT / "README.md")
+        if row[0] == f"keras-resnet train --recipe {recipe}"
+    )
+    assert shown == f"{mean:.4f}"
 
 
 @pytest.mark.parametrize("name", cli._COMMANDS)

@@ -11,41 +11,25 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from conftest import run_main
+from photographs import COUNT, NAMES, PREPROCESSING, write_model, write_photos
 from PIL import Image
 
-from keras_resnet import InputError, Spec, archive, build_resnet, export, with_preprocessing
+from keras_resnet import InputError, export, with_preprocessing
 from keras_resnet.evaluation.inference import evaluate_file, load, predict_files
 from keras_resnet.exporters.verify_folder import NOT_RUN, SOUND, verify
 from keras_resnet.untrusted.manifest import read_manifest
 
 pytestmark = pytest.mark.thorough
 
-SIZE, COUNT = 24, 12
-NAMES = ["cat", "dog", "newt", "owl"]
-PREPROCESSING = {
-    "resize": "shorter_edge",
-    "crop_pct": 0.9,
-    "interpolation": "bicubic",
-    "antialias": True,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-}
+SIZE = 24
 SCRIPTS = Path(__file__).parents[2] / "export"
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of images of several sizes in four colours, smooth ones and some with edges."""
+    """A folder of small photographs."""
     folder = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    for number in range(COUNT):
-        # One has the size of the network's input, and is cropped all the same.
-        height, width = generator.integers(30, 90, 2) if number else (SIZE, SIZE)
-        colour = 255 * np.array([number % 4 == 0, number % 4 == 1, number % 4 != 3])
-        coarse = (0.8 * colour + generator.uniform(0, 51, (3, 4, 3))).astype("uint8")
-        resample = Image.Resampling.NEAREST if number % 2 else Image.Resampling.BICUBIC
-        image = Image.fromarray(coarse).resize((int(width), int(height)), resample)
-        image.save(folder / f"{number:02d}.png")
+    write_photos(folder, SIZE)
     return folder
 
 
@@ -53,19 +37,7 @@ def photos(tmp_path_factory):
 def model(photos, tmp_path_factory):
     """The .keras file of a network with the preprocessing of a published one."""
     path = tmp_path_factory.mktemp("models") / "any.keras"
-    network = build_resnet(Spec((1, 1), (8, 16)), (SIZE, SIZE, 3), len(NAMES), stem="small")
-    generator = np.random.default_rng(1)
-    for weight in network.weights:
-        low, high = (-0.3, 0.3) if weight.path.endswith("kernel") else (0.5, 1.5)
-        weight.assign(generator.uniform(low, high, weight.shape))
-    classifier = with_preprocessing(network, (None, None, 3), **PREPROCESSING)
-    images = [np.asarray(Image.open(path))[None] for path in sorted(photos.iterdir())]
-    logits = np.concatenate([classifier.predict_on_batch(image) for image in images])
-    # Centred and spread, so that the photographs have several classes.
-    head = network.get_layer("logits")
-    head.kernel.assign(head.kernel / logits.std(axis=0))
-    head.bias.assign((head.bias - logits.mean(axis=0)) / logits.std(axis=0))
-    archive.save_model(classifier, path, {"class_names": NAMES})
+    write_model(path, photos, SIZE)
     return path
 
 

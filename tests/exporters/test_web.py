@@ -16,18 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run_main
+from photographs import write_model, write_photos
 from PIL import Image
 from pillow_resize import PILLOW, pillow_resize
 
-from keras_resnet import (
-    InputError,
-    Spec,
-    archive,
-    build_resnet,
-    export_web,
-    load,
-    with_preprocessing,
-)
+from keras_resnet import InputError, export_web, load
 from keras_resnet.datasets.images import border_level, decode_image
 from keras_resnet.exporters import web, web_html, web_runtime
 from keras_resnet.exporters.formats import PRECISIONS
@@ -38,15 +31,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TOLERANCE = PRECISIONS["float16"].tolerance.max_difference
 RUNTIMES = ["tflite", "onnx"]
 SIZE = 32
-NAMES = ["cat", "dog", "newt", "owl"]
-PREPROCESSING = {
-    "resize": "shorter_edge",
-    "crop_pct": 0.9,
-    "interpolation": "bicubic",
-    "antialias": True,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-}
 # Where the page lies on its server.
 PLACE = "some/sub folder/page"
 # The longest wait for a page, in milliseconds: the processor may have other work.
@@ -82,14 +66,9 @@ def site(fashion, packages, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of images of several sizes in four colours."""
+    """A folder of small photographs."""
     folder = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    for number in range(12):
-        height, width = map(int, generator.integers(60, 190, 2))
-        colour = 255 * np.array([number % 4 == 0, number % 4 == 1, number % 4 != 3])
-        coarse = (0.8 * colour + generator.uniform(0, 51, (3, 4, 3))).astype("uint8")
-        Image.fromarray(coarse).resize((width, height)).save(folder / f"{number:02d}.png")
+    write_photos(folder, SIZE)
     return folder
 
 
@@ -97,19 +76,7 @@ def photos(tmp_path_factory):
 def photo_site(photos, packages, tmp_path_factory):
     """A server's folder with the page of a network that takes photographs of any size."""
     folder = tmp_path_factory.mktemp("photo_site")
-    network = build_resnet(Spec((1, 1), (8, 16)), (SIZE, SIZE, 3), len(NAMES), stem="small")
-    generator = np.random.default_rng(1)
-    for weight in network.weights:
-        low, high = (-0.3, 0.3) if weight.path.endswith("kernel") else (0.5, 1.5)
-        weight.assign(generator.uniform(low, high, weight.shape))
-    model = with_preprocessing(network, (None, None, 3), **PREPROCESSING)
-    images = [np.asarray(Image.open(path))[None] for path in sorted(photos.iterdir())]
-    logits = np.concatenate([model.predict_on_batch(image) for image in images])
-    # Centred and spread, so that the photographs have several classes.
-    head = network.get_layer("logits")
-    head.kernel.assign(head.kernel / logits.std(axis=0))
-    head.bias.assign((head.bias - logits.mean(axis=0)) / logits.std(axis=0))
-    archive.save_model(model, folder / "any.keras", {"class_names": NAMES})
+    write_model(folder / "any.keras", photos, SIZE)
     done = run_main(
         *("export", folder / "any.keras", "--photos", photos, "--to", "web"),
         *("--out", folder / PLACE, "--runtime", packages),
