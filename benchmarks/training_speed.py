@@ -11,7 +11,7 @@ the process.
 
     ours            the compiled step of Keras on TensorFlow
     ours, fit       `model.fit` with our input pipeline and callbacks, over epochs of --steps steps
-    keras layers    ours with Keras's own BatchNormalization in place of the fused one
+    keras layers    ours with Keras's own code for BatchNormalization and for convolutions
     applications    keras.applications' ResNet-50 (--model resnet50)
     torch           PyTorch eagerly, in the channels-last memory format
     torch, compiled the same by torch.compile (needs a C++ compiler)
@@ -104,12 +104,13 @@ def ours_fit(args):
 
 
 def keras_layers(args):
-    """Our network with Keras's own BatchNormalization."""
+    """Our network with Keras's own code for BatchNormalization and for convolutions."""
     import keras
 
-    from keras_resnet import normalization
+    from keras_resnet import convolution, normalization
 
     normalization.BatchNormalization = keras.layers.BatchNormalization
+    convolution.PIXELS_BY_FILTERS = 0
     return ours(args)
 
 

@@ -23,8 +23,8 @@ class Recipe:
             images make it smaller, unless the setting `image_size` was given.
         learning_rate: The learning rate; with a schedule, its peak.
         model: The default network, a row of `models.SPECS`.
-        optimizer: A row of `training.trainer.OPTIMIZERS`.
-        schedule: A row of `training.trainer.SCHEDULES`: "constant", "warmup" (constant after a
+        optimizer: A row of `training.optimizers.OPTIMIZERS`.
+        schedule: A row of `training.optimizers.SCHEDULES`: "constant", "warmup" (constant after a
             linear warm-up), or "cosine" (after a linear warm-up).
         warmup: Share of all steps in which the rate rises from zero; not used by "constant".
         augmentation: Rows of `preprocessing.AUGMENTATIONS`.
@@ -53,8 +53,8 @@ class Recipe:
     image_size: int
     learning_rate: float
     model: str = _row_of("models.SPECS", "resnet18")
-    optimizer: str = _row_of("training.trainer.OPTIMIZERS", "adam")
-    schedule: str = _row_of("training.trainer.SCHEDULES", "constant")
+    optimizer: str = _row_of("training.optimizers.OPTIMIZERS", "adam")
+    schedule: str = _row_of("training.optimizers.SCHEDULES", "constant")
     warmup: float = 0.2
     augmentation: tuple[str, ...] = _row_of("preprocessing.AUGMENTATIONS", ())
     mixing: str | None = _row_of("datasets.mixing.MIXINGS", None)
@@ -87,7 +87,7 @@ class Recipe:
 RECIPES = {
     "quick": Recipe(
         "92 % on Fashion-MNIST in five minutes, on two CPU cores",
-        epochs=4,
+        epochs=6,
         batch_size=256,
         image_size=28,
         learning_rate=4e-3,

@@ -23,7 +23,7 @@ from keras_resnet.recipes import (
     settle,
     stored_size,
 )
-from keras_resnet.training import trainer
+from keras_resnet.training import optimizers
 from keras_resnet.training.precision import POLICIES, choose_precision
 from keras_resnet.utils.errors import InputError
 from keras_resnet.utils.geometry import find_crop_pct
@@ -31,8 +31,8 @@ from keras_resnet.utils.geometry import find_crop_pct
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_recipes_name_rows_that_exist(recipe):
-    assert recipe.optimizer in trainer.OPTIMIZERS
-    assert recipe.schedule in trainer.SCHEDULES
+    assert recipe.optimizer in optimizers.OPTIMIZERS
+    assert recipe.schedule in optimizers.SCHEDULES
     assert recipe.variant in models.VARIANTS
     assert recipe.stem in (None, *models.STEMS)
     assert set(recipe.augmentation) <= set(preprocessing.AUGMENTATIONS)
@@ -156,7 +156,7 @@ def test_a_recipe_names_its_network_which_a_setting_overrides():
 
 def test_adamw_decays_kernels_alone():
     model = models.build_resnet(models.Spec((1,), (4,)), (8, 8, 1), stem="small")
-    optimizer = trainer.OPTIMIZERS["adamw"](0.1)
+    optimizer = optimizers.OPTIMIZERS["adamw"](0.1)
     optimizer.build(model.trainable_variables)
     decayed = {v.path for v in model.trainable_variables if optimizer._use_weight_decay(v)}
     assert decayed == {v.path for v in model.trainable_variables if v.path.endswith("kernel")}

@@ -37,6 +37,7 @@ from keras_resnet.preprocessing import find_normalization, with_preprocessing
 from keras_resnet.recipes import find_recipe, override, scale_batch, settle, stored_size
 from keras_resnet.training import callbacks, fine_tuning, records, run_folder
 from keras_resnet.training.inputs import Batches, Shuffle
+from keras_resnet.training.optimizers import OPTIMIZERS, SCHEDULES
 from keras_resnet.training.precision import POLICIES, choose_precision
 from keras_resnet.utils import files
 from keras_resnet.utils.errors import InputError, Interrupted, TrainingError
@@ -46,42 +47,6 @@ LEAST_PATIENCE = 5
 
 LEAST_HEAT_MAP = 4
 """The height of the last feature map below which a heat map shows nothing."""
-
-
-def _decaying_kernels(optimizer):
-    # Not biases and the parameters of BatchNormalization.
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
-
-
-OPTIMIZERS = {
-    "adam": lambda rate: keras.optimizers.Adam(rate),
-    "adamw": lambda rate: _decaying_kernels(keras.optimizers.AdamW(rate, weight_decay=0.05)),
-    # Keras decays the weights beside the gradient, PyTorch as a part of it, which the momentum
-    # makes ten times as large: this is PyTorch's 5e-4.
-    "sgd": lambda rate: _decaying_kernels(
-        keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-3)
-    ),
-}
-
-
-def _cosine(rate, steps, warmup):
-    rising = round(warmup * steps)
-    return keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, steps - rising), warmup_target=rate, warmup_steps=rising
-    )
-
-
-def _warmup(rate, steps, warmup):
-    rising = max(1, round(warmup * steps))
-    return keras.optimizers.schedules.PolynomialDecay(0.0, rising, rate)  # power 1, then constant
-
-
-SCHEDULES = {
-    "constant": lambda rate, steps, warmup: rate,
-    "warmup": _warmup,
-    "cosine": _cosine,
-}
 
 
 @dataclasses.dataclass(frozen=True)

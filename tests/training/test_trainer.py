@@ -26,7 +26,7 @@ from keras_resnet import models
 from keras_resnet.archive import load_model, read_metadata
 from keras_resnet.evaluation.report import read_history
 from keras_resnet.recipes import RECIPES
-from keras_resnet.training import fine_tuning, records, run_folder, trainer
+from keras_resnet.training import fine_tuning, optimizers, records, run_folder, trainer
 from keras_resnet.training.inputs import Batches
 from keras_resnet.training.trainer import train
 from keras_resnet.utils.errors import InputError, Interrupted, TrainingError
@@ -280,7 +280,7 @@ def test_a_last_batch_of_one_image_joins_the_one_before(
     monkeypatch.setattr(Batches, "__getitem__", note)
     planned = []
     constant = lambda rate, steps, warmup: planned.append(steps) or rate  # noqa: E731
-    monkeypatch.setitem(trainer.SCHEDULES, "cosine", constant)
+    monkeypatch.setitem(optimizers.SCHEDULES, "cosine", constant)
     settings = {**SMALL, "image_size": image_size}
     run = train(tiny, few, epochs=2, run_dir=tmp_path / "run", **settings)
     assert planned == [2 * len(sizes)]
@@ -459,7 +459,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tiny, fashion, monkeyp
     def explode(rate, steps, warmup):
         return keras.optimizers.schedules.PiecewiseConstantDecay([steps // 2 + 2], [rate, 1e30])
 
-    monkeypatch.setitem(trainer.SCHEDULES, "cosine", explode)
+    monkeypatch.setitem(optimizers.SCHEDULES, "cosine", explode)
     with pytest.raises(TrainingError) as error:
         train(tiny, fashion, epochs=2, run_dir=tmp_path / "run", **SMALL)
     message = str(error.value)
