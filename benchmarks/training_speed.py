@@ -11,7 +11,7 @@ the process.
 
     ours            the compiled step of Keras on TensorFlow
     ours, fit       `model.fit` with our input pipeline and callbacks, over epochs of --steps steps
-    keras layers    ours with Keras's own code for BatchNormalization and for convolutions
+    keras layers    ours with Keras's own normalization, convolution and Adam
     applications    keras.applications' ResNet-50 (--model resnet50)
     torch           PyTorch eagerly, in the channels-last memory format
     torch, compiled the same by torch.compile (needs a C++ compiler)
@@ -46,13 +46,14 @@ def keras_model(args, build):
     """Returns a compiled Keras model made by `build` in the precision asked for."""
     import keras
 
+    from keras_resnet.training import optimizers
     from keras_resnet.training.precision import POLICIES
 
     keras.config.set_dtype_policy(POLICIES[args.precision])
     model = build()
     keras.config.set_dtype_policy("float32")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(1e-3), loss)
+    model.compile(optimizers.Adam(1e-3), loss)
     return model
 
 
@@ -103,14 +104,21 @@ def ours_fit(args):
     return steps
 
 
-def keras_layers(args):
-    """Our network with Keras's own code for BatchNormalization and for convolutions."""
+def use_kerass_own_code():
+    """Puts Keras's normalization, convolution and Adam in the place of ours."""
     import keras
 
     from keras_resnet import convolution, normalization
+    from keras_resnet.training import optimizers
 
     normalization.BatchNormalization = keras.layers.BatchNormalization
     convolution.PIXELS_BY_FILTERS = 0
+    optimizers.Adam = keras.optimizers.Adam
+
+
+def keras_layers(args):
+    """Our network with Keras's own code."""
+    use_kerass_own_code()
     return ours(args)
 
 
@@ -118,6 +126,7 @@ def applications(args):
     """keras.applications' ResNet-50, for three channels."""
     import keras
 
+    use_kerass_own_code()
     shape = (args.image_size, args.image_size, 3)
     options = {"weights": None, "classes": 10, "classifier_activation": None}
     return keras_steps(args, lambda: keras.applications.ResNet50(input_shape=shape, **options), 3)
