@@ -34,12 +34,19 @@ CASES = (
     (128, 6, 256, 256, 3, 1),
     (128, 6, 256, 512, 3, 2),
     (128, 3, 512, 512, 3, 1),
+    (32, 56, 256, 512, 1, 2),
     (32, 28, 128, 128, 3, 1),
+    (32, 28, 128, 512, 1, 1),
+    (32, 28, 256, 256, 3, 2),
+    (32, 28, 512, 1024, 1, 2),
     (32, 14, 256, 256, 3, 1),
+    (32, 14, 256, 1024, 1, 1),
     (32, 14, 1024, 256, 1, 1),
     (32, 14, 512, 512, 3, 2),
+    (32, 14, 1024, 2048, 1, 2),
     (32, 7, 512, 512, 3, 1),
     (32, 7, 512, 2048, 1, 1),
+    (32, 7, 2048, 512, 1, 1),
 )
 
 
@@ -53,10 +60,11 @@ def measure(case, dtype, rounds):
         tf.cast(tf.random.normal(shape), dtype) for shape in (shape, (batch, new, new, filters))
     )
     kernel_shape = (kernel_size, kernel_size, channels, filters)
+    kernel = tf.zeros(kernel_shape, dtype)
 
     @tf.function
     def products():
-        return convolution._kernel_gradient(
+        return convolution.kernel_gradient(
             inputs, upstream, kernel_shape, (strides, strides), "valid"
         )
 
@@ -80,7 +88,7 @@ def measure(case, dtype, rounds):
             seconds.append(time.perf_counter() - start)
     slow, fast = (1e3 * statistics.median(seconds) for seconds in taken.values())
     ratio = statistics.median(a / b for a, b in zip(*taken.values(), strict=True))
-    is_used = convolution.trains_by_products(inputs, upstream.shape)
+    is_used = convolution.uses_products(inputs, kernel, (strides, strides), "valid")
     print(
         f"{batch:4} × {size:2}² × {channels:4} → {filters:4}, {kernel_size}×{kernel_size}/{strides}"
         f"  operator {slow:5.1f} ms  products {fast:5.1f} ms  ratio {ratio:4.1f}"

@@ -112,7 +112,7 @@ def use_kerass_own_code():
     from keras_resnet.training import optimizers
 
     normalization.BatchNormalization = keras.layers.BatchNormalization
-    convolution.PIXELS_BY_FILTERS = 0
+    convolution.EDGE_PER_FILTER = 0
     optimizers.Adam = keras.optimizers.Adam
 
 

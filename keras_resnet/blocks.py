@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_resnet import PACKAGE
-from keras_resnet.convolution import convolve, trains_by_products
+from keras_resnet.convolution import convolve, uses_products
 from keras_resnet.normalization import BATCH_NORM, batch_norm
 from keras_resnet.utils.errors import InputError, check_count, check_share
 
@@ -73,8 +73,8 @@ class PaddedConv2D(keras.layers.Conv2D):
         """Convolves, with the part of `kernel` that covers the image and not only its padding.
 
         Images of 28 or 32 pixels have a single pixel in the last stage, where this part is the
-        middle of the kernel: the same result, with a ninth of the weights read. Small maps in
-        bfloat16 have their own gradient, see `convolution.py`.
+        middle of the kernel: the same result, with a ninth of the weights read. For the gradient
+        of small maps in bfloat16 see `convolution.py`.
         """
         if self.padding == "same":
             middle = (
@@ -83,7 +83,7 @@ class PaddedConv2D(keras.layers.Conv2D):
             )
             kernel = kernel[tuple(middle)]
         is_plain = self.groups == 1 and max(self.dilation_rate) == 1
-        if is_plain and trains_by_products(inputs, super().compute_output_shape(inputs.shape)):
+        if is_plain and uses_products(inputs, kernel, self.strides, self.padding):
             return convolve(inputs, kernel, self.strides, self.padding)
         return super().convolution_op(inputs, kernel)
 

@@ -101,13 +101,12 @@ _LAUNCH_OPTIONS = {
 _JSON_OPTION = {"--json": {"action": "store_true", "help": "print JSON instead of a table"}}
 
 _NAME = ", such as timm/resnet18.a1_in1k; see `models`"
-_NAMED = f"a published network's name{_NAME}; or fashion_mnist, which is installed"
+_NAMED = f"fashion_mnist (installed), or a published network's name{_NAME}"
 
 _MODEL_ARGUMENT = {
     "model": {
         "metavar": "RUN_OR_MODEL",
-        "help": "a run folder, a .keras, .tflite or .onnx file, a SavedModel's folder, or "
-        f"{_NAMED}",
+        "help": f"a run folder, a .keras, .tflite or .onnx file, a SavedModel's folder, {_NAMED}",
     },
     "--trust": {
         "action": "store_true",
@@ -120,7 +119,7 @@ _MODEL_ARGUMENT = {
 _EXPORT_OPTIONS = {
     "model": {
         "metavar": "RUN_OR_MODEL",
-        "help": f"a run folder, a .keras file, or {_NAMED}",
+        "help": f"a run folder, a .keras file, {_NAMED}",
     },
     "--to": {
         "nargs": "+",

@@ -1,32 +1,33 @@
-"""Convolution. On a processor, TensorFlow trains small maps in bfloat16 by matrix products.
+"""Convolution. In bfloat16, TensorFlow computes some kernels' gradients by matrix products.
 
-At each place of a kernel, its gradient is one product of two matrices: the pixels that this place
-meets, and the gradient of the outputs. TensorFlow's own operator is up to ten times slower where a
-feature map has few pixels and many filters, and took half of a training step of ResNet-18 with
-images of 28 pixels. `benchmarks/training_speed.py` measures both (contender "keras layers").
+At each position of a kernel, its gradient is one product of two matrices: the pixels that meet this
+position, and the gradient of the outputs. TensorFlow's own operator is up to ten times slower where
+a feature map is small and has many filters; `benchmarks/kernel_gradients.py` measures both.
 
-In float32 the operator loses little, and on a GPU nothing: Keras's own code runs there.
+In float32 the products gain little, and on a GPU nothing is known: Keras's own code runs there.
 """
 
 import keras
 
-PIXELS_BY_FILTERS = 1 / 16
-"""The largest height or width of the outputs, by the number of filters.
+EDGE_PER_FILTER = 1 / 16
+"""The largest height or width of the outputs, as a share of the number of filters.
 
-On an AMD EPYC with AVX512-BF16 the products are faster for all kernels up to this size, and slower
-for some above it, because the pixels are copied for each place of the kernel.
+Larger maps lose more by the copies of their pixels, one for each position, than the products gain.
 """
 
 
-def trains_by_products(inputs, output_shape):
+def uses_products(inputs, kernel, strides, padding):
     """Returns whether `convolve` is faster in training than Keras's own code.
 
     Args:
         inputs: The feature map, [batch, height, width, channels].
-        output_shape: The shape of the outputs, (batch, height, width, filters).
+        kernel: The weights, [rows, columns, channels, filters].
+        strides: The steps along both axes, in pixels.
+        padding: "valid" or "same".
 
     Example:
-        >>> trains_by_products(keras.ops.zeros((1, 4, 4, 8), "float32"), (1, 4, 4, 64))
+        >>> images, kernel = keras.ops.ones((1, 4, 4, 8)), keras.ops.ones((3, 3, 8, 64))
+        >>> uses_products(images, kernel, (1, 1), "same")  # float32
         False
     """
     if keras.backend.backend() != "tensorflow":
@@ -35,10 +36,12 @@ def trains_by_products(inputs, output_shape):
         return False
     import tensorflow as tf
 
-    _, height, width, filters = output_shape
-    if None in (height, width) or max(height, width) > filters * PIXELS_BY_FILTERS:
-        return False
-    return not tf.config.list_physical_devices("GPU")
+    largest = kernel.shape[-1] * EDGE_PER_FILTER
+    for size, length, stride in zip(inputs.shape[1:3], kernel.shape[:2], strides, strict=True):
+        lost = length - 1 if padding == "valid" else 0
+        if size is None or -(-(size - lost) // stride) > largest:
+            return False
+    return all(device.device_type == "CPU" for device in tf.config.get_visible_devices())
 
 
 def convolve(inputs, kernel, strides, padding):
@@ -63,19 +66,36 @@ def convolve(inputs, kernel, strides, padding):
     @tf.custom_gradient
     def convolution(inputs, kernel):
         options = {"strides": [1, *strides, 1], "padding": padding.upper()}
+        outputs = tf.nn.conv2d(inputs, kernel, **options)
 
         def gradients(upstream):
+            upstream = tf.ensure_shape(upstream, outputs.shape)
             of_inputs = tf.raw_ops.Conv2DBackpropInput(
                 input_sizes=tf.shape(inputs), filter=kernel, out_backprop=upstream, **options
             )
-            return of_inputs, _kernel_gradient(inputs, upstream, kernel.shape, strides, padding)
+            return of_inputs, kernel_gradient(inputs, upstream, kernel.shape, strides, padding)
 
-        return tf.nn.conv2d(inputs, kernel, **options), gradients
+        return outputs, gradients
 
     return convolution(inputs, tf.cast(kernel, inputs.dtype))
 
 
-def _kernel_gradient(inputs, upstream, kernel_shape, strides, padding):
+def kernel_gradient(inputs, upstream, kernel_shape, strides, padding):
+    """Returns the gradient of a kernel, from that of the outputs; see `convolve`.
+
+    Args:
+        inputs: See `convolve`.
+        upstream: The gradient of the outputs, of their shape.
+        kernel_shape: The shape of the kernel.
+        strides: See `convolve`.
+        padding: See `convolve`.
+
+    Example:
+        >>> images, upstream = keras.ops.ones((2, 5, 5, 3)), keras.ops.ones((2, 2, 2, 8))
+        >>> gradient = kernel_gradient(images, upstream, (3, 3, 3, 8), (2, 2), "valid")
+        >>> gradient.shape, float(gradient[0, 0, 0, 0])  # 2 images of 2 x 2 outputs
+        (TensorShape([3, 3, 3, 8]), 8.0)
+    """
     import tensorflow as tf
 
     rows, columns, channels, filters = kernel_shape
@@ -86,14 +106,14 @@ def _kernel_gradient(inputs, upstream, kernel_shape, strides, padding):
     products = []
     for row in range(rows):
         # `gather` copies whole pixels; a slice with a step copies number by number.
-        met = tf.gather(inputs, _met(row, upstream.shape[1], strides[0]), axis=1)
+        lines = tf.gather(inputs, _positions(row, upstream.shape[1], strides[0]), axis=1)
         for column in range(columns):
-            pixels = tf.gather(met, _met(column, upstream.shape[2], strides[1]), axis=2)
+            pixels = tf.gather(lines, _positions(column, upstream.shape[2], strides[1]), axis=2)
             matrix = tf.reshape(pixels, [-1, channels])
             products.append(tf.matmul(matrix, upstream_matrix, transpose_a=True))
     return tf.reshape(tf.stack(products), kernel_shape)
 
 
-def _met(place, outputs, stride):
-    """Returns the rows (or columns) of the inputs that one of the kernel's places meets."""
-    return range(place, place + stride * outputs, stride)
+def _positions(first, outputs, stride):
+    """Returns the rows (or columns) of the inputs that meet one row (or column) of a kernel."""
+    return range(first, first + stride * outputs, stride)

@@ -1,7 +1,8 @@
 """Batch normalization. In half precision, TensorFlow trains it by one fused operator.
 
 Keras computes the statistics and the normalization by a dozen operators that each read or write
-the whole feature map, in float32. `benchmarks/training_speed.py` measures both.
+the whole feature map, in float32. `benchmarks/training_speed.py` measures it, together with
+`convolution.py` and Adam.
 
 In float32, Keras's own code runs everywhere. The fused operator adds the pixels of a channel one by
 one, which rounds several times more; the comparisons with PyTorch in float32 detect that. In half

@@ -1,53 +1,53 @@
-"""Optimizers and schedules of the recipes. On TensorFlow, Adam is one operator for each variable.
+"""Optimizers and schedules of the recipes.
 
-Keras updates a variable by a dozen operators, which each read and write as many numbers as the
-network has weights; `benchmarks/optimizers.py` measures both.
+On TensorFlow, one operator of Adam updates a variable. Keras runs a dozen operators, and each reads
+and writes as many numbers as the variable has; `benchmarks/optimizers.py` measures both.
 """
 
 import keras
 
+Adam, AdamW = keras.optimizers.Adam, keras.optimizers.AdamW
 
-class _OneOperator:
-    """Adam's update (Kingma and Ba, 2015, section 2) by TensorFlow's operator for it.
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
 
-    Both compute the same formula. The operator rounds 1 - beta_2 to the variable's dtype, which
-    changes a step in float32 by 2e-5 of its length. The classes keep the names that Keras's have
-    in files: a checkpoint loads where only Keras is.
-    """
+    class _OneOperator:
+        """Adam's update (Kingma and Ba, 2015, section 2) by TensorFlow's operator for it.
 
-    def update_step(self, gradient, variable, learning_rate):
-        """Updates a variable and its two moments."""
-        if keras.backend.backend() != "tensorflow":
-            return super().update_step(gradient, variable, learning_rate)
-        import tensorflow as tf
+        The operator computes the formula of Keras. It takes beta_2 in the variable's dtype, which
+        changes a step in float32 by up to 7e-6 of its length.
+        """
 
-        index = self._get_variable_index(variable)
-        steps = tf.cast(self.iterations + 1, variable.dtype)
-        beta_1, beta_2 = (tf.constant(beta, variable.dtype) for beta in (self.beta_1, self.beta_2))
-        return tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self._momentums[index].value.handle,
-            v=self._velocities[index].value.handle,
-            beta1_power=beta_1**steps,
-            beta2_power=beta_2**steps,
-            lr=tf.cast(learning_rate, variable.dtype),
-            beta1=beta_1,
-            beta2=beta_2,
-            epsilon=tf.constant(self.epsilon, variable.dtype),
-            grad=tf.cast(gradient, variable.dtype),
-        )
+        def update_step(self, gradient, variable, learning_rate):
+            """Updates a variable and its two moments."""
+            if self.amsgrad:
+                return super().update_step(gradient, variable, learning_rate)
+            index, dtype = self._get_variable_index(variable), variable.dtype
+            steps = tf.cast(self.iterations + 1, dtype)
+            beta_1, beta_2 = (tf.constant(beta, dtype) for beta in (self.beta_1, self.beta_2))
+            return tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle,
+                m=self._momentums[index].value.handle,
+                v=self._velocities[index].value.handle,
+                beta1_power=beta_1**steps,
+                beta2_power=beta_2**steps,
+                lr=tf.cast(learning_rate, dtype),
+                beta1=beta_1,
+                beta2=beta_2,
+                epsilon=tf.constant(self.epsilon, dtype),
+                grad=tf.cast(gradient, dtype),
+            )
 
+    # A class keeps the name that Keras's has in files: a checkpoint loads where only Keras is.
+    class Adam(_OneOperator, keras.optimizers.Adam):
+        """`keras.optimizers.Adam`, by one operator."""
 
-class Adam(_OneOperator, keras.optimizers.Adam):
-    """`keras.optimizers.Adam`; on TensorFlow one operator updates a variable."""
+        __module__ = "keras.optimizers"
 
-    __module__ = "keras.optimizers"
+    class AdamW(_OneOperator, keras.optimizers.AdamW):
+        """`keras.optimizers.AdamW`, by one operator."""
 
-
-class AdamW(_OneOperator, keras.optimizers.AdamW):
-    """`keras.optimizers.AdamW`; on TensorFlow one operator updates a variable."""
-
-    __module__ = "keras.optimizers"
+        __module__ = "keras.optimizers"
 
 
 def _decaying_kernels(optimizer):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from conftest import run_main
-from photographs import COUNT, NAMES, PREPROCESSING, write_model, write_photos
+from photo_files import COUNT, NAMES, PREPROCESSING, write_model, write_photos
 from PIL import Image
 
 from keras_resnet import InputError, export, with_preprocessing

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run_main
-from photographs import write_model, write_photos
+from photo_files import write_model, write_photos
 from PIL import Image
 from pillow_resize import PILLOW, pillow_resize
 
