@@ -12,7 +12,7 @@ import keras
 EDGE_PER_FILTER = 1 / 16
 """The largest height or width of the outputs, as a share of the number of filters.
 
-Larger maps lose more by the copies of their pixels, one for each position, than the products gain.
+For larger maps the copies of their pixels, one for each position, take about what is gained.
 """
 
 
@@ -105,15 +105,19 @@ def kernel_gradient(inputs, upstream, kernel_shape, strides, padding):
     upstream_matrix = tf.reshape(upstream, [-1, filters])
     products = []
     for row in range(rows):
-        # `gather` copies whole pixels; a slice with a step copies number by number.
-        lines = tf.gather(inputs, _positions(row, upstream.shape[1], strides[0]), axis=1)
+        lines = _take(inputs, row, upstream.shape[1], strides[0], axis=1)
         for column in range(columns):
-            pixels = tf.gather(lines, _positions(column, upstream.shape[2], strides[1]), axis=2)
+            pixels = _take(lines, column, upstream.shape[2], strides[1], axis=2)
             matrix = tf.reshape(pixels, [-1, channels])
             products.append(tf.matmul(matrix, upstream_matrix, transpose_a=True))
     return tf.reshape(tf.stack(products), kernel_shape)
 
 
-def _positions(first, outputs, stride):
-    """Returns the rows (or columns) of the inputs that meet one row (or column) of a kernel."""
-    return range(first, first + stride * outputs, stride)
+def _take(images, first, count, stride, axis):
+    """Returns `count` rows (axis 1) or columns (axis 2) of images, from `first` on."""
+    import tensorflow as tf
+
+    if stride == 1:
+        return images[(slice(None),) * axis + (slice(first, first + count),)]
+    # A slice with a step copies number by number, `gather` whole pixels.
+    return tf.gather(images, range(first, first + stride * count, stride), axis=axis)
