@@ -45,7 +45,7 @@ test-all: $(VENV)/installed-test-all lint data browser
 	$(PYTEST) --dist worksteal -m ""
 
 notebooks: $(VENV)/installed-test-all data
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
