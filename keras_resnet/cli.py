@@ -474,12 +474,16 @@ def _export_page(args):
 
 def _verify(args):
     from keras_resnet.exporters.summary import format_verification
-    from keras_resnet.exporters.verify_folder import verify
+    from keras_resnet.exporters.verify_folder import FORCED, NOT_RUN, SOUND, verify
 
     found = verify(args.folder, trust=args.trust, **_given(args, _DATA_OPTIONS))
     print(json.dumps(found) if args.json else format_verification(found))
     if not found["passed"]:
-        raise ExportError(f"{args.folder}: the files differ from the exported ones")
+        is_changed = {file["verdict"] for file in found["files"]} - {FORCED, NOT_RUN, SOUND}
+        cause = "are unchanged, but failed at their export, which --force published"
+        if is_changed:
+            cause = "differ from the exported ones"
+        raise ExportError(f"{args.folder}: the files {cause}")
 
 
 def _benchmark(args):

@@ -12,7 +12,7 @@ import keras
 EDGE_PER_FILTER = 1 / 16
 """The largest height or width of the outputs, as a share of the number of filters.
 
-For larger maps the copies of their pixels, one for each position, take about what is gained.
+For larger maps, copying the pixels for each position takes as long as the products save.
 """
 
 

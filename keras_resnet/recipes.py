@@ -86,7 +86,7 @@ class Recipe:
 
 RECIPES = {
     "quick": Recipe(
-        "92 % on Fashion-MNIST in five to six minutes, on two CPU cores",
+        "92 % on Fashion-MNIST in about six minutes, on two CPU cores",
         epochs=6,
         batch_size=256,
         image_size=28,

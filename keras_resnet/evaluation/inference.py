@@ -31,10 +31,10 @@ from keras_resnet.weights.hub import find_repository
 from keras_resnet.weights.pretrained import from_pretrained
 
 _NO_IMAGES = (
-    "it takes floats that are normalised already, not images: name their normalisation with "
-    "--normalize, such as --normalize imagenet; or put `keras_resnet.with_preprocessing(network, "
-    "image_shape, mean=…, std=…)` before the network and save that; or export with the "
-    "preprocessing inside"
+    "it takes floats that are normalised already, not images: name their normalisation, such as "
+    "--normalize imagenet, or 0-255 where it was trained on 0…255; or put "
+    "`keras_resnet.with_preprocessing(network, image_shape, mean=…, std=…)` before the network and "
+    "save that; or export with the preprocessing inside"
 )
 
 _CHANNELS_FIRST = (

@@ -65,7 +65,7 @@ def compute_reference(model, serving, split, is_labelled=True):
     if len(split) < max(BATCH_SIZES):
         raise InputError(
             f"verification needs at least {max(BATCH_SIZES)} images, got {len(split)}: give more "
-            "with --photos or --dataset"
+            "with --photos, or with --dataset a labelled folder that was not trained on"
         )
     kind = serving.source_kind
     outputs, own, twin = _predict(model, split), None, None

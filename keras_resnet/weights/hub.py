@@ -445,7 +445,9 @@ def _explain(error, name, file, settings):
             "neither a file or folder here nor complete in the cache, and HF_HUB_OFFLINE forbids "
             f"to download it: run this once without HF_HUB_OFFLINE{did_you_mean(name.repository)}"
             if settings["local_files_only"]
-            else f"neither a file or folder here nor in the cache, and {hub} {unreachable}",
+            else f"neither a file or folder here nor in the cache, and {hub} {unreachable}; "
+            "connect once, or name a folder with the repository's files"
+            f"{did_you_mean(name.repository)}",
         ),
         (
             errors.EntryNotFoundError,

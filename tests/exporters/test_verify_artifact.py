@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import run_main
 
 from keras_resnet import ExportError, InputError
 from keras_resnet.exporters import exporter, graph, tflite, verify_artifact
@@ -152,6 +153,11 @@ def test_force_publishes_and_records(small_model, fashion, tmp_path, monkeypatch
     assert not found["passed"]
     assert found["files"][1]["verdict"] == FORCED
     assert found["files"][1]["failures"] == row["failures"]
+    done = run_main("verify", tmp_path / "export")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(
+        "export: the files are unchanged, but failed at their export, which --force published"
+    )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -307,7 +307,10 @@ def test_no_network_and_no_hub(hub, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        message = r"^me/tiny: neither a file or folder here nor in the cache, and http.* cannot be "
+        message = (
+            r"^me/tiny: neither a file or folder here nor in the cache, and http.* cannot be "
+            r".*; connect once, or name a folder with the repository's files$"
+        )
         with pytest.raises(InputError, match=message):
             from_pretrained(TINY)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
