@@ -89,7 +89,7 @@ def test_a_quantized_input_of_another_range_needs_a_name(dtype, name, files):
 def test_a_file_of_floats_is_normalised_by_name(name, files):
     path, expected = files("float32", name)
     assert load(path, normalize=name)(IMAGES) == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(InputError, match="name their normalisation with --normalize"):
+    with pytest.raises(InputError, match="name their normalisation, such as --normalize imagenet"):
         load(path)
 
 
