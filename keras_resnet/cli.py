@@ -479,10 +479,9 @@ def _verify(args):
     found = verify(args.folder, trust=args.trust, **_given(args, _DATA_OPTIONS))
     print(json.dumps(found) if args.json else format_verification(found))
     if not found["passed"]:
-        is_changed = {file["verdict"] for file in found["files"]} - {FORCED, NOT_RUN, SOUND}
-        cause = "are unchanged, but failed at their export, which --force published"
-        if is_changed:
-            cause = "differ from the exported ones"
+        cause = "differ from the exported ones"
+        if {file["verdict"] for file in found["files"]} <= {FORCED, NOT_RUN, SOUND}:
+            cause = "are unchanged, but failed at their export, which --force published"
         raise ExportError(f"{args.folder}: the files {cause}")
 
 

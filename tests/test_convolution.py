@@ -1,4 +1,4 @@
-"""Convolutions whose kernel is trained by matrix products, against TensorFlow's own operators."""
+"""Gradients of kernels by matrix products, against TensorFlow's own operators."""
 
 import keras
 import numpy as np
